@@ -1,0 +1,86 @@
+# Fixtures for the tests of the scripts: a tiny Stable Diffusion pipeline and a few photos, made in seconds from nothing.
+# Holds no tests. The weights are random and the images they give mean nothing: these tests are about how training behaves.
+import os
+
+import pytest
+
+
+# Before anything imports the Hub's client, and for the subprocesses too: no test may wait for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory):
+    """Folder of a `StableDiffusionPipeline` in float32: 16 x 16 pixels, 4 x 8 x 8 latents, about 0.1M parameters."""
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    # A tokenizer that spells: its words are the bytes, within and at the end of a word.
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=32
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokens),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            bos_token_id=len(tokens) - 2,
+            eos_token_id=len(tokens) - 1,
+            pad_token_id=len(tokens) - 1,
+        )
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    folder = tmp_path_factory.mktemp("tiny-sd")
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Folder of five photos of one subject: other sizes, formats and colour modes, and a README that is no image."""
+    from PIL import Image, ImageDraw
+
+    folder = tmp_path_factory.mktemp("photos")
+    kinds = [("RGB", "0.jpg"), ("RGB", "1.png"), ("RGBA", "2.png"), ("L", "3.jpg"), ("RGB", "4.webp")]
+    for index, (mode, name) in enumerate(kinds):
+        image = Image.new(mode, (20 + 4 * index, 32 - 3 * index), "gray")
+        ImageDraw.Draw(image).ellipse((2, 2, 12 + index, 14), fill="white")
+        image.save(folder / name)
+    folder.joinpath("README.txt").write_text("Where these photos come from.")
+    return folder

@@ -1,0 +1,857 @@
+# DreamBooth for Stable Diffusion 1.x and 2.x with the Lipschitz penalty: full fine-tuning, one file, all in sight.
+# Flags and outputs of diffusers' train_dreambooth.py, less what serves DeepFloyd IF. Holds no SDXL and no LoRA.
+"""
+Teaches Stable Diffusion a subject from 3-6 photos, and keeps the rest of the model where it was, by the penalty of
+"Preserve and Personalize" (arXiv 2505.19519, Algorithm 1):
+
+    accelerate launch train_dreambooth_lipschitz.py \
+        --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --instance_data_dir=photos --instance_prompt="a photo of sks dog" --output_dir=sks-dog \
+        --train_batch_size=1 --learning_rate=2e-6 --lipschitz_weight=500 --max_train_steps=1000
+
+With `--lipschitz_weight=0` it is plain DreamBooth; with `--with_prior_preservation` besides, the classic alternative.
+`grep -i lipschitz` on this file shows the whole method.
+"""
+
+import argparse
+import gc
+import hashlib
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
+from diffusers.utils import check_min_version, is_wandb_available, is_xformers_available
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from PIL import Image
+from PIL.ImageOps import exif_transpose
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lipschitz_reg import LipschitzRegularizer
+
+
+if is_wandb_available():
+    import wandb
+
+# The first release in which pipelines take `dtype`.
+check_min_version("0.40.0")
+
+logger = get_logger(__name__)
+
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def stop(message: str | Exception) -> NoReturn:
+    """Ends the run because of a mistake that its user can mend: one line on stderr for all processes, exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a bad argument without repeating the whole usage."""
+
+    def error(self, message):
+        stop(message)
+
+
+def number(convert, minimum, exclusive=False):
+    """An argparse type: a finite number that is at least, or `exclusive`ly above, the minimum."""
+
+    def parse(text):
+        value = convert(text)
+        if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+            bound = f"above {minimum}" if exclusive else f"at least {minimum}"
+            raise argparse.ArgumentTypeError(f"must be a finite number {bound}, not {text}")
+        return value
+
+    # argparse names the type by this when `convert` itself fails.
+    parse.__name__ = convert.__name__
+    return parse
+
+
+positive_int, non_negative, positive = number(int, 1), number(float, 0), number(float, 0, exclusive=True)
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(description="DreamBooth for Stable Diffusion 1.x and 2.x with the Lipschitz penalty.")
+
+    add = parser.add_argument_group("base model").add_argument
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="Stable Diffusion pipeline: a folder, or a name on the Hub.",
+    )
+    add("--revision", help="Git revision of the pipeline on the Hub.")
+    add("--variant", help="Variant of its weight files, such as fp16; training is in float32 all the same.")
+    add("--tokenizer_name", help="Folder or Hub name of another tokenizer than the pipeline's.")
+
+    add = parser.add_argument_group("subject").add_argument
+    add("--instance_data_dir", required=True, help="Folder with the photos of the subject.")
+    add("--instance_prompt", required=True, help='What they show, a rare word included: "a photo of sks dog".')
+    add("--resolution", type=positive_int, default=512, help="Side of the square training images, in pixels.")
+    add(
+        "--center_crop",
+        action="store_true",
+        help="Crop the middle of an image; otherwise a new random part each time.",
+    )
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that read images; 0: the main one.")
+
+    add = parser.add_argument_group("Lipschitz penalty").add_argument
+    add(
+        "--lipschitz_weight",
+        type=non_negative,
+        default=500.0,
+        help="Strength of the pull towards the pretrained weights, lambda in the paper. Too small: other prompts start"
+        " to show the subject; too large: the subject is not learned. 0 attaches nothing: plain DreamBooth.",
+    )
+    add(
+        "--lipschitz_reduction",
+        choices=["sum", "tensor_mean", "mean"],
+        default="tensor_mean",
+        help="Squared distances are summed as they are (sum), divided by the size of their tensor (tensor_mean: the"
+        " authors' weights and the default mean this), or divided by the size of the model (mean).",
+    )
+    add(
+        "--lipschitz_mode",
+        choices=["coupled", "proximal", "projected"],
+        default="coupled",
+        help="coupled: the penalty's gradient joins that of the loss, as in the paper. proximal: a pull after each"
+        " optimizer step, not rescaled by Adam. projected: no pull, but a bound on the distance, --lipschitz_radius.",
+    )
+    add(
+        "--lipschitz_radius", type=positive, help="Largest L2 distance from the pretrained weights, in projected mode."
+    )
+    add(
+        "--lipschitz_anchor_device",
+        choices=["cpu"],
+        help="cpu: keep the pretrained weights in host memory and stream them at each step; slower, saves GPU memory.",
+    )
+
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", action="store_true", help="Train on images of the subject's class too.")
+    add("--class_data_dir", help="Folder of class images; those that are missing are drawn by the base model.")
+    add("--class_prompt", help='What the class images show: "a photo of dog".')
+    add("--num_class_images", type=positive_int, default=100, help="Class images to train on.")
+    add("--prior_loss_weight", type=non_negative, default=1.0, help="Weight of the class images in the loss.")
+    add("--sample_batch_size", type=positive_int, default=4, help="Class images drawn at a time, per process.")
+    add(
+        "--prior_generation_precision", choices=list(PRECISIONS), help="For drawing; default: fp16 on CUDA, else fp32."
+    )
+
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", default="dreambooth-model", help="Folder for the pipeline, checkpoints and logs.")
+    add("--seed", type=int, help="Makes a run repeatable.")
+    add("--train_text_encoder", action="store_true", help="Train, and penalize, the text encoder too.")
+    add("--train_batch_size", type=positive_int, default=4, help="Photos in a batch, per process.")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches per optimizer step.")
+    add("--num_train_epochs", type=positive_int, default=1, help="Passes over the images.")
+    add("--max_train_steps", type=positive_int, help="Optimizer steps; overrides --num_train_epochs.")
+    add("--checkpointing_steps", type=positive_int, default=500, help="Optimizer steps between checkpoints.")
+    add("--checkpoints_total_limit", type=positive_int, help="Checkpoints to keep; older ones are deleted.")
+    add(
+        "--resume_from_checkpoint",
+        help='A checkpoint folder, or "latest" for the last one in --output_dir. The settings of optimizer and penalty'
+        " are the checkpoint's then; the penalty still pulls to the pretrained model, which must be the same.",
+    )
+    add("--snr_gamma", type=non_negative, help="Min-SNR weighting of each sample's loss; 5.0 is usual.")
+    add("--offset_noise", action="store_true", help="Add noise that is constant over an image, for its brightness.")
+    add("--local_rank", type=int, default=-1, help="Set by some launchers; the variable LOCAL_RANK is what counts.")
+
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--learning_rate", type=non_negative, default=5e-6, help="Peak learning rate.")
+    add("--scale_lr", action="store_true", help="Multiply it by processes, accumulation steps and batch size.")
+    schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+    add("--lr_scheduler", choices=schedules, default="constant", help="How the learning rate changes.")
+    add("--lr_warmup_steps", type=int, default=500, help="Steps of rising rate, in schedules that have them.")
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
+    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, with a quarter of the state.")
+    add("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
+    add("--adam_beta2", type=float, default=0.999, help="Decay of the mean of their squares.")
+    add(
+        "--adam_weight_decay",
+        type=non_negative,
+        help="Pull towards zero. 1e-2, or 0 with the Lipschitz penalty, which pulls towards the pretrained weights.",
+    )
+    add("--adam_epsilon", type=non_negative, default=1e-8, help="Added to the denominator.")
+    add(
+        "--max_grad_norm",
+        type=non_negative,
+        default=1.0,
+        help="Norm to which gradients of the denoising loss are clipped.",
+    )
+    add("--set_grads_to_none", action="store_true", help="Free gradients between steps instead of zeroing them.")
+
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--gradient_checkpointing", action="store_true", help="Less memory for activations, slower steps.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Overrides the configuration of accelerate.")
+    add(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="In place of PyTorch's own; CUDA only.",
+    )
+    add("--allow_tf32", action="store_true", help="Faster float32 products with a shorter mantissa; CUDA only.")
+
+    add = parser.add_argument_group("validation, logging, Hub").add_argument
+    add("--validation_prompt", help="Draw images of this prompt during training and at its end.")
+    add("--num_validation_images", type=positive_int, default=4, help="Images drawn each time.")
+    add("--validation_steps", type=positive_int, default=100, help="Optimizer steps from one time to the next.")
+    samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
+    add("--validation_scheduler", choices=samplers, default=samplers[0], help="What draws them, in 25 steps.")
+    add("--report_to", default="tensorboard", help='"tensorboard", "wandb", "comet_ml", or "all" that are installed.')
+    add("--logging_dir", default="logs", help="Folder of the logs, inside --output_dir.")
+    add("--push_to_hub", action="store_true", help="Upload the trained pipeline.")
+    add("--hub_token", help="Token for it; better, log in with `hf auth login`.")
+    add("--hub_model_id", help="Repository to upload to; by default named after --output_dir.")
+
+    args = parser.parse_args(input_args)
+
+    if (args.lipschitz_mode == "projected") != (args.lipschitz_radius is not None):
+        parser.error("--lipschitz_mode projected and --lipschitz_radius need each other")
+    if args.adam_weight_decay is None:
+        args.adam_weight_decay = 0.0 if args.lipschitz_weight > 0 else 1e-2
+    if args.with_prior_preservation:
+        if args.class_data_dir is None:
+            parser.error("--with_prior_preservation needs --class_data_dir, a folder for the class images")
+        if args.class_prompt is None:
+            parser.error("--with_prior_preservation needs --class_prompt, what the class images show")
+    if args.hub_token is not None and args.report_to in ("wandb", "all"):
+        parser.error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
+    return args
+
+
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The `Accelerator`, once it is certain that this machine has what the arguments ask for."""
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
+            ),
+        )
+    except ValueError as error:
+        stop(error)
+    if args.report_to == "wandb" and not is_wandb_available():
+        stop("--report_to wandb needs wandb: pip install wandb")
+    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+        stop("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+    if args.enable_xformers_memory_efficient_attention:
+        if accelerator.device.type != "cuda":
+            stop(
+                f"--enable_xformers_memory_efficient_attention needs a CUDA GPU, this is {accelerator.device.type}:"
+                " leave it out, PyTorch has memory-efficient attention of its own"
+            )
+        if not is_xformers_available():
+            stop("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
+
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)
+    for library in (transformers, diffusers):
+        library.utils.logging.disable_progress_bar()
+        if not accelerator.is_main_process:
+            library.utils.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def find_images(flag: str, folder: str | Path) -> list[Path]:
+    """The images of a folder, sorted by name and known to open; other things in it are named in a warning, once."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        stop(f"{flag}: there is no folder {folder}")
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images, others = [], []
+    for path in sorted(folder.iterdir()):
+        is_image = path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
+        (images if is_image else others).append(path)
+    for path in images:
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except Exception as error:  # Pillow's decoders raise almost anything
+            stop(f"{flag}: {path} is broken or no image: {error}")
+    if others:
+        logger.warning(f"{flag}: ignored, as they are no images: {', '.join(path.name for path in others)}")
+    return images
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders `checkpoint-<step>` of a run, by step."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
+    return sorted((path for path in found if found[path]), key=lambda path: int(found[path][1]))
+
+
+def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
+    """The complete checkpoint to resume from, or `None` to start afresh."""
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(args.output_dir)
+        if not checkpoints:
+            accelerator.print(f"No checkpoint in {args.output_dir} to resume from: training starts afresh.")
+            return None
+        checkpoint = checkpoints[-1]
+    else:
+        places = [Path(args.output_dir, args.resume_from_checkpoint), Path(args.resume_from_checkpoint)]
+        checkpoint = next((place for place in places if place.is_dir()), None)
+        if checkpoint is None:
+            stop(f"--resume_from_checkpoint: there is no folder {' and no '.join(map(str, dict.fromkeys(places)))}")
+        if checkpoint not in list_checkpoints(checkpoint.parent):
+            stop(f"--resume_from_checkpoint: {checkpoint} is not named checkpoint-<step>")
+
+    needed = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "optimizer.bin", "scheduler.bin"]
+    needed += [f"random_states_{accelerator.process_index}.pkl"]
+    if args.train_text_encoder:
+        needed += ["text_encoder/config.json", "text_encoder/model.safetensors"]
+    missing = [name for name in needed if not Path(checkpoint, name).is_file()]
+    if missing:
+        stop(f"--resume_from_checkpoint: {checkpoint} is incomplete, it lacks {', '.join(missing)}")
+    if Path(checkpoint, "custom_checkpoint_0.pkl").is_file() != (args.lipschitz_weight > 0):
+        how = "without the penalty: add" if args.lipschitz_weight > 0 else "with the penalty: leave out"
+        stop(f"--resume_from_checkpoint: {checkpoint} was trained {how} --lipschitz_weight 0")
+    return checkpoint
+
+
+def check_base(args: argparse.Namespace) -> None:
+    """Stops unless the base is a Stable Diffusion pipeline. Reads only its index, the first file to be downloaded."""
+    source = args.pretrained_model_name_or_path
+    try:
+        name = DiffusionPipeline.load_config(source, revision=args.revision).get("_class_name")
+    except (OSError, ValueError) as error:
+        stop(f"--pretrained_model_name_or_path: {source} is not a Stable Diffusion pipeline: {error}")
+    if name != "StableDiffusionPipeline":
+        stop(f"--pretrained_model_name_or_path: {source} is a {name}, not a StableDiffusionPipeline (1.x or 2.x)")
+
+
+def load_pipeline(args: argparse.Namespace, **options) -> StableDiffusionPipeline:
+    """The base, in float32 whatever its files hold: small updates would be lost in weights of fewer bits."""
+    options = {"dtype": torch.float32, "revision": args.revision, "variant": args.variant, **options}
+    try:
+        if args.tokenizer_name:
+            options["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
+        pipeline = StableDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        stop(f"--pretrained_model_name_or_path: cannot load {args.pretrained_model_name_or_path}: {error}")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample_class_images(args: argparse.Namespace, accelerator: Accelerator) -> list[Path]:
+    """Class images for prior preservation: those in the folder, and new ones for those that are missing."""
+    folder = Path(args.class_data_dir)
+    images = find_images("--class_data_dir", folder) if folder.exists() else []
+    missing = args.num_class_images - len(images)
+    accelerator.wait_for_everyone()
+    if missing <= 0:
+        return images[: args.num_class_images]
+
+    logger.info(f"Drawing {missing} class images.")
+    taken = {path.name.split("-")[0] for path in images}
+    indices = list(itertools.islice((i for i in itertools.count() if str(i) not in taken), missing))
+    default = "fp16" if accelerator.device.type == "cuda" else "fp32"
+    dtype = PRECISIONS[args.prior_generation_precision or default]
+    pipeline = load_pipeline(args, dtype=dtype, safety_checker=None, requires_safety_checker=False)
+    pipeline.to(accelerator.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    with accelerator.split_between_processes(indices) as own:
+        batches = [own[i : i + args.sample_batch_size] for i in range(0, len(own), args.sample_batch_size)]
+        for batch in tqdm(batches, desc="Class images", disable=not accelerator.is_main_process):
+            # A seed for each image, not for each process: no image comes twice, and drawing can stop and go on.
+            generators = None
+            if args.seed is not None:
+                generators = [torch.Generator().manual_seed(args.seed + index) for index in batch]
+            drawn = pipeline([args.class_prompt] * len(batch), generator=generators).images
+            for index, image in zip(batch, drawn):
+                name = f"{index}-{hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()}.jpg"
+                image.save(folder / f".{name}")
+                os.replace(folder / f".{name}", folder / name)
+    accelerator.wait_for_everyone()
+    return images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
+
+
+def load_models(
+    args: argparse.Namespace,
+) -> tuple[StableDiffusionPipeline, DDPMScheduler, dict[str, torch.nn.Module]]:
+    """The base, with the validation scheduler in place; the scheduler for training; the models to train, by name."""
+    pipeline = load_pipeline(args, safety_checker=None, requires_safety_checker=False)
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        stop(f"the base predicts {noise_scheduler.config.prediction_type}, which cannot be trained here")
+    pipeline.scheduler = getattr(diffusers, args.validation_scheduler).from_config(pipeline.scheduler.config)
+    pipeline.vae.requires_grad_(False)
+    trained = {"unet": pipeline.unet}
+    if args.train_text_encoder:
+        trained["text_encoder"] = pipeline.text_encoder
+    if args.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+        if args.train_text_encoder:
+            pipeline.text_encoder.gradient_checkpointing_enable()
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            pipeline.unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, RuntimeError) as error:
+            stop(f"--enable_xformers_memory_efficient_attention: xformers does not run here: {error}")
+    return pipeline, noise_scheduler, trained
+
+
+class DreamBoothDataset(Dataset):
+    """
+    Photos of the subject, each paired with a class image if there are any. An item is asked for by its index and the
+    seed of its crop, and is a float tensor (1 or 2, 3, size, size) in [-1, 1].
+    """
+
+    def __init__(self, instance_images, class_images, size, center_crop):
+        self.sources = [images for images in (instance_images, class_images) if images]
+        self.size = size
+        self.center_crop = center_crop
+
+    def __len__(self):
+        return max(len(images) for images in self.sources)
+
+    def __getitem__(self, draw):
+        index, seed = draw
+        rng = random.Random(seed)
+        return torch.stack([self.load(images[index % len(images)], rng) for images in self.sources])
+
+    def load(self, path, rng):
+        with Image.open(path) as file:
+            image = exif_transpose(file).convert("RGB")
+        scale = self.size / min(image.size)
+        width, height = (max(self.size, int(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        free = (width - self.size, height - self.size)
+        left, top = (side // 2 if self.center_crop else rng.randint(0, side) for side in free)
+        image = image.crop((left, top, left + self.size, top + self.size))
+        return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+class EpochSampler(Sampler):
+    """
+    Shuffled (index, crop seed) pairs that depend on nothing but `seed` and `epoch`. A resumed run, which knows its
+    epoch and how far it had come, therefore goes on with the very images and crops that were next.
+    """
+
+    def __init__(self, length, seed):
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        rng = random.Random(f"{self.seed} {self.epoch}")
+        for index in rng.sample(range(self.length), self.length):
+            yield index, rng.getrandbits(32)
+
+
+def build_dataloader(
+    args: argparse.Namespace, accelerator: Accelerator, instance_images: list[Path], class_images: list[Path]
+) -> tuple[DataLoader, EpochSampler]:
+    dataset = DreamBoothDataset(instance_images, class_images, args.resolution, args.center_crop)
+    sampler = EpochSampler(len(dataset), seed=args.seed or 0)
+    dataloader = DataLoader(
+        dataset,
+        batch_size=args.train_batch_size,
+        sampler=sampler,
+        num_workers=args.dataloader_num_workers,
+        # Every iterator draws a number from it; from the global generator, that would shift a resumed run's noise.
+        generator=torch.Generator(),
+    )
+    return accelerator.prepare(dataloader), sampler
+
+
+def build_optimizer(
+    args: argparse.Namespace, accelerator: Accelerator, parameters: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        optimizer_class = bitsandbytes.optim.AdamW8bit
+    scale = (
+        args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes if args.scale_lr else 1
+    )
+    return optimizer_class(
+        parameters,
+        lr=args.learning_rate * scale,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def encode_prompts(
+    prompts: list[str], tokenizer: PreTrainedTokenizerBase, text_encoder: torch.nn.Module
+) -> torch.Tensor:
+    """Embeddings (prompts, tokens, width) of a few prompts."""
+    tokens = tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    return text_encoder(tokens.input_ids.to(next(text_encoder.parameters()).device), return_dict=False)[0]
+
+
+def compute_loss(
+    args: argparse.Namespace,
+    noise_scheduler: DDPMScheduler,
+    vae: AutoencoderKL,
+    unet: torch.nn.Module,
+    prompt_embeds: torch.Tensor,
+    images: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The denoising loss of a batch.
+
+    Args:
+        prompt_embeds: (1, tokens, width), or (2, tokens, width) with that of the class prompt second.
+        images: (batch, 1 or 2, 3, height, width), as the dataset gives them.
+
+    Returns:
+        The losses on the photos and on the class images (zero if there are none), each a mean over its samples.
+    """
+    batch_size, kinds = images.shape[:2]
+    # All photos come first, then all class images: one pass through the models for both.
+    images = images.transpose(0, 1).flatten(0, 1)
+    prompt_embeds = prompt_embeds.repeat_interleave(batch_size, dim=0)
+    with torch.no_grad():
+        latents = vae.encode(images.to(vae.dtype)).latent_dist.sample().float() * vae.config.scaling_factor
+    noise = torch.randn_like(latents)
+    if args.offset_noise:
+        noise += 0.1 * torch.randn_like(latents[:, :, :1, :1])
+    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device)
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    prediction = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0].float()
+
+    v_prediction = noise_scheduler.config.prediction_type == "v_prediction"
+    target = noise_scheduler.get_velocity(latents, noise, timesteps) if v_prediction else noise
+    losses = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
+    if args.snr_gamma is not None:
+        # Min-SNR (arXiv 2303.09556), for each sample by its own timestep. A loss on v is the loss on the image times
+        # SNR + 1; one on the noise, times SNR.
+        snr = compute_snr(noise_scheduler, timesteps)
+        losses = losses * snr.clamp(max=args.snr_gamma) / (snr + 1 if v_prediction else snr)
+    instance_loss = losses[:batch_size].mean()
+    return instance_loss, losses[batch_size:].mean() if kinds == 2 else torch.zeros_like(instance_loss)
+
+
+def register_checkpoint_format(accelerator: Accelerator, trained: dict[str, torch.nn.Module]) -> None:
+    """Makes accelerate's states hold the trained models as `from_pretrained` reads them, in a folder for each."""
+
+    def save(models, weights, folder):
+        # What stays in these lists, accelerate would save or load once more.
+        weights.clear()
+        if accelerator.is_main_process:
+            for name, model in trained.items():
+                model.save_pretrained(os.path.join(folder, name))
+
+    def load(models, folder):
+        models.clear()
+        for name, model in trained.items():
+            model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
+    """Restores a run and returns the step that it had reached."""
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        stop(f"--resume_from_checkpoint: cannot resume from {checkpoint}: {error}")
+    return int(checkpoint.name.split("-")[1])
+
+
+def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, global_step: int) -> None:
+    """
+    Writes `checkpoint-<step>`, then deletes what is beyond the limit. A folder has such a name from when it is
+    complete until it begins to be deleted: a run that is killed leaves complete checkpoints only.
+    """
+    checkpoint = Path(args.output_dir, f"checkpoint-{global_step}")
+    unfinished = Path(args.output_dir, "tmp-checkpoint")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if checkpoint.exists():
+            delete_checkpoint(checkpoint)
+        unfinished.rename(checkpoint)
+        # An earlier run may have left checkpoints of later steps; the new one stays in any case.
+        others = [path for path in list_checkpoints(args.output_dir) if path != checkpoint]
+        for path in others[: max(0, len(others) + 1 - (args.checkpoints_total_limit or math.inf))]:
+            delete_checkpoint(path)
+        logger.info(f"Saved {checkpoint}")
+
+
+def delete_checkpoint(checkpoint: Path) -> None:
+    deleted = checkpoint.with_name("tmp-deleted")
+    shutil.rmtree(deleted, ignore_errors=True)
+    checkpoint.rename(deleted)
+    shutil.rmtree(deleted)
+
+
+def log_validation(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionPipeline,
+    prompt_embeds: torch.Tensor,
+    global_step: int,
+) -> list[Image.Image]:
+    """Draws the validation images, sends them to the trackers as of this step, and returns them."""
+    # A generator of its own: training goes the same way with and without validation.
+    generator = torch.Generator(accelerator.device)
+    generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
+    pipeline.unet.eval()
+    with accelerator.autocast():
+        images = [
+            pipeline(
+                prompt_embeds=prompt_embeds[:1],
+                negative_prompt_embeds=prompt_embeds[1:],
+                num_inference_steps=25,
+                generator=generator,
+            ).images[0]
+            for _ in range(args.num_validation_images)
+        ]
+    pipeline.unet.train()
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images("validation", np.stack(images), global_step, dataformats="NHWC")
+        if tracker.name == "wandb":
+            captioned = [
+                wandb.Image(image, caption=f"{i}: {args.validation_prompt}") for i, image in enumerate(images)
+            ]
+            tracker.log({"validation": captioned}, step=global_step)
+    return images
+
+
+def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[Image.Image], folder: Path) -> None:
+    base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
+    settings = {key: value for key, value in vars(args).items() if key.startswith("lipschitz_") and value is not None}
+    data = ModelCardData(
+        # The Hub refuses a base that is not on it.
+        base_model=None if os.path.isdir(base) else base,
+        library_name="diffusers",
+        tags=[
+            "text-to-image",
+            "dreambooth",
+            "lipschitz",
+            "stable-diffusion",
+            "stable-diffusion-diffusers",
+            "diffusers-training",
+        ],
+        instance_prompt=args.instance_prompt,
+        **settings,
+    )
+    for index, image in enumerate(images):
+        image.save(Path(folder, f"image_{index}.png"))
+    how = "with" if args.lipschitz_weight > 0 else "without"
+    gallery = "\n".join(f"![{args.validation_prompt}](./image_{index}.png)" for index in range(len(images)))
+    trained = "U-Net and text encoder" if args.train_text_encoder else "U-Net"
+    text = f"""# {name}
+
+`{base}`, personalized by DreamBooth {how} the Lipschitz penalty of
+[Preserve and Personalize](https://arxiv.org/abs/2505.19519). Prompt of the subject: `{args.instance_prompt}`
+
+Trained: {trained}. Penalty: `{json.dumps(settings)}`
+
+{gallery}
+"""
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(Path(folder, "README.md"))
+
+
+def save_pipeline(
+    args: argparse.Namespace, trained: dict[str, torch.nn.Module], images: list[Image.Image], repo_id: str | None
+) -> None:
+    """
+    Writes the trained pipeline and its model card to `output_dir`, in place of one that is there. The index, without
+    which none loads, goes first from the old one and comes last with the new one: what loads is complete.
+    """
+    output_dir, unfinished = Path(args.output_dir), Path(args.output_dir, "tmp-pipeline")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    pipeline = load_pipeline(args, **trained)
+    pipeline.save_pretrained(unfinished)
+    save_model_card(args, repo_id, images, unfinished)
+    output_dir.joinpath("model_index.json").unlink(missing_ok=True)
+    for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
+        target = output_dir / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    unfinished.rmdir()
+
+
+def main(args: argparse.Namespace) -> None:
+    # Everything that can be wrong with the arguments is found before anything is written or loaded.
+    accelerator = build_accelerator(args)
+    instance_images = find_images("--instance_data_dir", args.instance_data_dir)
+    if not instance_images:
+        stop(f"--instance_data_dir: there is no image in {args.instance_data_dir}")
+    checkpoint = find_checkpoint(args, accelerator)
+    check_base(args)
+
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        try:
+            repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+        except (OSError, ValueError) as error:
+            stop(f"--push_to_hub: cannot create {name}: {error}")
+    class_images = sample_class_images(args, accelerator) if args.with_prior_preservation else []
+
+    pipeline, noise_scheduler, trained = load_models(args)
+    dataloader, sampler = build_dataloader(args, accelerator, instance_images, class_images)
+    steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+
+    parameters = [parameter for model in trained.values() for parameter in model.parameters()]
+    optimizer = build_optimizer(args, accelerator, parameters)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        # accelerate advances the schedule once per process at each step.
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=max_train_steps * accelerator.num_processes,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    register_checkpoint_format(accelerator, trained)
+    *prepared, optimizer, lr_scheduler = accelerator.prepare(*trained.values(), optimizer, lr_scheduler)
+    models = dict(zip(trained, prepared))
+
+    lipschitz = None
+    if args.lipschitz_weight > 0:
+        # Before the checkpoint is loaded: the anchors are the pretrained weights.
+        lipschitz = LipschitzRegularizer(
+            optimizer,
+            weight=args.lipschitz_weight,
+            reduction=args.lipschitz_reduction,
+            mode=args.lipschitz_mode,
+            radius=args.lipschitz_radius,
+            anchor_device=args.lipschitz_anchor_device,
+        )
+        accelerator.register_for_checkpointing(lipschitz)
+
+    weight_dtype = PRECISIONS[accelerator.mixed_precision]
+    pipeline.vae.to(accelerator.device, dtype=weight_dtype)
+    prompts = [args.instance_prompt] + ([args.class_prompt] if args.with_prior_preservation else [])
+    validation_prompts = [args.validation_prompt or "", ""]
+    if not args.train_text_encoder:
+        # Two or four prompts in the whole run: they are encoded once, and the text encoder makes room.
+        pipeline.text_encoder.to(accelerator.device, dtype=weight_dtype)
+        with torch.no_grad():
+            prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, pipeline.text_encoder)
+            validation_embeds = encode_prompts(validation_prompts, pipeline.tokenizer, pipeline.text_encoder)
+        pipeline.text_encoder = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    # Each process draws noise of its own.
+    if args.seed is not None:
+        set_seed(args.seed, device_specific=True)
+    global_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
+    os.makedirs(args.output_dir, exist_ok=True)
+    config = {key: value for key, value in vars(args).items() if key != "hub_token"}
+    accelerator.init_trackers("dreambooth", config=config)
+    logger.info(f"Training from step {global_step} to {max_train_steps} on {len(instance_images)} photos.")
+
+    progress_bar = tqdm(
+        total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process
+    )
+    first_epoch, done = divmod(global_step, steps_per_epoch)
+    losses, images = [], []
+    for model in prepared:
+        model.train()
+    for epoch in range(first_epoch, math.ceil(max_train_steps / steps_per_epoch)):
+        sampler.epoch = epoch
+        skipped = done * args.gradient_accumulation_steps if epoch == first_epoch else 0
+        for batch in accelerator.skip_first_batches(dataloader, skipped):
+            with accelerator.accumulate(*prepared):
+                if args.train_text_encoder:
+                    prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, models["text_encoder"])
+                instance_loss, prior_loss = compute_loss(
+                    args, noise_scheduler, pipeline.vae, models["unet"], prompt_embeds, batch
+                )
+                accelerator.backward(instance_loss + args.prior_loss_weight * prior_loss)
+                losses.append(torch.stack([instance_loss, prior_loss]).detach())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    lipschitz_penalty = lipschitz.metrics()["lipschitz/penalty"] if lipschitz else 0.0
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad(set_to_none=args.set_grads_to_none)
+            if not accelerator.sync_gradients:
+                continue
+
+            global_step += 1
+            instance_loss, prior_loss = accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
+            losses.clear()
+            logs = {"denoising_loss": instance_loss + args.prior_loss_weight * prior_loss}
+            logs["loss"] = logs["denoising_loss"] + lipschitz_penalty
+            if args.with_prior_preservation:
+                logs["prior_loss"] = prior_loss
+            if lipschitz:
+                logs["lipschitz/penalty"] = lipschitz_penalty
+            logs["lr"] = lr_scheduler.get_last_lr()[0]
+            accelerator.log(logs, step=global_step)
+            progress_bar.update(1)
+            progress_bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
+
+            if global_step % args.checkpointing_steps == 0:
+                save_checkpoint(args, accelerator, global_step)
+            if global_step % args.validation_steps == 0 or global_step == max_train_steps:
+                if lipschitz:
+                    accelerator.log(lipschitz.metrics(), step=global_step)
+                if args.validation_prompt is not None and accelerator.is_main_process:
+                    if args.train_text_encoder:
+                        with torch.no_grad():
+                            validation_embeds = encode_prompts(
+                                validation_prompts, pipeline.tokenizer, pipeline.text_encoder
+                            )
+                    images = log_validation(args, accelerator, pipeline, validation_embeds, global_step)
+            if global_step == max_train_steps:
+                break
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_pipeline(args, trained, images, repo_id)
+        logger.info(f"Saved the pipeline in {args.output_dir}")
+        if args.push_to_hub:
+            upload_folder(
+                repo_id=repo_id,
+                folder_path=args.output_dir,
+                commit_message="DreamBooth with the Lipschitz penalty",
+                ignore_patterns=["checkpoint-*", "tmp-*"],
+                token=args.hub_token,
+            )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
