@@ -1,4 +1,4 @@
-# Anchors: copies of the pretrained parameters in as few bytes as give back every bit, and the fingerprint that tells them apart.
+# Anchors: copies of the pretrained parameters in as few bytes as give back every bit, and a fingerprint of them.
 # Holds no arithmetic of the penalty and nothing about optimizers.
 import hashlib
 from collections.abc import Iterable
@@ -7,19 +7,25 @@ import torch
 from torch import Tensor
 
 
-# Part of what a fingerprint means: changing either makes every saved fingerprint a stranger.
-_FINGERPRINT_BLOCK = 1 << 18
-_FINGERPRINT_MULTIPLIER = 0x5851F42D4C957F2D
+# Both belong to the meaning of a fingerprint: with another value, no saved one would match.
+_BLOCK = 1 << 18
+_MULTIPLIER = 0x5851F42D4C957F2D  # odd, with bits of no pattern
 
-_SAME_WIDTH_INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+_INTEGER = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 
+@torch.no_grad()
 def smallest_lossless_dtype(tensor: Tensor) -> torch.dtype:
     """
     The narrowest of float16, bfloat16, float32 and float64 from which every bit of the tensor comes back.
 
-    Bits are compared, not values: the sign of a zero and the payload of a NaN count. Weights published in float16 and loaded in
-    float32 need 2 bytes an element; weights that were trained in float32 need 4.
+    Bits are compared, not values: the sign of a zero and the payload of a NaN count. Weights published in float16 and
+    loaded in float32 need 2 bytes an element; weights trained in float32 need 4.
     """
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         if dtype.itemsize < tensor.dtype.itemsize and _survives(tensor, dtype):
@@ -27,52 +33,58 @@ def smallest_lossless_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def _survives(tensor: Tensor, dtype: torch.dtype) -> bool:
-    integer = _SAME_WIDTH_INTEGER[tensor.dtype]
-    # Block by block: weights of full precision betray themselves in the first one.
-    return all(
-        torch.equal(block.to(dtype).to(block.dtype).view(integer), block.view(integer)) for block in _blocks(tensor)
-    )
-
-
-def _blocks(tensor: Tensor) -> Iterable[Tensor]:
-    return tensor.detach().reshape(-1).split(_FINGERPRINT_BLOCK) if tensor.numel() else ()
-
-
 @torch.no_grad()
 def make_anchor(parameter: Tensor, device: torch.device | str | None = None) -> Tensor:
     """
-    A copy of the parameter as it is now, in its `smallest_lossless_dtype` and with its memory layout.
+    A copy of the parameter as it is now, in its `smallest_lossless_dtype` and its memory layout.
 
     Args:
-        parameter (`torch.Tensor`): float16, bfloat16, float32 or float64.
+        parameter (`torch.Tensor`): float16, bfloat16, float32 or float64, of any shape.
         device (`torch.device` or `str`, *optional*):
-            Where to keep it; the parameter's own device by default. On `"cpu"` the memory is pinned if there is a CUDA device,
-            so that it can be copied there without waiting.
+            Where the copy is kept; with the parameter by default. If this is the CPU and there is a CUDA device, the
+            memory is pinned, so that the copy can be sent to that device without waiting.
+
+    Raises:
+        `ValueError`: If the parameter is of another dtype, sparse or sharded.
     """
-    device = parameter.device if device is None else torch.device(device)
-    pin = device.type == "cpu" and parameter.device.type == "cuda"
-    anchor = torch.empty_like(
-        parameter, dtype=smallest_lossless_dtype(parameter), device=device, pin_memory=pin, requires_grad=False
-    )
-    return anchor.copy_(parameter)
+    if parameter.dtype not in _INTEGER or parameter.layout != torch.strided or hasattr(parameter, "to_local"):
+        raise ValueError(
+            f"A parameter of {parameter.dtype}, {parameter.layout} and type {type(parameter).__name__} cannot be "
+            "penalized, only dense float16, bfloat16, float32 and float64 tensors that are not sharded: set "
+            "`lipschitz_weight` to 0 in its param group."
+        )
+    pin_memory = device is not None and torch.device(device).type == "cpu" and torch.cuda.is_available()
+    dtype = smallest_lossless_dtype(parameter)
+    return torch.empty_like(parameter, dtype=dtype, device=device, pin_memory=pin_memory).copy_(parameter)
 
 
 @torch.no_grad()
 def fingerprint(anchors: Iterable[Tensor]) -> str:
     """
-    A digest of the anchors' shapes and values, in order; the same on every device, and in every dtype and memory layout that
-    holds the same values.
+    A digest of the anchors' shapes and values, in order. It is the same on every device, in every memory layout, and
+    in every dtype up to float32 that holds the same values.
 
-    The bit patterns of each block of elements, widened to float32 where they are narrower, are multiplied by numbers that
-    depend on the position and summed in 64-bit integers, which is exact in whatever order it is done; the sums are hashed.
+    The bits of each block, two float32 numbers to an integer of 64 bits, are multiplied by factors that depend on the
+    position and summed modulo 2**64, where every order gives the same sum. The sums are hashed.
     """
     digest = hashlib.sha256()
     for anchor in anchors:
-        dtype = torch.promote_types(anchor.dtype, torch.float32)
-        integer = _SAME_WIDTH_INTEGER[dtype]
-        factors = torch.arange(1, min(anchor.numel(), _FINGERPRINT_BLOCK) + 1, device=anchor.device)
-        factors = factors * _FINGERPRINT_MULTIPLIER | 1
-        sums = [(block.to(dtype).view(integer) * factors[: block.numel()]).sum() for block in _blocks(anchor)]
-        digest.update(repr((tuple(anchor.shape), torch.stack(sums).tolist() if sums else [])).encode())
+        positions = torch.arange(min(anchor.numel(), _BLOCK), device=anchor.device)
+        factors = (positions * _MULTIPLIER) | 1
+        sums = []
+        for block in _blocks(anchor):
+            wide = block.to(torch.promote_types(block.dtype, torch.float32))
+            bits = torch.nn.functional.pad(wide, (0, len(wide) % 2)).view(torch.int64)
+            sums.append((bits * factors[: len(bits)]).sum())
+        digest.update(f"{tuple(anchor.shape)} {torch.stack(sums).tolist()}".encode())
     return digest.hexdigest()
+
+
+def _survives(tensor: Tensor, dtype: torch.dtype) -> bool:
+    integer = _INTEGER[tensor.dtype]
+    # Weights of full precision betray themselves in the first block.
+    return all(torch.equal(b.to(dtype).to(b.dtype).view(integer), b.view(integer)) for b in _blocks(tensor))
+
+
+def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.reshape(-1).split(_BLOCK)

@@ -1,19 +1,22 @@
-# The arithmetic of the penalty, as functions over lists of tensors: readable references first, then the fast in-place forms.
-# Holds no state, no hooks and no weights schedule: which tensors, with which coefficients and when is the caller's affair.
+# The arithmetic of the penalty as functions over lists of tensors: readable references first, then the fast forms.
+# Holds no state and no hooks: which tensors, with which coefficients and when is the caller's affair (regularizer.py).
 """
-Notation of "Preserve and Personalize" (arXiv 2505.19519), Algorithm 1: the penalty is
-``sum_i c_i * ||theta_i - anchor_i||^2`` with ``c_i = lambda * r_i``. Its gradient is ``2 * c_i * (theta_i - anchor_i)``; the
-functions below take ``c_i`` and apply the factor 2 themselves.
+In the notation of "Preserve and Personalize" (arXiv 2505.19519, Algorithm 1) the penalty is ``sum_i c_i * ||theta_i -
+anchor_i||^2`` with ``c_i = lambda * r_i``. Its gradient is ``2 * c_i * (theta_i - anchor_i)``; the functions take
+``c_i`` and apply the 2 themselves.
 
-A coefficient is a number, a tensor of no dimensions, or a tensor that broadcasts to its parameter (a weight for each element).
-Parameters may be float16, bfloat16, float32 or float64 and of any strides. An anchor has its parameter's shape and any of
-these dtypes that is no wider; on another device it is copied over, one tensor at a time.
+Parameters are float16, bfloat16, float32 or float64, of any shape and strides. An anchor has the shape of its
+parameter and a dtype that is no wider; if it lies on another device, it is copied over, one tensor at a time. A
+coefficient is a number, a tensor of no dimensions, or a tensor that broadcasts to its parameter (a weight for each
+element).
 
-Differences are formed first, in float32 or wider. ``theta`` and ``anchor`` agree in most of their digits, so adding
-``c * theta`` and subtracting ``c * anchor`` would leave little but rounding errors.
+The fast forms take the difference first, in float32 or wider: ``theta`` and ``anchor`` agree in most of their digits,
+so that adding ``c * theta`` and then subtracting ``c * anchor`` would leave little but rounding errors.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +24,10 @@ from torch import Tensor
 
 Coefficient = float | Tensor
 
-# Elements handled at a time on a CPU: the difference stays in the cache until it is used, and is never as large as a tensor.
-_CPU_BLOCK = 1 << 17
-_DEVICE_BLOCK = 1 << 24
+# Elements per piece. On a CPU the difference must still be in the cache when it is added (2**18 is 1 MiB of float32).
+_CPU_BLOCK = 1 << 18
+_ACCELERATOR_BLOCK = 1 << 24
+
 _LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 
@@ -34,26 +38,26 @@ def reduction_factors(numels: Sequence[int], reduction: str) -> list[float]:
     Args:
         numels (`Sequence[int]`): The number of elements of each penalized tensor.
         reduction (`str`):
-            `"sum"`: 1, the paper's formula. `"tensor_mean"`: one over the tensor's elements, which is what the authors' code
-            computes and what their lambdas mean. `"mean"`: one over the elements of all tensors together.
+            `"sum"`: 1, the paper's formula. `"tensor_mean"`: one over the elements of the tensor, which is what the
+            authors' code computes and what their lambdas mean. `"mean"`: one over the elements of all tensors.
 
     Returns:
-        `list[float]`: One factor for each tensor; 0 for an empty tensor.
+        `list[float]`: A factor for each tensor; for an empty tensor any number will do, and it is finite.
     """
     if reduction == "sum":
         return [1.0] * len(numels)
     if reduction == "tensor_mean":
-        return [1 / n if n else 0.0 for n in numels]
+        return [1 / max(n, 1) for n in numels]
     if reduction == "mean":
         return [1 / max(sum(numels), 1)] * len(numels)
-    raise ValueError(f'`reduction` must be "sum", "tensor_mean" or "mean", not {reduction!r}.')
+    raise ValueError(f"`reduction` must be one of sum, tensor_mean, mean, not {reduction!r}.")
 
 
 def penalty(parameters: Sequence[Tensor], anchors: Sequence[Tensor], coefficients: Sequence[Coefficient]) -> Tensor:
     """
-    Reference: ``sum_i c_i * ||theta_i - anchor_i||^2`` as a tensor of no dimensions, differentiable in the parameters.
+    Reference: ``sum_i c_i * ||theta_i - anchor_i||^2``, a tensor of no dimensions, differentiable in the parameters.
 
-    This is the term of the paper's loss as written there (Algorithm 1); what the in-place functions do is defined by it.
+    This is the term as the paper writes it. `add_penalty_gradient_` adds its gradient.
     """
     return sum((c * (p - a.to(p)).square()).sum() for p, a, c in zip(parameters, anchors, coefficients, strict=True))
 
@@ -62,20 +66,19 @@ def proximal_step(
     parameters: Sequence[Tensor], anchors: Sequence[Tensor], coefficients: Sequence[Coefficient]
 ) -> list[Tensor]:
     """
-    Reference: ``argmin_x ||x - theta_i||^2 / 2 + c_i * ||x - anchor_i||^2``, that is ``(theta + 2 c anchor) / (1 + 2 c)``.
+    Reference: ``(theta_i + 2 c_i anchor_i) / (1 + 2 c_i)``, the minimum over x of ``||x - theta_i||^2 / 2 + c_i ||x -
+    anchor_i||^2``.
 
-    With ``c_i = lr * lambda * r_i`` this is the implicit gradient step on the penalty: it never overshoots the anchor.
+    With ``c_i = lr * lambda * r_i`` it is an implicit gradient step on the penalty, which cannot overshoot the anchor.
     """
-    return [
-        (p + 2 * c * a.to(p)) / (1 + 2 * c) for p, a, c in zip(parameters, anchors, coefficients, strict=True)
-    ]
+    return [(p + 2 * c * a.to(p)) / (1 + 2 * c) for p, a, c in zip(parameters, anchors, coefficients, strict=True)]
 
 
 def project(parameters: Sequence[Tensor], anchors: Sequence[Tensor], radius: float) -> list[Tensor]:
-    """Reference: the point nearest to the parameters, taken as one vector, at a distance of at most `radius` from the anchors."""
+    """Reference: the nearest parameters that are, as one vector, at most `radius` away from the anchors."""
     distance = penalty(parameters, anchors, [1.0] * len(parameters)).sqrt()
-    keep = (radius / distance).clamp(max=1)
-    return [a.to(p) + keep * (p - a.to(p)) for p, a in zip(parameters, anchors, strict=True)]
+    remaining = (radius / distance).clamp(max=1)
+    return [a.to(p) + remaining * (p - a.to(p)) for p, a in zip(parameters, anchors, strict=True)]
 
 
 @torch.no_grad()
@@ -86,22 +89,16 @@ def add_penalty_gradient_(
     coefficients: Sequence[Coefficient],
 ) -> None:
     """
-    Add ``2 * c_i * (theta_i - anchor_i)``, the gradient of `penalty`, to the gradients in place.
+    Add ``2 c_i (theta_i - anchor_i)``, the gradient of `penalty`, to each gradient in place.
 
-    A float16 gradient that was finite stays finite: it saturates at 65504. A `GradScaler` has looked for overflow before an
-    optimizer's hooks run, and would miss one that is made here.
+    A finite float16 gradient stays finite, at 65504 or less: a `GradScaler` has looked for overflow before the hooks
+    of an optimizer run, and would not see one that arose here.
     """
-    for gradient, parameter, anchor, coefficient in zip(gradients, parameters, anchors, coefficients, strict=True):
-        for piece, anchor_piece, gradient_piece, c in _pieces(parameter, anchor, gradient, coefficient):
-            difference = piece.to(_wide(piece)) - anchor_piece
-            if gradient.dtype == torch.float16:
-                total = difference.mul_(2 * c).add_(gradient_piece)
-                limit = torch.finfo(torch.float16).max
-                gradient_piece.copy_(torch.where(gradient_piece.isfinite(), total.clamp_(-limit, limit), gradient_piece))
-            elif isinstance(c, Tensor):
-                gradient_piece.add_(difference.mul_(2 * c))
-            else:
-                gradient_piece.add_(difference, alpha=2 * c)
+    for parameter, anchor, gradient, c in zip(parameters, anchors, gradients, coefficients, strict=True):
+        add_piece = _fused_add_piece(parameter.device) if parameter.is_cuda else _add_piece
+        factor = _on_device(2 * c, parameter.device)
+        for piece, anchor_piece, gradient_piece in _pieces(parameter, anchor, gradient, cut=_is_scalar(factor)):
+            add_piece(gradient_piece, piece, anchor_piece, factor)
 
 
 @torch.no_grad()
@@ -115,16 +112,12 @@ def proximal_step_(
 
 @torch.no_grad()
 def project_(parameters: Sequence[Tensor], anchors: Sequence[Tensor], radius: float) -> None:
-    """
-    `project` in place, over all tensors together. Nothing is read back from an accelerator.
-
-    The distance is exact to a few units of float32; parameters of 16 bits are rounded once more when they are stored.
-    """
+    """`project` in place. Nothing is read back from an accelerator."""
     if not parameters:
         return
     device = parameters[0].device
-    distance = torch.stack([d.to(device) for d in squared_distances(parameters, anchors)]).sum().sqrt()
-    fraction = (1 - radius / distance).clamp(min=0)
+    squares = [square.to(device) for square in squared_distances(parameters, anchors)]
+    fraction = (1 - radius / torch.stack(squares).sum().sqrt()).clamp(min=0)
     if device.type == "cpu" and fraction == 0:
         return
     for parameter, anchor in zip(parameters, anchors, strict=True):
@@ -133,13 +126,9 @@ def project_(parameters: Sequence[Tensor], anchors: Sequence[Tensor], radius: fl
 
 @torch.no_grad()
 def squared_distances(parameters: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[Tensor]:
-    """``||theta_i - anchor_i||^2`` for each tensor: tensors of no dimensions, float32 or wider, on the parameters' devices."""
+    """``||theta_i - anchor_i||^2`` of each tensor: no dimensions, float32 or wider, on the parameter's device."""
     return [
-        sum(
-            (torch.linalg.vector_norm(piece.to(_wide(piece)) - anchor_piece).square()
-             for piece, anchor_piece in _pieces(parameter, anchor)),
-            torch.zeros((), device=parameter.device),
-        )
+        torch.stack([torch.linalg.vector_norm(_difference(p, a)) for p, a in _pieces(parameter, anchor)]).square().sum()
         for parameter, anchor in zip(parameters, anchors, strict=True)
     ]
 
@@ -148,40 +137,67 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def _difference(parameter: Tensor, anchor: Tensor) -> Tensor:
+    return parameter.to(_wide(parameter)) - anchor
+
+
+def _add_piece(gradient: Tensor, parameter: Tensor, anchor: Tensor, factor: Coefficient) -> None:
+    """gradient += factor * (parameter - anchor)"""
+    change = _difference(parameter, anchor).mul_(factor)
+    if gradient.dtype == torch.float16:
+        limit = torch.finfo(torch.float16).max
+        change = torch.where(gradient.isfinite(), (gradient + change).clamp(-limit, limit), gradient)
+        gradient.copy_(change)
+    else:
+        gradient.add_(change)
+
+
+@functools.cache
+def _fused_add_piece(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Coefficient], None]:
+    """`_add_piece` as one kernel, which reads and writes each element once; uncompiled where that cannot be made."""
+    compiled = torch.compile(_add_piece, dynamic=True)
+    trial = torch.zeros(2, device=device)
+    try:
+        compiled(trial, trial.clone(), trial.clone(), 0.0)
+    except Exception as error:  # no Triton, no C compiler, a GPU that is too old: all of their own kinds
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"lipschitz_reg adds its gradient in three passes, because torch.compile failed: {reason}")
+        return _add_piece
+
+    def add_piece(gradient: Tensor, parameter: Tensor, anchor: Tensor, factor: Coefficient) -> None:
+        # A kernel would be made for each number, and for each tensor of one element.
+        if not isinstance(factor, Tensor):
+            factor = torch.tensor(factor, dtype=torch.float64)
+        (compiled if gradient.numel() > 1 else _add_piece)(gradient, parameter, anchor, factor)
+
+    return add_piece
+
+
 def _pull_(parameter: Tensor, anchor: Tensor, fraction: Coefficient) -> None:
     """Move the parameter this fraction of the way to its anchor, in place."""
     dtype = _wide(parameter)
-    for piece, anchor_piece, k in _pieces(parameter, anchor, fraction):
-        widened = piece.to(dtype)
-        widened.lerp_(anchor_piece.to(dtype), k.to(dtype) if isinstance(k, Tensor) else k)
-        if widened is not piece:
-            piece.copy_(widened)
+    if isinstance(fraction, Tensor):
+        fraction = _on_device(fraction, parameter.device).to(dtype)
+    for piece, anchor_piece in _pieces(parameter, anchor, cut=_is_scalar(fraction)):
+        moved = piece.to(dtype).lerp_(anchor_piece.to(dtype), fraction)
+        if moved is not piece:
+            piece.copy_(moved)
 
 
-def _pieces(parameter: Tensor, anchor: Tensor, *others: Coefficient) -> Iterator[tuple]:
-    """
-    Matching pieces of a parameter, its anchor and what goes with them: short flat views where all share one memory layout,
-    or else the tensors whole. Numbers and tensors of no dimensions are repeated with each piece.
-    """
-    if parameter.numel() == 0:
-        return
+def _on_device(coefficient: Coefficient, device: torch.device) -> Coefficient:
+    return coefficient.to(device, non_blocking=True) if isinstance(coefficient, Tensor) else coefficient
+
+
+def _is_scalar(coefficient: Coefficient) -> bool:
+    return not isinstance(coefficient, Tensor) or coefficient.dim() == 0
+
+
+def _pieces(parameter: Tensor, *others: Tensor, cut: bool = True) -> Iterable[tuple[Tensor, ...]]:
+    """Matching pieces of tensors of one shape, on the parameter's device: flat views where the tensors share a memory
+    layout, and the tensors whole where they do not or are not to be cut."""
     device = parameter.device
-    constants, tensors = {}, {0: parameter, 1: anchor.to(device, non_blocking=True)}
-    for position, other in enumerate(others, start=2):
-        if not isinstance(other, Tensor):
-            constants[position] = other
-        elif other.dim() == 0 and parameter.dim() > 0:
-            constants[position] = other.to(device, non_blocking=True)
-        else:
-            tensors[position] = other.to(device, non_blocking=True).expand_as(parameter)
-    width = 2 + len(others)
-    for layout in _LAYOUTS:
-        if all(tensor.is_contiguous(memory_format=layout) for tensor in tensors.values()):
-            block = _CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
-            flat = [tensor.as_strided((tensor.numel(),), (1,)).split(block) for tensor in tensors.values()]
-            break
-    else:
-        flat = [(tensor,) for tensor in tensors.values()]
-    for pieces in zip(*flat, strict=True):
-        row = constants | dict(zip(tensors, pieces, strict=True))
-        yield tuple(row[position] for position in range(width))
+    tensors = [parameter.detach(), *(other.to(device, non_blocking=True) for other in others)]
+    if cut and any(all(t.is_contiguous(memory_format=layout) for t in tensors) for layout in _LAYOUTS):
+        block = _CPU_BLOCK if device.type == "cpu" else _ACCELERATOR_BLOCK
+        return zip(*(t.as_strided((t.numel(),), (1,)).split(block) for t in tensors), strict=True)
+    return [tuple(tensors)]
