@@ -256,6 +256,9 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except ValueError as error:
         stop(error)
+    # accelerate lets this pass, and trains in float32.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        stop("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
     if args.report_to == "wandb" and not is_wandb_available():
         stop("--report_to wandb needs wandb: pip install wandb")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
@@ -683,7 +686,7 @@ Trained: {trained}. Penalty: `{json.dumps(settings)}`
 
 {gallery}
 """
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(Path(folder, "README.md"))
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n").save(Path(folder, "README.md"))
 
 
 def save_pipeline(
@@ -759,7 +762,9 @@ def main(args: argparse.Namespace) -> None:
         accelerator.register_for_checkpointing(lipschitz)
 
     weight_dtype = PRECISIONS[accelerator.mixed_precision]
-    pipeline.vae.to(accelerator.device, dtype=weight_dtype)
+    pipeline.vae.to(accelerator.device)
+    if weight_dtype != torch.float32:
+        pipeline.vae.to(weight_dtype)
     prompts = [args.instance_prompt] + ([args.class_prompt] if args.with_prior_preservation else [])
     validation_prompts = [args.validation_prompt or "", ""]
     if not args.train_text_encoder:
@@ -827,7 +832,8 @@ def main(args: argparse.Namespace) -> None:
                 save_checkpoint(args, accelerator, global_step)
             if global_step % args.validation_steps == 0 or global_step == max_train_steps:
                 if lipschitz:
-                    accelerator.log(lipschitz.metrics(), step=global_step)
+                    lipschitz_drift = {name: value for name, value in lipschitz.metrics().items() if "drift" in name}
+                    accelerator.log(lipschitz_drift, step=global_step)
                 if args.validation_prompt is not None and accelerator.is_main_process:
                     if args.train_text_encoder:
                         with torch.no_grad():

@@ -1,5 +1,5 @@
-# Fixtures for the tests of the scripts: a tiny Stable Diffusion pipeline and a few photos, made in seconds from nothing.
-# Holds no tests. The weights are random and the images they give mean nothing: these tests are about how training behaves.
+# Fixtures for the tests of the scripts: a tiny Stable Diffusion pipeline and a few photos, made from nothing in seconds.
+# Holds no tests. The weights are random and the images mean nothing: the tests are about how training behaves.
 import os
 
 import pytest

@@ -1,0 +1,658 @@
+# What train_dreambooth_lipschitz.py promises, on a tiny random pipeline: its main paths as users run them, in processes.
+# Holds no test of the penalty's arithmetic, and none of what images look like after training.
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = "train_dreambooth_lipschitz.py"
+# So large that a few steps move the tiny model visibly.
+LEARNING_RATE = 1e-3
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_device():
+    """Bit for bit: on the CPU, even where there is a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """A folder with nothing but the script, and another, for the module path, with nothing but `lipschitz_reg`."""
+    folder, packages = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("packages")
+    shutil.copy(ROOT / SCRIPT, folder)
+    packages.joinpath("lipschitz_reg").symlink_to(ROOT / "lipschitz_reg")
+    return folder, packages
+
+
+def start(alone, launcher, flags, **options):
+    folder, packages = alone
+    environment = {**os.environ, "PYTHONPATH": str(packages), "WANDB_MODE": "offline"}
+    return subprocess.Popen(
+        [*launcher, SCRIPT, *map(str, flags)],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def run(alone, launcher, flags):
+    process = start(alone, launcher, flags)
+    _, stderr = process.communicate(timeout=200)
+    return process.returncode, stderr
+
+
+PYTHON = [sys.executable]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--mixed_precision=no"]
+ACCELERATE += ["--num_machines=1", "--dynamo_backend=no"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(scope="session")
+def script():
+    """The script as a module, to call what is in it."""
+    spec = importlib.util.spec_from_file_location("train_dreambooth_lipschitz", ROOT / SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train(script, base_flags):
+    """Runs the script's `main` in this process; flags given later win."""
+
+    def call(*flags):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        script.main(script.parse_args([*base_flags, *map(str, flags)]))
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def base_flags(tiny_sd, photos):
+    return [
+        f"--pretrained_model_name_or_path={tiny_sd}",
+        f"--instance_data_dir={photos}",
+        "--instance_prompt=a photo of sks dog",
+        "--resolution=16",
+        "--train_batch_size=2",
+        f"--learning_rate={LEARNING_RATE}",
+        "--seed=7",
+    ]
+
+
+PRIOR = ["--with_prior_preservation", "--class_prompt=a photo of dog", "--num_class_images=3"]
+SIX_STEPS = ["--max_train_steps=6", "--lipschitz_weight=50"]
+
+
+@pytest.fixture(scope="session")
+def trained(alone, base_flags, tmp_path_factory):
+    """Output folder and stderr of the run that most claims below are about."""
+    output = tmp_path_factory.mktemp("trained") / "model"
+    flags = [*base_flags, *SIX_STEPS, f"--output_dir={output}", "--checkpointing_steps=2", "--validation_steps=3"]
+    flags += ["--validation_prompt=a photo of dog", "--num_validation_images=2"]
+    code, stderr = run(alone, ACCELERATE, flags)
+    assert code == 0, stderr
+    return output, stderr
+
+
+def weights(folder, name="unet"):
+    (file,) = Path(folder, name).glob("*.safetensors")
+    return load_file(file)
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def distance(a, b):
+    return math.sqrt(sum((a[name].double() - b[name].double()).square().sum().item() for name in a))
+
+
+def scalars(output):
+    """What tensorboard was given: {name: {step: value}}, and the steps of images."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(output / "logs" / "dreambooth"))
+    log.Reload()
+    values = {tag: {event.step: event.value for event in log.Scalars(tag)} for tag in log.Tags()["scalars"]}
+    return values, {event.step for tag in log.Tags()["images"] for event in log.Images(tag)}
+
+
+def checkpoints(output):
+    return sorted(path.name for path in Path(output).iterdir() if "checkpoint" in path.name)
+
+
+# What is written
+
+
+def test_saved_folder_loads_as_a_pipeline_and_draws(trained):
+    pipeline = DiffusionPipeline.from_pretrained(trained[0])
+    pipeline.set_progress_bar_config(disable=True)
+    assert isinstance(pipeline, StableDiffusionPipeline)
+    assert pipeline("a photo of sks dog", num_inference_steps=1).images[0].size == (16, 16)
+
+
+def test_saved_folder_holds_the_trained_unet_and_the_other_parts_of_the_base(trained, tiny_sd):
+    assert not same_bits(weights(trained[0]), weights(tiny_sd))
+    for part in ("vae", "text_encoder"):
+        assert same_bits(weights(trained[0], part), weights(tiny_sd, part))
+
+
+def test_saved_pipeline_holds_safetensors_only(trained):
+    files = [
+        path
+        for path in trained[0].rglob("*")
+        if path.is_file() and "checkpoint" not in str(path.relative_to(trained[0]))
+    ]
+    assert {path.suffix for path in files if path.stat().st_size > 100_000} == {".safetensors"}
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack")]
+
+
+def test_nothing_unfinished_is_left(trained):
+    assert not list(trained[0].glob("*tmp*"))
+
+
+def test_unet_of_a_checkpoint_loads_into_the_base(trained, tiny_sd):
+    unet = UNet2DConditionModel.from_pretrained(trained[0], subfolder="checkpoint-2/unet")
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sd, unet=unet)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline("a photo of sks dog", num_inference_steps=1)
+
+
+def test_model_card_tells_prompt_and_penalty(trained):
+    card = ModelCard.load(trained[0] / "README.md")
+    front = card.data.to_dict()
+    assert {"dreambooth", "lipschitz", "stable-diffusion"} <= set(front["tags"])
+    assert front["instance_prompt"] == "a photo of sks dog"
+    assert front["lipschitz_weight"] == 50 and front["lipschitz_mode"] == "coupled"
+    assert (trained[0] / "image_1.png").is_file() and "image_1.png" in card.text
+
+
+def test_model_card_names_a_base_from_the_hub(script, tmp_path):
+    args = script.parse_args(
+        ["--pretrained_model_name_or_path=some/model", "--instance_data_dir=x", "--instance_prompt=y"]
+    )
+    script.save_model_card(args, None, [], tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "some/model"
+
+
+def test_loss_is_logged_at_each_step_as_the_sum_of_its_parts(trained):
+    values, _ = scalars(trained[0])
+    assert list(values["loss"]) == [1, 2, 3, 4, 5, 6]
+    for step, loss in values["loss"].items():
+        parts = values["denoising_loss"][step] + values["lipschitz/penalty"][step]
+        assert loss == pytest.approx(parts, rel=1e-6)
+        assert values["lr"][step] == pytest.approx(LEARNING_RATE)
+
+
+def test_penalty_is_zero_at_the_base_and_grows_from_there(trained):
+    penalty = scalars(trained[0])[0]["lipschitz/penalty"]
+    assert penalty[1] == 0 and 0 < penalty[2] < penalty[6]
+
+
+def test_validation_logs_images_and_the_distance_from_the_base(trained, tiny_sd):
+    values, images = scalars(trained[0])
+    assert images == {3, 6}
+    assert list(values["lipschitz/drift"]) == [3, 6]
+    drift = distance(weights(trained[0]), weights(tiny_sd))
+    assert values["lipschitz/drift"][6] == pytest.approx(drift, rel=1e-4)
+
+
+def test_other_files_among_the_photos_are_named_once(trained):
+    assert trained[1].count("README.txt") == 1
+
+
+def test_wandb_gets_validation_images_at_their_steps(alone, base_flags, tmp_path):
+    flags = [*base_flags, "--max_train_steps=3", f"--output_dir={tmp_path / 'model'}", "--report_to=wandb"]
+    flags += ["--validation_prompt=a photo of dog", "--num_validation_images=1", "--validation_steps=2"]
+    code, stderr = run(alone, PYTHON, flags)
+    assert code == 0, stderr
+    (log,) = alone[0].glob("wandb/offline-run-*")
+    steps = {path.name.split("_")[1] for path in log.glob("files/media/images/validation_*.png")}
+    assert steps == {"2", "3"}
+    # wandb says so when it drops what comes with an earlier step.
+    assert "step" not in "".join(line for line in stderr.splitlines() if "wandb: WARNING" in line)
+    assert all(name in stderr for name in ("denoising_loss", "lipschitz/penalty", "lipschitz/drift"))
+
+
+# The method
+
+
+def test_weight_zero_is_plain_dreambooth_bit_for_bit(train, script, tiny_sd, photos, tmp_path, monkeypatch):
+    """Against a loop written out here with diffusers alone, in which no line knows of the penalty."""
+    monkeypatch.setattr(script, "LipschitzRegularizer", None)
+    train("--lipschitz_weight=0", "--max_train_steps=4", f"--output_dir={tmp_path}")
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    unet, vae = pipeline.unet, pipeline.vae
+    noise_scheduler = DDPMScheduler.from_pretrained(tiny_sd, subfolder="scheduler")
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
+    tokens = pipeline.tokenizer(
+        "a photo of sks dog", padding="max_length", max_length=pipeline.tokenizer.model_max_length, return_tensors="pt"
+    )
+    with torch.no_grad():
+        embeds = pipeline.text_encoder(tokens.input_ids)[0]
+    images = sorted(path for path in photos.iterdir() if path.suffix != ".txt")
+    dataset, sampler = script.DreamBoothDataset(images, [], 16, False), script.EpochSampler(5, seed=7)
+    torch.manual_seed(7)
+    step = 0
+    for sampler.epoch in range(2):
+        draws = list(sampler)
+        for batch in (draws[:2], draws[2:4], draws[4:]):
+            if step == 4:
+                break
+            step += 1
+            pixels = torch.stack([dataset[draw][0] for draw in batch])
+            latents = vae.encode(pixels).latent_dist.sample().detach() * vae.config.scaling_factor
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, 1000, (len(batch),))
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+            prediction = unet(noisy_latents, timesteps, embeds.repeat(len(batch), 1, 1)).sample
+            (prediction - noise).square().mean((1, 2, 3)).mean().backward()
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    assert same_bits(weights(tmp_path), unet.state_dict())
+
+
+def test_every_mode_keeps_the_model_closer_to_the_base(train, tiny_sd, tmp_path):
+    settings = {
+        "plain": ["--lipschitz_weight=0", "--adam_weight_decay=0"],
+        "coupled": ["--lipschitz_weight=3000"],
+        "proximal": ["--lipschitz_weight=3e5", "--lipschitz_mode=proximal"],
+        "sum": ["--lipschitz_weight=1", "--lipschitz_reduction=sum"],
+        "projected": ["--lipschitz_mode=projected", "--lipschitz_radius=0.1"],
+    }
+    drift = {}
+    for name, flags in settings.items():
+        train(*flags, "--max_train_steps=5", f"--output_dir={tmp_path / name}")
+        drift[name] = distance(weights(tmp_path / name), weights(tiny_sd))
+    assert all(drift[name] < 0.9 * drift["plain"] for name in settings if name != "plain"), drift
+    assert drift["projected"] <= 0.1 * (1 + 1e-5)
+
+
+def test_text_encoder_is_trained_and_penalized(train, tiny_sd, tmp_path):
+    for weight in (0, 3000):
+        train(
+            "--train_text_encoder",
+            f"--lipschitz_weight={weight}",
+            "--max_train_steps=4",
+            f"--output_dir={tmp_path / str(weight)}",
+        )
+    free, held = (
+        distance(weights(tmp_path / name, "text_encoder"), weights(tiny_sd, "text_encoder")) for name in ("0", "3000")
+    )
+    assert 0 < held < free
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weighs_each_sample_by_its_own_timestep(script, tiny_sd, prediction_type):
+    """Also with prior preservation: photos and class images are weighed apart. By hand, from the formula."""
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction_type)
+    args = script.parse_args(
+        ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x", "--snr_gamma=0.5"]
+    )
+    batch, embeds = torch.rand(3, 2, 3, 16, 16) * 2 - 1, torch.randn(2, 32, 16)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        losses = script.compute_loss(args, noise_scheduler, pipeline.vae, pipeline.unet, embeds, batch)
+
+        torch.manual_seed(1)
+        latents = pipeline.vae.encode(torch.cat([batch[:, 0], batch[:, 1]])).latent_dist.sample()
+        latents = latents * pipeline.vae.config.scaling_factor
+        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (6,))
+        alpha = noise_scheduler.alphas_cumprod[timesteps]
+        a, s = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
+        rows = torch.cat([embeds[:1]] * 3 + [embeds[1:]] * 3)
+        prediction = pipeline.unet(a * latents + s * noise, timesteps, rows).sample
+        target = noise if prediction_type == "epsilon" else a * noise - s * latents
+        snr = alpha / (1 - alpha)
+        weight = snr.clamp(max=0.5) / (snr if prediction_type == "epsilon" else snr + 1)
+        each = weight * (prediction - target).square().mean((1, 2, 3))
+    assert len(set(weight.tolist())) > 3
+    torch.testing.assert_close(losses[0], each[:3].mean())
+    torch.testing.assert_close(losses[1], each[3:].mean())
+
+
+# Photos and class images
+
+
+def test_crops_differ_from_epoch_to_epoch_and_repeat_with_the_seed(script, photos):
+    dataset = script.DreamBoothDataset([photos / "1.png"], [], 16, center_crop=False)
+    sampler = script.EpochSampler(1, seed=3)
+    epochs = []
+    for sampler.epoch in range(8):
+        epochs.append([dataset[draw] for draw in sampler][0])
+    assert len({epoch.numpy().tobytes() for epoch in epochs}) > 1
+    again = script.EpochSampler(1, seed=3)
+    again.epoch = 5
+    assert torch.equal(dataset[next(iter(again))], epochs[5])
+
+
+def test_images_come_upright_square_and_in_range(script, tmp_path):
+    pixels = np.zeros((30, 60, 3), np.uint8)
+    pixels[:, 30:] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    dataset = script.DreamBoothDataset([tmp_path / "turned.png"], [], 20, center_crop=True)
+    (image,) = dataset[0, 0]
+    assert image.shape == (3, 20, 20) and image.dtype == torch.float32
+    assert image[:, :, 0].eq(1).all() and image[:, :, -1].eq(-1).all()
+
+
+def test_only_missing_class_images_are_drawn(train, photos, tmp_path):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    shutil.copy(photos / "1.png", folder / "1-mine.png")
+    before = (folder / "1-mine.png").read_bytes()
+    train(*PRIOR, f"--class_data_dir={folder}", "--max_train_steps=1", f"--output_dir={tmp_path / 'a'}")
+    names = sorted(path.name.split("-")[0] for path in folder.iterdir())
+    assert names == ["0", "1", "2"] and (folder / "1-mine.png").read_bytes() == before
+    drawn = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    train(*PRIOR, f"--class_data_dir={folder}", "--max_train_steps=1", f"--output_dir={tmp_path / 'b'}")
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == drawn
+    assert set(scalars(tmp_path / "b")[0]) >= {"loss", "denoising_loss", "prior_loss"}
+
+
+# Precision and optimizers
+
+
+def test_base_saved_in_float16_is_trained_in_float32(train, tiny_sd, tmp_path):
+    half = tmp_path / "half"
+    StableDiffusionPipeline.from_pretrained(tiny_sd, dtype=torch.float16).save_pretrained(half)
+    for name in ("unet", "text_encoder"):
+        assert {tensor.dtype for tensor in weights(half, name).values() if tensor.is_floating_point()} == {
+            torch.float16
+        }
+    flags = [
+        "--train_text_encoder",
+        "--learning_rate=1e-7",
+        "--max_train_steps=1",
+        f"--output_dir={tmp_path / 'model'}",
+    ]
+    train(f"--pretrained_model_name_or_path={half}", *flags)
+    for name in ("unet", "text_encoder"):
+        after, before = weights(tmp_path / "model", name), weights(half, name)
+        assert {tensor.dtype for tensor in after.values() if tensor.is_floating_point()} == {torch.float32}
+        # Steps that float16 could not have held.
+        assert any(
+            (after[key] != before[key].float()).any() and torch.equal(after[key].half(), before[key]) for key in after
+        )
+
+
+def test_8bit_adam_bf16_and_gradient_checkpointing_train_together(train, tiny_sd, tmp_path):
+    flags = ["--use_8bit_adam", "--mixed_precision=bf16", "--gradient_checkpointing", "--train_text_encoder"]
+    flags += ["--offset_noise", "--snr_gamma=5", "--set_grads_to_none", "--lr_scheduler=cosine", "--lr_warmup_steps=1"]
+    flags += ["--validation_prompt=a dog", "--num_validation_images=1", "--validation_scheduler=DDPMScheduler"]
+    train(*flags, "--max_train_steps=3", "--checkpointing_steps=2", f"--output_dir={tmp_path}")
+    assert not same_bits(weights(tmp_path), weights(tiny_sd))
+    assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
+    state = torch.load(tmp_path / "checkpoint-2" / "optimizer.bin", weights_only=False)["state"]
+    assert "torch.uint8" in {str(tensor.dtype) for entry in state.values() for tensor in tensors_in(entry)}
+
+
+def tensors_in(entry):
+    for value in entry.values():
+        yield from tensors_in(value) if isinstance(value, dict) else [value] if torch.is_tensor(value) else []
+
+
+def test_gradient_checkpointing_changes_no_result(train, tmp_path):
+    for name, flags in {"with": ["--gradient_checkpointing"], "without": []}.items():
+        train("--train_text_encoder", *flags, "--max_train_steps=2", f"--output_dir={tmp_path / name}")
+    after, other = weights(tmp_path / "with"), weights(tmp_path / "without")
+    assert distance(after, other) < 1e-4 * distance(after, {key: torch.zeros(()) for key in after})
+
+
+# Checkpoints
+
+
+def test_resume_after_a_kill_is_bit_identical(alone, base_flags, trained, train, tmp_path):
+    """Killed while it writes a checkpoint. The run that was not killed wrote fewer, and drew validation images."""
+    process = start(alone, PYTHON, [*base_flags, *SIX_STEPS, f"--output_dir={tmp_path}", "--checkpointing_steps=1"])
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "checkpoint-3").is_dir() or not (tmp_path / "tmp-checkpoint" / "unet").is_dir():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (tmp_path / "tmp-checkpoint").is_dir()
+    assert not (tmp_path / "model_index.json").exists()
+    files = [sorted(str(file.relative_to(path)) for file in path.rglob("*")) for path in tmp_path.glob("checkpoint-*")]
+    whole = sorted(
+        str(file.relative_to(trained[0] / "checkpoint-2")) for file in (trained[0] / "checkpoint-2").rglob("*")
+    )
+    assert len(files) >= 3 and all(names == whole for names in files)
+
+    train(*SIX_STEPS, f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest", "--checkpointing_steps=1")
+    assert same_bits(weights(tmp_path), weights(trained[0]))
+    assert not list(tmp_path.glob("tmp-*"))
+
+
+def test_resume_is_bit_identical_in_the_middle_of_an_epoch(train, tmp_path):
+    """With all that has a state: text encoder, class images, random crops, accumulation and a schedule."""
+    flags = [
+        "--train_text_encoder",
+        *PRIOR,
+        f"--class_data_dir={tmp_path / 'class'}",
+        "--gradient_accumulation_steps=2",
+    ]
+    flags += ["--train_batch_size=1", "--lr_scheduler=linear", "--lr_warmup_steps=2", "--max_train_steps=5"]
+    train(*flags, f"--output_dir={tmp_path / 'whole'}", "--checkpointing_steps=2")
+    train(
+        *flags,
+        f"--output_dir={tmp_path / 'resumed'}",
+        f"--resume_from_checkpoint={tmp_path / 'whole' / 'checkpoint-2'}",
+        "--dataloader_num_workers=1",
+    )
+    for name in ("unet", "text_encoder"):
+        assert same_bits(weights(tmp_path / "resumed", name), weights(tmp_path / "whole", name))
+
+
+def test_resumed_run_is_anchored_to_the_base(train, trained, tiny_sd, tmp_path):
+    """Not to the checkpoint: a crushing penalty without learning brings the weights back to the base."""
+    shutil.copytree(trained[0] / "checkpoint-4", tmp_path / "checkpoint-4")
+    state = torch.load(tmp_path / "checkpoint-4" / "custom_checkpoint_0.pkl", weights_only=False)
+    torch.save({**state, "weight": 1e9, "mode": "proximal"}, tmp_path / "checkpoint-4" / "custom_checkpoint_0.pkl")
+    moved = distance(weights(tmp_path / "checkpoint-4"), weights(tiny_sd))
+    train("--max_train_steps=5", f"--output_dir={tmp_path}", "--resume_from_checkpoint=checkpoint-4")
+    assert distance(weights(tmp_path), weights(tiny_sd)) < 0.05 * moved
+
+
+def test_limit_keeps_the_newest_checkpoints_of_a_resumed_run(alone, base_flags, trained, tmp_path):
+    shutil.copytree(trained[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    shutil.copytree(trained[0] / "checkpoint-4", tmp_path / "checkpoint-4")
+    (tmp_path / "mine.txt").write_text("Mine.")
+    flags = [*base_flags, "--max_train_steps=8", f"--output_dir={tmp_path}", "--checkpointing_steps=2"]
+    flags += ["--resume_from_checkpoint=checkpoint-4", "--checkpoints_total_limit=2"]
+    code, stderr = run(alone, ACCELERATE, flags)
+    assert code == 0, stderr
+    assert checkpoints(tmp_path) == ["checkpoint-6", "checkpoint-8"]
+    assert (tmp_path / "mine.txt").read_text() == "Mine."
+
+
+def test_new_checkpoint_survives_older_ones_of_later_steps(train, trained, tmp_path):
+    shutil.copytree(trained[0] / "checkpoint-6", tmp_path / "checkpoint-6")
+    train("--max_train_steps=2", f"--output_dir={tmp_path}", "--checkpointing_steps=2", "--checkpoints_total_limit=1")
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+
+
+def test_latest_without_a_checkpoint_starts_afresh(train, capsys, tmp_path):
+    train("--max_train_steps=1", f"--output_dir={tmp_path / 'new'}", "--resume_from_checkpoint=latest")
+    assert "starts afresh" in capsys.readouterr().out
+    assert (tmp_path / "new" / "model_index.json").is_file()
+
+
+def test_epochs_decide_the_length_where_steps_are_not_given(train, tmp_path):
+    # Five photos in batches of two: three batches, and with accumulation over two of them two steps an epoch.
+    train(
+        "--num_train_epochs=3",
+        "--gradient_accumulation_steps=2",
+        "--checkpointing_steps=6",
+        f"--output_dir={tmp_path}",
+    )
+    assert list(scalars(tmp_path)[0]["loss"]) == [1, 2, 3, 4, 5, 6]
+    assert checkpoints(tmp_path) == ["checkpoint-6"]
+
+
+def test_two_processes_train_one_model_and_save_it_once(alone, base_flags, tiny_sd, tmp_path):
+    flags = [*base_flags, *PRIOR, f"--class_data_dir={tmp_path / 'class'}", f"--output_dir={tmp_path / 'model'}"]
+    flags += ["--train_batch_size=1", "--max_train_steps=3", "--checkpointing_steps=2", "--lipschitz_weight=50"]
+    code, stderr = run(alone, TORCHRUN, flags)
+    assert code == 0, stderr
+    assert not same_bits(weights(tmp_path / "model"), weights(tiny_sd))
+    assert len(list((tmp_path / "class").iterdir())) == 3
+    states = sorted(path.name for path in (tmp_path / "model" / "checkpoint-2").glob("random_states_*"))
+    assert states == ["random_states_0.pkl", "random_states_1.pkl"]
+    assert stderr.count("Saved the pipeline") == 1 and stderr.count("README.txt") == 1
+    assert list(scalars(tmp_path / "model")[0]["loss"]) == [1, 2, 3]
+
+
+# Bad input
+
+
+@pytest.fixture
+def world(tmp_path, tiny_sd, photos, trained):
+    """Things to go wrong with, under short names. `base` has an index and no weights: loading it fails."""
+    index = json.loads((tiny_sd / "model_index.json").read_text())
+    for name, kind in {"base": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}.items():
+        tmp_path.joinpath(name).mkdir()
+        tmp_path.joinpath(name, "model_index.json").write_text(json.dumps({**index, "_class_name": kind}))
+    tmp_path.joinpath("vit").mkdir()
+    tmp_path.joinpath("vit", "config.json").write_text("{}")
+    tmp_path.joinpath("empty").mkdir()
+    tmp_path.joinpath("strays").mkdir()
+    tmp_path.joinpath("strays", "notes.txt").write_text("No image.")
+    shutil.copytree(photos, tmp_path / "broken")
+    tmp_path.joinpath("broken", "1.png").write_bytes((photos / "1.png").read_bytes()[:90])
+    torn = tmp_path / "torn" / "checkpoint-4"
+    shutil.copytree(trained[0] / "checkpoint-4", torn)
+    (torn / "optimizer.bin").unlink()
+    shutil.copytree(trained[0] / "checkpoint-4", tmp_path / "checkpoint-4")
+    return tmp_path
+
+
+MISTAKES = {
+    "no photos folder": ("--instance_data_dir={world}/absent", "there is no folder"),
+    "empty photos folder": ("--instance_data_dir={world}/empty", "there is no image in"),
+    "no image among the photos": ("--instance_data_dir={world}/strays", "there is no image in"),
+    "broken photo": ("--instance_data_dir={world}/broken", "broken/1.png is broken"),
+    "negative weight": ("--lipschitz_weight=-1", "--lipschitz_weight: must be a finite number"),
+    "NaN weight": ("--lipschitz_weight=nan", "--lipschitz_weight: must be a finite number"),
+    "infinite weight": ("--lipschitz_weight=inf", "--lipschitz_weight: must be a finite number"),
+    "weight that is no number": ("--lipschitz_weight=much", "--lipschitz_weight: invalid float value"),
+    "negative radius": ("--lipschitz_mode=projected --lipschitz_radius=-1", "--lipschitz_radius: must be"),
+    "NaN radius": ("--lipschitz_mode=projected --lipschitz_radius=nan", "--lipschitz_radius: must be"),
+    "infinite radius": ("--lipschitz_mode=projected --lipschitz_radius=inf", "--lipschitz_radius: must be"),
+    "no radius": ("--lipschitz_mode=projected", "--lipschitz_radius"),
+    "radius in another mode": ("--lipschitz_radius=1", "--lipschitz_mode projected"),
+    "unknown mode": ("--lipschitz_mode=elastic", "--lipschitz_mode: invalid choice"),
+    "unknown reduction": ("--lipschitz_reduction=max", "--lipschitz_reduction: invalid choice"),
+    "unknown flag": ("--lipschitz_lambda=1", "--lipschitz_lambda"),
+    "steps of zero": ("--checkpointing_steps=0", "--checkpointing_steps: must be"),
+    "no class prompt": ("--with_prior_preservation --class_data_dir={world}/class", "--class_prompt"),
+    "no class folder": ("--with_prior_preservation --class_prompt=dog", "--class_data_dir"),
+    "broken class image": (
+        "--with_prior_preservation --class_prompt=dog --class_data_dir={world}/broken",
+        "--class_data_dir: {world}/broken/1.png is broken",
+    ),
+    "xformers on a CPU": ("--enable_xformers_memory_efficient_attention", "needs a CUDA GPU"),
+    "float16 on a CPU": ("--mixed_precision=fp16", "fp16"),
+    "unknown tracker": ("--report_to=paper", "paper"),
+    "token that wandb would log": ("--report_to=wandb --hub_token=x", "--hub_token"),
+    "base without an index": ("--pretrained_model_name_or_path={world}/vit", "is not a Stable Diffusion pipeline"),
+    "SDXL base": ("--pretrained_model_name_or_path={world}/sdxl", "is a StableDiffusionXLPipeline"),
+    "base that is nowhere": ("--pretrained_model_name_or_path=no/such-model", "is not a Stable Diffusion pipeline"),
+    "base without weights": ("", "cannot load {world}/base"),
+    "no checkpoint folder": ("--resume_from_checkpoint=checkpoint-9", "there is no folder"),
+    "checkpoint without a step": ("--resume_from_checkpoint={world}/empty", "is not named checkpoint-<step>"),
+    "incomplete checkpoint": (
+        "--resume_from_checkpoint={world}/torn/checkpoint-4",
+        "is incomplete, it lacks optimizer.bin",
+    ),
+    "checkpoint without the text encoder": (
+        "--resume_from_checkpoint={world}/checkpoint-4 --train_text_encoder",
+        "it lacks text_encoder/config.json",
+    ),
+    "checkpoint with the penalty, run without": (
+        "--resume_from_checkpoint={world}/checkpoint-4 --lipschitz_weight=0",
+        "trained with the penalty",
+    ),
+    "push without the Hub": ("--push_to_hub", "--push_to_hub: cannot create"),
+}
+
+
+def files_below(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def assert_one_clear_line(stderr, message):
+    (line,) = stderr.splitlines()
+    assert line.startswith(f"{SCRIPT}: error: ") and message in line
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_ends_in_one_line_before_anything_is_loaded_or_written(mistake, train, world, capsys):
+    flags, message = (text.format(world=world) for text in MISTAKES[mistake])
+    before = files_below(world)
+    with pytest.raises(SystemExit) as end:
+        train(f"--pretrained_model_name_or_path={world / 'base'}", f"--output_dir={world / 'new'}", *flags.split())
+    assert end.value.code == 2
+    assert_one_clear_line(
+        "".join(
+            line for line in capsys.readouterr().err.splitlines(True) if "ignored, as they are no images" not in line
+        ),
+        message,
+    )
+    assert files_below(world) == before
+
+
+def test_checkpoint_of_another_base_is_refused(train, world, tiny_sd, capsys):
+    other = world / "other"
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias[0] += 0.5
+    pipeline.save_pretrained(other)
+    before = files_below(world)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        train(
+            f"--pretrained_model_name_or_path={other}",
+            f"--output_dir={world / 'new'}",
+            f"--resume_from_checkpoint={world / 'checkpoint-4'}",
+        )
+    assert end.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert "another base model" in error[-1] and not [line for line in error[:-1] if "ignored" not in line]
+    assert files_below(world) == before
+
+
+def test_mistake_ends_a_process_with_code_2_and_no_traceback(alone, base_flags, tmp_path):
+    code, stderr = run(alone, PYTHON, [*base_flags, "--lipschitz_weight=nan", f"--output_dir={tmp_path / 'new'}"])
+    assert code == 2 and not (tmp_path / "new").exists()
+    assert "Traceback" not in stderr and "usage:" not in stderr
+    assert_one_clear_line("".join(line for line in stderr.splitlines(True) if SCRIPT in line), "--lipschitz_weight")
