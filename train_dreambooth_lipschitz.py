@@ -38,11 +38,11 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils import check_min_version, is_wandb_available, is_xformers_available
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from PIL import Image
 from PIL.ImageOps import exif_transpose
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -342,13 +342,23 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
 
 def check_base(args: argparse.Namespace) -> None:
     """Stops unless the base is a Stable Diffusion pipeline. Reads only its index, the first file to be downloaded."""
-    source = args.pretrained_model_name_or_path
+    source, index = args.pretrained_model_name_or_path, "model_index.json"
     try:
-        name = DiffusionPipeline.load_config(source, revision=args.revision).get("_class_name")
-    except (OSError, ValueError) as error:
-        stop(f"--pretrained_model_name_or_path: {source} is not a Stable Diffusion pipeline: {error}")
+        path = Path(source, index) if os.path.isdir(source) else hf_hub_download(source, index, revision=args.revision)
+        name = json.loads(Path(path).read_text())["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        stop(f"--pretrained_model_name_or_path: found no Stable Diffusion pipeline at {source}: {error}")
     if name != "StableDiffusionPipeline":
         stop(f"--pretrained_model_name_or_path: {source} is a {name}, not a StableDiffusionPipeline (1.x or 2.x)")
+
+
+def create_hub_repository(args: argparse.Namespace) -> str:
+    """Creates the repository to push to, if there is none, before hours go into training. Returns its full name."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    except Exception as error:  # no connection, no login, no right, no valid name: each of another kind
+        stop(f"--push_to_hub: cannot create {name} on the Hub: {error}")
 
 
 def load_pipeline(args: argparse.Namespace, **options) -> StableDiffusionPipeline:
@@ -364,15 +374,13 @@ def load_pipeline(args: argparse.Namespace, **options) -> StableDiffusionPipelin
     return pipeline
 
 
-def sample_class_images(args: argparse.Namespace, accelerator: Accelerator) -> list[Path]:
-    """Class images for prior preservation: those in the folder, and new ones for those that are missing."""
-    folder = Path(args.class_data_dir)
-    images = find_images("--class_data_dir", folder) if folder.exists() else []
-    missing = args.num_class_images - len(images)
-    accelerator.wait_for_everyone()
+def sample_class_images(args: argparse.Namespace, accelerator: Accelerator, images: list[Path]) -> list[Path]:
+    """As many class images as asked for: those in `class_data_dir`, and by the base those that are missing."""
+    folder, missing = Path(args.class_data_dir), args.num_class_images - len(images)
     if missing <= 0:
         return images[: args.num_class_images]
 
+    accelerator.wait_for_everyone()
     logger.info(f"Drawing {missing} class images.")
     taken = {path.name.split("-")[0] for path in images}
     indices = list(itertools.islice((i for i in itertools.count() if str(i) not in taken), missing))
@@ -711,22 +719,20 @@ def save_pipeline(
 
 
 def main(args: argparse.Namespace) -> None:
-    # Everything that can be wrong with the arguments is found before anything is written or loaded.
+    # What can be wrong with the arguments is found before anything is written or loaded.
     accelerator = build_accelerator(args)
+    checkpoint = find_checkpoint(args, accelerator)
     instance_images = find_images("--instance_data_dir", args.instance_data_dir)
     if not instance_images:
         stop(f"--instance_data_dir: there is no image in {args.instance_data_dir}")
-    checkpoint = find_checkpoint(args, accelerator)
+    class_images = []
+    if args.with_prior_preservation and os.path.exists(args.class_data_dir):
+        class_images = find_images("--class_data_dir", args.class_data_dir)
     check_base(args)
+    repo_id = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:
-        name = args.hub_model_id or Path(args.output_dir).resolve().name
-        try:
-            repo_id = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-        except (OSError, ValueError) as error:
-            stop(f"--push_to_hub: cannot create {name}: {error}")
-    class_images = sample_class_images(args, accelerator) if args.with_prior_preservation else []
+    if args.with_prior_preservation:
+        class_images = sample_class_images(args, accelerator, class_images)
 
     pipeline, noise_scheduler, trained = load_models(args)
     dataloader, sampler = build_dataloader(args, accelerator, instance_images, class_images)
@@ -761,7 +767,7 @@ def main(args: argparse.Namespace) -> None:
         )
         accelerator.register_for_checkpointing(lipschitz)
 
-    weight_dtype = PRECISIONS[accelerator.mixed_precision]
+    weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
     pipeline.vae.to(accelerator.device)
     if weight_dtype != torch.float32:
         pipeline.vae.to(weight_dtype)

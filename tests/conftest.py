@@ -1,4 +1,4 @@
-# Fixtures for the tests of the scripts: a tiny Stable Diffusion pipeline and a few photos, made from nothing in seconds.
+# Fixtures for the tests of the scripts: a tiny Stable Diffusion pipeline and a few photos, made in seconds by code.
 # Holds no tests. The weights are random and the images mean nothing: the tests are about how training behaves.
 import os
 
