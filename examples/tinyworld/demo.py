@@ -1,0 +1,162 @@
+"""Both halves of the promise in one picture and one table: the subject is learned, the rest of the model stays.
+
+    python examples/tinyworld/demo.py                                # one subject, a few minutes on two cores
+    python examples/tinyworld/demo.py --subjects all --seeds 0 1     # the figures of the README
+
+Trains the tiny model with `train_dreambooth_lipschitz.py` and measures it; how it trains is that script's business.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from examine import BASE, NEW_SCENES, Examiner, generate, load, other_things, subject_prompt
+from tqdm.auto import tqdm
+from world import SUBJECTS, Look, caption_of, subject_photos
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE.parents[1] / "train_dreambooth_lipschitz.py"
+BASE_NAME = "base, untrained"
+
+# The settings that the README recommends for the tiny model; everything not named differs in nothing between methods.
+COMMON = ["--resolution=64", "--train_batch_size=4", "--learning_rate=2e-4", "--max_train_steps=250"]
+METHODS = {
+    "DreamBooth": ["--lipschitz_weight=0"],
+    "prior preservation": ["--lipschitz_weight=0", "--with_prior_preservation", "--num_class_images=64"],
+    "with the penalty": ["--lipschitz_weight=1000"],
+}
+
+
+def train(subject: str, method: str, seed: int, folder: Path) -> float:
+    """Personalizes the base by running the script as users do; returns the seconds that it took, start included."""
+    photos = folder / "photos"
+    photos.mkdir(parents=True, exist_ok=True)
+    for i, photo in enumerate(subject_photos(subject)):
+        photo.save(photos / f"{i}.png")
+    kind = SUBJECTS[subject].kind
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", str(SCRIPT)]
+    command += [f"--pretrained_model_name_or_path={BASE}", f"--instance_data_dir={photos}", f"--seed={seed}"]
+    command += [f"--instance_prompt={subject_prompt(SUBJECTS[subject], '')}", f"--output_dir={folder / method}"]
+    command += [f"--class_prompt=a photo of a {kind}", f"--class_data_dir={folder / 'class pictures'}"]
+    started = time.time()
+    log = folder / f"{method}.log"
+    with log.open("w") as file:
+        code = subprocess.run([*command, *COMMON, *METHODS[method]], stdout=file, stderr=subprocess.STDOUT).returncode
+    if code != 0:
+        sys.exit(f"The training of {subject!r} by {method!r} failed; the reason is at the end of {log}.")
+    return time.time() - started
+
+
+def save_picture(subject: str, seed: int, models: dict[str, Path], path: Path) -> None:
+    """Rows: the photos, the base and each model; columns: the subject in four scenes and three other things."""
+    look = SUBJECTS[subject]
+    another = Look(look.kind, "blue" if look.colour != "blue" else "red", "dotted", "white", "none")
+    strangers = [other for other in other_things(48) if other[0].kind != look.kind][:2]
+    prompts = [subject_prompt(look, scene) for scene in NEW_SCENES[:4]]
+    prompts += [caption_of(*other) for other in [(another, "in the sky"), *strangers]]
+    rows = {"the photos": subject_photos(subject)}
+    for name, folder in models.items():
+        rows[name] = generate(load(folder), prompts, [1000 * seed + 900 + i for i in range(len(prompts))])
+    figure, axes = plt.subplots(len(rows), len(prompts), figsize=(1.75 * len(prompts), 1.9 * len(rows)), squeeze=False)
+    for line, (name, pictures) in zip(axes, rows.items()):
+        for column, axis in enumerate(line):
+            axis.set_axis_off()
+            if column < len(pictures):
+                axis.imshow(pictures[column], interpolation="lanczos")
+            if name == BASE_NAME:
+                axis.set_title(prompts[column].removeprefix("a photo of ").replace(" in ", "\nin ", 1), fontsize=8)
+        line[0].text(-0.08, 0.5, name, rotation=90, ha="right", va="center", transform=line[0].transAxes, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+COLUMNS = {
+    "fidelity": "subject fidelity",
+    "subject scene": "its scene right",
+    "other scene": "others: scene",
+    "other class": "others: class",
+    "other colour": "others: colour",
+    "other pattern": "others: pattern",
+    "drift": "drift",
+    "seconds": "seconds",
+}
+
+
+def print_table(results: list[dict]) -> None:
+    """Mean over the results of each method, and where there are several the standard deviation between them."""
+    print(f"\n{'':20s}" + "".join(f"{title:>17s}" for title in COLUMNS.values()))
+    for method in dict.fromkeys(result["method"] for result in results):
+        cells = ""
+        for name in COLUMNS:
+            scale = 1 if name in ("drift", "seconds") else 100
+            values = [scale * result[name] for result in results if result["method"] == method]
+            spread = f" ± {np.std(values):.1f}" if len(values) > 1 else ""
+            cells += f"{f'{np.mean(values):.1f}{spread}':>17s}"
+        print(f"{method:20s}{cells}")
+    print(
+        "\nsubject fidelity: % of the subject's five traits that the judge reads in pictures of it in new scenes."
+        "\nits scene right: % of those pictures in which the scene is the one asked for."
+        "\nothers: % of pictures of other things in which scene, class, colour, pattern are those asked for."
+        "\ndrift: how far pictures of other things are from the base's with the same seeds (RMS grey levels, 0 to 255)."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train with and without the penalty; draw and measure the difference."
+    )
+    parser.add_argument("--subjects", nargs="+", default=["mug"], choices=[*SUBJECTS, "all"], metavar="NAME")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], help="Seeds of the trainings and of the pictures."
+    )
+    parser.add_argument("--others", type=int, default=32, help="How many prompts that do not name the subject.")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("demo"), help="Folder of the picture and results.jsonl."
+    )
+    args = parser.parse_args()
+    subjects = list(SUBJECTS) if "all" in args.subjects else args.subjects
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / "results.jsonl"
+    results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(result["subject"], result["seed"], result["method"]) for result in results}
+    bar = tqdm(total=len(subjects) * len(args.seeds) * (1 + len(METHODS)), desc="models")
+    for seed in args.seeds:
+        examiner = Examiner(args.others, per_scene=4, seed=seed)
+        for subject in subjects:
+            folder = args.output_dir / f"{subject}-{seed}"
+            models = {name: folder / name for name in METHODS}
+            if {(subject, seed, name) for name in (BASE_NAME, *METHODS)} <= done:
+                bar.update(1 + len(METHODS))
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+            for name in (BASE_NAME, *METHODS):
+                seconds = 0.0 if name == BASE_NAME else train(subject, name, seed, folder)
+                measured = examiner.examine(load(models.get(name, BASE)), subject)
+                bar.update()
+                if (subject, seed, name) not in done:
+                    results.append({"subject": subject, "seed": seed, "method": name, **measured, "seconds": seconds})
+                    with path.open("a") as file:
+                        print(json.dumps(results[-1]), file=file)
+            picture = args.output_dir / f"{subject}-{seed}.png"
+            save_picture(subject, seed, {BASE_NAME: BASE, **models}, picture)
+            shutil.rmtree(folder)
+            bar.write(f"the picture: {picture}")
+    bar.close()
+    wanted = [r for r in results if r["subject"] in subjects and r["seed"] in args.seeds]
+    print_table(wanted)
+
+
+if __name__ == "__main__":
+    main()

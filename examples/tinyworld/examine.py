@@ -1,0 +1,112 @@
+"""Measures a pipeline of the drawn world against the truth: what its pictures show, and what they were asked to show.
+
+    python examples/tinyworld/examine.py    # the base: 400 prompts, 25 DDIM steps, guidance 4
+
+The training and the pictures for people are in `demo.py`.
+"""
+
+import argparse
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from judge import SUBJECT_TRAITS, Judge, traits_of
+from PIL import Image
+from tqdm.auto import tqdm
+from world import CLASSES, COLOURS, PATTERNS, SCENES, SUBJECT_SCENES, SUBJECTS, Look, caption_of
+
+
+BASE = Path(__file__).resolve().parent / "sd"
+NAMED_TRAITS = ("scene", "class", "colour", "pattern")  # what prompts can ask for
+NEW_SCENES = [scene for scene in SCENES if scene not in SUBJECT_SCENES]
+
+
+def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+    """One picture a prompt, 25 DDIM steps, guidance 4; the same seed starts from the same noise in every model."""
+    pictures = []
+    for start in tqdm(range(0, len(prompts), 20), desc="generating", leave=False):
+        part = slice(start, start + 20)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        pictures += pipeline(prompts[part], num_inference_steps=25, guidance_scale=4.0, generator=generators).images
+    return pictures
+
+
+def load(folder: Path) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.unet.to(memory_format=torch.channels_last)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def other_things(count: int) -> list[tuple[Look, str]]:
+    """Things that are no subject, evenly over classes, colours, patterns and scenes; the same ones at every call."""
+    rng = Random("other things")
+    axes = [
+        rng.sample(list(values) * (count // len(values) + 1), count) for values in (CLASSES, COLOURS, PATTERNS, SCENES)
+    ]
+    return [(Look(kind, colour, pattern, "white", "none"), scene) for kind, colour, pattern, scene in zip(*axes)]
+
+
+def share_right(read: list[dict], truths: list[dict], traits: tuple[str, ...]) -> float:
+    """The share of the traits that the judge reads as the truth has them."""
+    right = [r[name] == truth[name] for r, truth in zip(read, truths) for name in traits if name in truth]
+    return float(np.mean(right))
+
+
+def subject_prompt(look: Look, scene: str) -> str:
+    return f"a photo of a sks {look.kind} {scene}".strip()
+
+
+class Examiner:
+    """Measures a model against the truth, and against the pictures that the base makes from the same seeds.
+
+    Args:
+        others (`int`): How many prompts that do not name a subject.
+        per_scene (`int`): How many pictures of the subject in each scene that its photos do not show.
+        seed (`int`): Shifts the seeds of all pictures.
+    """
+
+    def __init__(self, others: int, per_scene: int, seed: int):
+        self.judge, self.seed, self.per_scene = Judge.from_pretrained(), seed, per_scene
+        self.others = other_things(others)
+        self.base = None
+
+    def examine(self, pipeline: StableDiffusionPipeline, subject: str) -> dict[str, float]:
+        """Shares (0 to 1), and drift: the root mean square difference from the base's pictures (0 to 255)."""
+        first = 1000 * self.seed
+        prompts = [caption_of(look, scene) for look, scene in self.others]
+        pictures = generate(pipeline, prompts, [first + i for i in range(len(prompts))])
+        if self.base is None:
+            self.base = pictures
+        read, truths = self.judge.read(pictures), [traits_of(*other) for other in self.others]
+        pixels, base_pixels = (np.stack([np.asarray(p, float) for p in many]) for many in (pictures, self.base))
+        look = SUBJECTS[subject]
+        scenes = [scene for scene in NEW_SCENES for _ in range(self.per_scene)]
+        prompts = [subject_prompt(look, scene) for scene in scenes]
+        mine = generate(pipeline, prompts, [first + 500 + i for i in range(len(scenes))])
+        mine_read, mine_truths = self.judge.read(mine), [traits_of(look, scene) for scene in scenes]
+        return {
+            "fidelity": share_right(mine_read, mine_truths, SUBJECT_TRAITS),
+            "subject scene": share_right(mine_read, mine_truths, ("scene",)),
+            **{f"other {name}": share_right(read, truths, (name,)) for name in NAMED_TRAITS},
+            "drift": float(np.sqrt(((pixels - base_pixels) ** 2).mean(axis=(1, 2, 3))).mean()),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Read the pictures that a pipeline of the drawn world makes.")
+    parser.add_argument("--model", type=Path, default=BASE, help="Folder of the pipeline.")
+    parser.add_argument("--prompts", type=int, default=400)
+    args = parser.parse_args()
+    others = other_things(args.prompts)
+    pictures = generate(load(args.model), [caption_of(*other) for other in others], list(range(args.prompts)))
+    read, truths = Judge.from_pretrained().read(pictures), [traits_of(*other) for other in others]
+    for name in NAMED_TRAITS:
+        print(f"{name:12s}{100 * share_right(read, truths, (name,)):6.1f}%")
+
+
+if __name__ == "__main__":
+    main()
