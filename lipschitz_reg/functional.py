@@ -128,7 +128,7 @@ def project_(parameters: Sequence[Tensor], anchors: Sequence[Tensor], radius: fl
 def squared_distances(parameters: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[Tensor]:
     """``||theta_i - anchor_i||^2`` of each tensor: no dimensions, float32 or wider, on the parameter's device."""
     return [
-        torch.stack([torch.linalg.vector_norm(_difference(p, a)) for p, a in _pieces(parameter, anchor)]).square().sum()
+        torch.stack([_difference(piece, other).square_().sum() for piece, other in _pieces(parameter, anchor)]).sum()
         for parameter, anchor in zip(parameters, anchors, strict=True)
     ]
 

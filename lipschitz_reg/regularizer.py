@@ -122,8 +122,10 @@ class LipschitzRegularizer:
                 stacklevel=2,
             )
         if not self._squared_norms:
-            norms = [torch.linalg.vector_norm(a, dtype=torch.float64).square() for a in self._anchors.values()]
-            self._squared_norms = dict(zip(self._anchors, _to_floats(norms), strict=True))
+            anchored = list(self._anchors.values())
+            origins = [torch.zeros((), device=anchor.device).expand_as(anchor) for anchor in anchored]
+            squared_norms = squared_distances(anchored, origins)
+            self._squared_norms = dict(zip(self._anchors, _to_floats(squared_norms), strict=True))
         norm = math.sqrt(sum(self._squared_norms[parameter] for parameter in parameters))
         penalty = sum(c * square for c, square in zip(coefficients, squares, strict=True))
         return {

@@ -1,0 +1,250 @@
+# The fast in-place arithmetic of lipschitz_reg.functional against autograd and the readable references, in float64.
+# Optimizers and hooks are in test_regularizer.py.
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lipschitz_reg import functional
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def make_tensors(dtype, anchor_dtype=None, distance=0.1):
+    """Gradients, parameters and anchors of many shapes and layouts; one tensor is longer than a piece."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def layouts():
+        return [
+            randn(7, 5),
+            randn(functional._CPU_BLOCK + 3),
+            randn(5, 7).t(),
+            randn(4, 6)[:, ::2],
+            randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+            randn(2, 2, 3, 4, 5).to(memory_format=torch.channels_last_3d),
+            randn(()),
+            randn(1),
+            randn(0, 3),
+        ]
+
+    # Rounded to the narrower dtype first, so that anchors of either dtype are the same numbers.
+    anchors = [anchor.to(anchor_dtype or dtype) for anchor in layouts()]
+    parameters = [(anchor.float() + distance * shift).to(dtype) for anchor, shift in zip(anchors, layouts())]
+    gradients = [gradient.to(dtype) for gradient in layouts()]
+    return gradients, parameters, anchors
+
+
+def double(tensors):
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+def autograd(parameters, anchors, coefficients):
+    """The gradient of the penalty by autograd, in float64."""
+    parameters = double(parameters)
+    return torch.autograd.grad(functional.penalty(parameters, double(anchors), coefficients), parameters)
+
+
+def assert_rounded(actual, expected, ulps=2):
+    """Equal up to a few roundings in the dtype of `actual`, relative to the largest number of the tensor."""
+    for a, e in zip(actual, expected, strict=True):
+        scale = e.abs().max().item() if e.numel() else 0.0
+        torch.testing.assert_close(a.double(), e, rtol=0, atol=ulps * torch.finfo(a.dtype).eps * max(scale, 1e-30))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_penalty_gradient_equals_autograd(dtype):
+    gradients, parameters, anchors = make_tensors(dtype)
+    coefficients = [0.1 * (i + 1) for i in range(len(parameters))]
+    expected = [g.double() + d for g, d in zip(gradients, autograd(parameters, anchors, coefficients))]
+    functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients)
+    assert_rounded(gradients, expected)
+
+
+@pytest.mark.parametrize("anchor_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("step", ["gradient", "proximal", "projected"])
+def test_anchor_in_fewer_bytes_gives_the_same_bits(anchor_dtype, step):
+    results = []
+    for widen in (False, True):
+        gradients, parameters, anchors = make_tensors(torch.float32, anchor_dtype)
+        anchors = [anchor.float() for anchor in anchors] if widen else anchors
+        if step == "gradient":
+            functional.add_penalty_gradient_(gradients, parameters, anchors, [0.3] * len(parameters))
+        elif step == "proximal":
+            functional.proximal_step_(parameters, anchors, [0.3] * len(parameters))
+        else:
+            functional.project_(parameters, anchors, 1.0)
+        results.append(gradients + parameters)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_penalty_gradient_keeps_its_digits_near_the_anchor(dtype):
+    anchor = torch.linspace(1, 1.5, 1000).to(dtype)
+    parameter = anchor + torch.finfo(dtype).eps  # a single unit in the last place away
+    gradient = torch.zeros(1000, dtype=dtype)
+    functional.add_penalty_gradient_([gradient], [parameter], [anchor], [1000.0])
+    (expected,) = autograd([parameter], [anchor], [1000.0])
+    torch.testing.assert_close(gradient.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_at_the_anchor_nothing_changes_a_bit(dtype):
+    gradients, parameters, _ = make_tensors(dtype)
+    anchors = [parameter.clone() for parameter in parameters]
+    before = [tensor.clone() for tensor in gradients + parameters]
+    functional.add_penalty_gradient_(gradients, parameters, anchors, [500.0] * len(parameters))
+    functional.proximal_step_(parameters, anchors, [500.0] * len(parameters))
+    functional.project_(parameters, anchors, 1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(gradients + parameters, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("coefficient", [1e-4, 0.3, 20.0, 1e9])
+def test_proximal_step_equals_reference(dtype, coefficient):
+    _, parameters, anchors = make_tensors(dtype)
+    coefficients = [coefficient] * len(parameters)
+    expected = functional.proximal_step(double(parameters), double(anchors), coefficients)
+    functional.proximal_step_(parameters, anchors, coefficients)
+    assert_rounded(parameters, expected)
+
+
+def test_proximal_step_minimizes_its_objective():
+    _, parameters, anchors = make_tensors(torch.float64)
+    points = double(functional.proximal_step(parameters, anchors, [0.7] * len(parameters)))
+    distances = functional.penalty(points, parameters, [0.5] * len(points))
+    objective = distances + functional.penalty(points, anchors, [0.7] * len(points))
+    for slope in torch.autograd.grad(objective, points):
+        torch.testing.assert_close(slope, torch.zeros_like(slope), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_projection_equals_reference(dtype):
+    _, parameters, anchors = make_tensors(dtype)
+    expected = functional.project(double(parameters), double(anchors), 3.0)
+    functional.project_(parameters, anchors, 3.0)
+    assert_rounded(parameters, expected)
+
+
+def test_projection_ends_on_the_ball_around_all_anchors_together():
+    _, parameters, anchors = make_tensors(torch.float32)
+    functional.project_(parameters, anchors, 3.0)
+    distance = functional.penalty(double(parameters), double(anchors), [1.0] * len(parameters)).sqrt().item()
+    assert distance == pytest.approx(3.0, rel=1e-5)
+
+
+def test_projection_leaves_what_is_inside_the_ball():
+    _, parameters, anchors = make_tensors(torch.float32)
+    before = [parameter.clone() for parameter in parameters]
+    functional.project_(parameters, anchors, 1e6)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_squared_distances_equal_float64(dtype):
+    _, parameters, anchors = make_tensors(dtype)
+    actual = functional.squared_distances(parameters, anchors)
+    expected = [functional.penalty([p], [a], [1.0]) for p, a in zip(double(parameters), double(anchors))]
+    for a, e in zip(actual, expected, strict=True):
+        assert a.item() == pytest.approx(e.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["no dimensions", "an element each", "a row each"])
+def test_coefficients_may_be_tensors(dtype, kind):
+    gradients, parameters, anchors = make_tensors(dtype)
+    generator = torch.Generator().manual_seed(1)
+    shapes = {
+        "no dimensions": lambda p: (),
+        "an element each": lambda p: p.shape,
+        "a row each": lambda p: p.shape[:1] + (1,) * (p.dim() - 1),
+    }
+    coefficients = [torch.rand(shapes[kind](p), generator=generator, dtype=torch.float64) for p in parameters]
+    expected = [g.double() + d for g, d in zip(gradients, autograd(parameters, anchors, coefficients))]
+    functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients)
+    assert_rounded(gradients, expected)
+    expected = functional.proximal_step(double(parameters), double(anchors), coefficients)
+    functional.proximal_step_(parameters, anchors, coefficients)
+    assert_rounded(parameters, expected)
+
+
+def test_float16_gradient_saturates_and_passes_overflow_on():
+    gradient = torch.tensor([60000.0, -60000.0, 1.0, float("inf"), float("-inf")], dtype=torch.float16)
+    parameter = torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0], dtype=torch.float16)
+    functional.add_penalty_gradient_([gradient], [parameter], [torch.zeros_like(parameter)], [10000.0])
+    assert gradient.tolist() == [65504.0, -65504.0, 20000.0, float("inf"), float("-inf")]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest memory block that any operation allocates."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("anchor_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_temporaries_are_no_larger_than_a_piece(dtype, anchor_dtype):
+    parameters = [torch.randn(4 * functional._CPU_BLOCK).to(dtype), torch.randn(8, 8).to(dtype)]
+    anchors = [torch.zeros_like(parameter, dtype=anchor_dtype) for parameter in parameters]
+    gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    with LargestTensor(parameters + anchors + gradients) as largest:
+        functional.add_penalty_gradient_(gradients, parameters, anchors, [0.1, 0.1])
+        functional.proximal_step_(parameters, anchors, [0.1, 0.1])
+        functional.project_(parameters, anchors, 1.0)
+    assert 0 < largest.bytes <= 4 * functional._CPU_BLOCK
+
+
+@pytest.mark.parametrize(
+    "reduction, factors", [("sum", [1, 1, 1]), ("tensor_mean", [1 / 2, 1 / 6, 1]), ("mean", [1 / 8, 1 / 8, 1 / 8])]
+)
+def test_reductions_are_means_over_what_they_say(reduction, factors):
+    assert functional.reduction_factors([2, 6, 0], reduction) == factors
+
+
+def test_unknown_reduction_is_refused():
+    with pytest.raises(ValueError, match="sum, tensor_mean, mean, not 'average'"):
+        functional.reduction_factors([1], "average")
+
+
+@pytest.mark.parametrize(
+    "dtype, anchor_dtype",
+    [(torch.float32, torch.float32), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16)],
+)
+def test_compiled_kernel_equals_uncompiled_code(dtype, anchor_dtype):
+    compiled = functional._fused_add_piece(torch.device("cpu"))
+    assert compiled is not functional._add_piece
+    for size, factor in ((1, 0.3), (5, 0.4), (1000, torch.tensor(0.5)), (1001, 0.6)):
+        generator = torch.Generator().manual_seed(size)
+        gradient, parameter, anchor = (torch.randn(size, generator=generator).to(dtype) for _ in range(3))
+        expected = gradient.clone()
+        functional._add_piece(expected, parameter, anchor.to(anchor_dtype), factor)
+        compiled(gradient, parameter, anchor.to(anchor_dtype), factor)
+        assert_rounded([gradient], [expected.double()], ulps=1)
+
+
+def test_without_a_compiler_the_uncompiled_code_is_used(tmp_path):
+    code = (
+        "import torch, warnings; from lipschitz_reg import functional\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    assert functional._fused_add_piece(torch.device('cpu')) is functional._add_piece\n"
+        "assert 'torch.compile failed' in str(caught[-1].message), caught\n"
+    )
+    environment = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

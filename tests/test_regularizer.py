@@ -1,0 +1,637 @@
+# LipschitzRegularizer on real optimizers, against the same optimizer fed with the penalty by autograd in float64.
+# The arithmetic itself is in test_functional.py, the anchors in test_anchors.py.
+import copy
+import math
+import pickle
+import warnings
+
+import bitsandbytes
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+
+from lipschitz_reg import LipschitzRegularizer, functional
+
+
+LR = 1e-2
+EPS = 1e-4  # Adam's default is 0 in float16
+WEIGHT = 200.0
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, weight_decay=0.01),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=LR, eps=EPS, foreach=False),
+    "Adam foreach": lambda p: torch.optim.Adam(p, lr=LR, eps=EPS, foreach=True),
+    "Adam fused": lambda p: torch.optim.Adam(p, lr=LR, eps=EPS, fused=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=LR, eps=EPS, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=LR, eps=EPS, fused=True),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=LR),
+    "AdamW8bit": lambda p: bitsandbytes.optim.AdamW8bit(p, lr=LR),
+}
+REDUCTIONS = ["sum", "tensor_mean", "mean"]
+MODES = ["coupled", "proximal", "projected"]
+
+
+class Net(nn.Module):
+    """Tied, frozen, unused, empty, channels_last, transposed and 0-dim parameters, and one of more than 4096 elements:
+    in smaller ones bitsandbytes keeps 32 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1).to(memory_format=torch.channels_last)
+        self.wide = nn.Linear(8, 640)
+        self.tied = nn.Linear(8, 640, bias=False)
+        self.tied.weight = self.wide.weight
+        self.transposed = nn.Parameter(torch.randn(4, 640).t() / 25)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+        self.unused = nn.Parameter(torch.randn(5))
+        self.frozen = nn.Parameter(torch.randn(4), requires_grad=False)
+
+    def forward(self, x):
+        x = self.conv(x).mean((2, 3))
+        return ((self.wide(x) + self.tied(x)) @ self.transposed + self.frozen) * self.scale
+
+
+def make_net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def backward(net, seed, scaler=None):
+    """The gradients of a loss on a batch that the seed determines."""
+    batch = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed)).to(net.scale.dtype)
+    loss = net(batch).square().mean()
+    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+def train(net, optimizer, steps=4, first=0, before_step=lambda: None):
+    for seed in range(first, first + steps):
+        optimizer.zero_grad()
+        backward(net, seed)
+        before_step()
+        optimizer.step()
+    return net
+
+
+def make_scheduler(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+
+
+class Reference:
+    """What the penalty does, in float64 and by hand around the step of a plain optimizer."""
+
+    def __init__(self, optimizer, weight=WEIGHT, reduction="tensor_mean", mode="coupled", radius=None):
+    """What the penalty does, by hand in float64 around the steps of a plain optimizer."""
+        self.anchors = {p: p.detach().double() for group in optimizer.param_groups for p in group["params"]}
+
+    def rows(self, moved_only):
+        groups = [g for g in self.optimizer.param_groups if g.get("lipschitz_weight", self.weight) > 0]
+        parameters = [(p, g) for g in groups for p in g["params"]]
+        factors = functional.reduction_factors([p.numel() for p, _ in parameters], self.reduction)
+        rows = [(p, g.get("lipschitz_weight", self.weight) * f, g["lr"]) for (p, g), f in zip(parameters, factors)]
+        return [row for row in rows if not moved_only or row[0].grad is not None]
+
+    def before_step(self):
+        if self.mode != "coupled":
+            return
+        parameters, coefficients, _ = zip(*self.rows(moved_only=True))
+        points = [p.detach().double().requires_grad_() for p in parameters]
+        penalty = functional.penalty(points, [self.anchors[p] for p in parameters], coefficients)
+        for p, gradient in zip(parameters, torch.autograd.grad(penalty, points)):
+            p.grad.copy_(p.grad.double() + gradient)
+
+    @torch.no_grad()
+    def after_step(self):
+        if self.mode == "coupled":
+            return
+        parameters, coefficients, rates = zip(*self.rows(moved_only=self.mode == "proximal"))
+        points, anchors = [p.double() for p in parameters], [self.anchors[p] for p in parameters]
+        if self.mode == "proximal":
+            steps = [lr * c for lr, c in zip(rates, coefficients)]
+            results = functional.proximal_step(points, anchors, steps)
+        else:
+            results = functional.project(points, anchors, self.radius)
+        for p, result in zip(parameters, results):
+            p.copy_(result)
+
+    def train(self, net, steps=4, first=0):
+        for seed in range(first, first + steps):
+            self.optimizer.zero_grad()
+            backward(net, seed)
+            self.before_step()
+            self.optimizer.step()
+            self.after_step()
+        return net
+
+
+def distance(net, other):
+    pairs = zip(net.parameters(), other.parameters(), strict=True)
+    return math.sqrt(sum((p.detach().double() - q.detach().double()).square().sum().item() for p, q in pairs))
+
+
+def assert_same_training(net, reference):
+    """Equal up to roundings of float32: they are this small beside what the penalty does in a few steps."""
+    assert distance(net, reference) < 1e-5
+
+
+def assert_identical(net, other):
+    assert all(p.isfinite().all() for p in net.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_equals_autograd(name, dtype, mode):
+    net, reference = make_net(dtype), make_net(dtype)
+    options = {"weight": WEIGHT, "mode": mode, "radius": 0.05}
+    optimizer = OPTIMIZERS[name](net.parameters())
+    LipschitzRegularizer(optimizer, **options)
+    train(net, optimizer)
+    Reference(OPTIMIZERS[name](reference.parameters()), **options).train(reference)
+    plain = make_net(dtype)
+    train(plain, OPTIMIZERS[name](plain.parameters()))
+    effect = distance(plain, reference)
+    assert effect > 0.01
+    assert distance(net, reference) <= (1e-4 if dtype == torch.float32 else 1e-2) * effect
+
+
+@pytest.mark.parametrize("mode", ["coupled", "proximal"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reductions_equal_autograd(reduction, mode):
+    net, reference = make_net(), make_net()
+    optimizer = OPTIMIZERS["SGD"](net.parameters())
+    LipschitzRegularizer(optimizer, weight=0.5, reduction=reduction, mode=mode)
+    train(net, optimizer)
+    Reference(OPTIMIZERS["SGD"](reference.parameters()), 0.5, reduction, mode).train(reference)
+    assert_same_training(net, reference)
+
+
+def two_groups(net):
+    first = {"params": [net.conv.weight, net.conv.bias], "lr": LR / 2, "lipschitz_weight": 3.0}
+    rest = [p for p in net.parameters() if all(p is not q for q in first["params"])]
+    return [first, {"params": rest[:2], "lipschitz_weight": 0.0}, {"params": rest[2:]}]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_groups_have_their_own_weight_and_rate(mode):
+    net, reference = make_net(), make_net()
+    options = {"weight": WEIGHT, "mode": mode, "radius": 0.05}
+    optimizer = OPTIMIZERS["SGD"](two_groups(net))
+    LipschitzRegularizer(optimizer, **options)
+    train(net, optimizer)
+    Reference(OPTIMIZERS["SGD"](two_groups(reference)), **options).train(reference)
+    assert_same_training(net, reference)
+
+
+@pytest.mark.parametrize("mode", ["coupled", "proximal"])
+def test_weights_and_rates_are_read_at_each_step(mode):
+    nets, trained = [make_net(), make_net()], []
+    for net, use_reference in zip(nets, (False, True)):
+        optimizer = OPTIMIZERS["SGD"](two_groups(net))
+        scheduler = make_scheduler(optimizer)
+        if use_reference:
+            runner = Reference(optimizer, WEIGHT, mode=mode)
+        else:
+            LipschitzRegularizer(optimizer, weight=WEIGHT, mode=mode)
+        for step in range(4):
+            optimizer.param_groups[0]["lipschitz_weight"] = float(step)  # 0 at first
+            runner.train(net, 1, step) if use_reference else train(net, optimizer, 1, step)
+            scheduler.step()
+        trained.append(net)
+    assert_same_training(*trained)
+
+
+def test_gradient_accumulation_carries_one_penalty_per_step():
+    net, reference = make_net(), make_net()
+    optimizer = OPTIMIZERS["AdamW foreach"](net.parameters())
+    LipschitzRegularizer(optimizer, weight=WEIGHT)
+    runner = Reference(OPTIMIZERS["AdamW foreach"](reference.parameters()))
+    for step in range(3):
+        for micro_batch in range(4):
+            backward(net, 4 * step + micro_batch)
+            backward(reference, 4 * step + micro_batch)
+        optimizer.step()
+        runner.before_step()
+        runner.optimizer.step()
+        optimizer.zero_grad()
+        runner.optimizer.zero_grad()
+    assert_same_training(net, reference)
+
+
+def train_scaled(net, optimizer, overflow_at=None, steps=4):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for seed in range(steps):
+        optimizer.zero_grad()
+        backward(net, seed, scaler)
+        if seed == overflow_at:
+            net.wide.weight.grad.view(-1)[7] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+    return net
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["SGD", "SGD fused", "Adam foreach", "AdamW fused", "AdamW8bit"])
+def test_with_grad_scaler_training_equals_autograd(name, mode):
+    net, reference = make_net(), make_net()
+    options = {"weight": WEIGHT, "mode": mode, "radius": 0.05}
+    optimizer = OPTIMIZERS[name](net.parameters())
+    LipschitzRegularizer(optimizer, **options)
+    train_scaled(net, optimizer)
+    Reference(OPTIMIZERS[name](reference.parameters()), **options).train(reference)
+    assert_same_training(net, reference)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["Adam foreach", "AdamW fused"])
+def test_overflowing_step_changes_nothing(name, mode):
+    net = make_net()
+    optimizer = OPTIMIZERS[name](net.parameters())
+    LipschitzRegularizer(optimizer, weight=WEIGHT, mode=mode, radius=0.05)
+    train(net, optimizer, steps=2)  # away from the anchors
+    before = copy.deepcopy(net)
+    train_scaled(net, optimizer, overflow_at=0, steps=1)
+    # On the ball, a projection may move a parameter once more, by a rounding.
+    assert distance(net, before) <= (1e-6 if mode == "projected" else 0)
+
+
+@pytest.mark.parametrize("name", ["Adam foreach", "AdamW fused"])
+def test_training_goes_on_after_an_overflowing_step(name):
+    net, reference = make_net(), make_net()
+    optimizer = OPTIMIZERS[name](net.parameters())
+    LipschitzRegularizer(optimizer, weight=WEIGHT)
+    train_scaled(net, optimizer, overflow_at=0)
+    Reference(OPTIMIZERS[name](reference.parameters())).train(reference, steps=3, first=1)
+    assert_same_training(net, reference)
+
+
+def test_float16_parameters_of_a_fused_optimizer_under_a_grad_scaler():
+    parameters = [nn.Parameter(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float16)) for _ in range(2)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for parameter, scaled in zip(parameters, (True, False)):
+        optimizer = torch.optim.SGD([parameter], lr=0.25, fused=True)
+        LipschitzRegularizer(optimizer, weight=1.0, reduction="sum")
+        parameter.data.copy_(torch.tensor([1.0, 2.0, 0.5]))
+        parameter.grad = torch.full_like(parameter, 0.25 * (scaler.get_scale() if scaled else 1))
+        if scaled:
+            scaler.scale(torch.zeros(()))
+            scaler.step(optimizer)
+        else:
+            optimizer.step()
+        assert parameter.tolist() == [1 - 0.0625, 2 - 0.0625 - 0.5, 0.5 - 0.0625 + 0.25]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("where", ["everywhere", "in each group", "with a weight elsewhere"])
+def test_weight_zero_is_bit_identical_to_training_without(where, mode):
+    net, plain = make_net(), make_net()
+    if where == "with a weight elsewhere":
+        other = nn.Parameter(torch.randn(3))
+        other.grad = torch.randn(3)
+        groups = [{"params": net.parameters(), "lipschitz_weight": 0}, {"params": [other]}]
+        weight = WEIGHT
+    else:
+        in_groups = where == "in each group"
+        groups = [{"params": net.parameters()} | ({"lipschitz_weight": 0.0} if in_groups else {})]
+        weight = WEIGHT if in_groups else 0
+    optimizer = OPTIMIZERS["AdamW foreach"](groups)
+    LipschitzRegularizer(optimizer, weight=weight, mode=mode, radius=1e-3)
+    assert bool(optimizer._optimizer_step_pre_hooks) == (where == "with a weight elsewhere")
+    train(net, optimizer)
+    train(plain, OPTIMIZERS["AdamW foreach"](plain.parameters()))
+    assert_identical(net, plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_that_did_not_take_part_stay_where_they_are(mode):
+    net, base = make_net(), make_net()
+    optimizer = OPTIMIZERS["AdamW foreach"](net.parameters())
+    LipschitzRegularizer(optimizer, weight=WEIGHT, mode=mode, radius=0.05)
+    train(net, optimizer)
+    assert torch.equal(net.frozen, base.frozen) and torch.equal(net.unused, base.unused)
+    assert net.unused.grad is None and net.frozen.grad is None
+    assert net.unused not in optimizer.state
+
+
+@pytest.mark.parametrize("mode", ["coupled", "proximal"])
+def test_without_a_gradient_a_parameter_that_has_moved_waits(mode):
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    LipschitzRegularizer(optimizer, weight=1.0, mode=mode)
+    parameter.data.fill_(1.0)
+    optimizer.step()
+    assert parameter.tolist() == [1, 1, 1]
+
+
+def test_projection_holds_at_every_step():
+    net = make_net()
+    optimizer = OPTIMIZERS["AdamW foreach"](net.parameters())
+    regularizer = LipschitzRegularizer(optimizer, weight=1.0, mode="projected", radius=0.02)
+    for step in range(5):
+        train(net, optimizer, 1, step)
+        assert regularizer.metrics()["lipschitz/drift"] == pytest.approx(0.02, rel=1e-4)
+
+
+def test_proximal_step_never_overshoots():
+    net, base = make_net(), make_net()
+    optimizer = OPTIMIZERS["AdamW foreach"](net.parameters())
+    regularizer = LipschitzRegularizer(optimizer, weight=1e12, mode="proximal")
+    train(net, optimizer)
+    assert distance(net, base) < 1e-5
+    assert regularizer.metrics()["lipschitz/relative_drift"] < 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_anchors_on_the_cpu_train_the_same(mode):
+    nets = [make_net(), make_net()]
+    for net, device in zip(nets, (None, "cpu")):
+        optimizer = OPTIMIZERS["AdamW foreach"](net.parameters())
+        LipschitzRegularizer(optimizer, weight=WEIGHT, mode=mode, radius=0.05, anchor_device=device)
+        train(net, optimizer)
+    assert_identical(*nets)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_tied_parameters_are_penalized_once():
+    net = make_net()
+    optimizer = torch.optim.SGD([net.wide.weight, net.tied.weight], lr=0.1)
+    regularizer = LipschitzRegularizer(optimizer, weight=3.0, reduction="sum")
+    net.wide.weight.data.add_(2.0)
+    net.wide.weight.grad = torch.zeros_like(net.wide.weight)
+    regularizer.add_gradient()
+    torch.testing.assert_close(net.tied.weight.grad, torch.full((640, 8), 2 * 3 * 2.0))
+
+
+def clip(net):
+    return torch.nn.utils.clip_grad_norm_(net.parameters(), 0.01)
+
+
+def test_penalty_is_added_after_clipping():
+    net, reference = make_net(), make_net()
+    optimizer = OPTIMIZERS["SGD"](net.parameters())
+    LipschitzRegularizer(optimizer, weight=WEIGHT)
+    train(net, optimizer, before_step=lambda: clip(net))
+    runner = Reference(OPTIMIZERS["SGD"](reference.parameters()))
+    train(reference, runner.optimizer, before_step=lambda: (clip(reference), runner.before_step()))
+    assert_same_training(net, reference)
+
+
+def test_add_gradient_lets_clipping_see_the_penalty():
+    net, reference = make_net(), make_net()
+    optimizer = OPTIMIZERS["SGD"](net.parameters())
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT)
+    train(net, optimizer, before_step=lambda: (regularizer.add_gradient(), clip(net)))
+    runner = Reference(OPTIMIZERS["SGD"](reference.parameters()))
+    train(reference, runner.optimizer, before_step=lambda: (runner.before_step(), clip(reference)))
+    assert_same_training(net, reference)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW fused"])
+def test_add_gradient_after_unscaling(name):
+    net, reference = make_net(), make_net()
+    optimizer = OPTIMIZERS[name](net.parameters())
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for seed in range(4):
+        optimizer.zero_grad()
+        backward(net, seed, scaler)
+        scaler.unscale_(optimizer)
+        regularizer.add_gradient()
+        clip(net)
+        scaler.step(optimizer)
+        scaler.update()
+    runner = Reference(OPTIMIZERS[name](reference.parameters()))
+    train(reference, runner.optimizer, before_step=lambda: (runner.before_step(), clip(reference)))
+    assert_same_training(net, reference)
+
+
+def test_add_gradient_is_refused_where_no_gradient_is_added():
+    regularizer = LipschitzRegularizer(OPTIMIZERS["SGD"](make_net().parameters()), weight=1.0, mode="proximal")
+    with pytest.raises(ValueError, match="coupled"):
+        regularizer.add_gradient()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("with_scaler", [False, True])
+def test_prepared_by_accelerate_it_trains_the_same(with_scaler, mode):
+    accelerator = Accelerator(cpu=True)
+    net, reference = make_net(), make_net()
+    options = {"weight": WEIGHT, "mode": mode, "radius": 0.05}
+    optimizer = OPTIMIZERS["AdamW fused"](net.parameters())
+    scheduler = make_scheduler(optimizer)
+    if with_scaler:  # accelerate makes a scaler on GPUs only
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        prepared = AcceleratedOptimizer(optimizer, scaler=scaler)
+    else:
+        net, prepared, scheduler = accelerator.prepare(net, optimizer, scheduler)
+    regularizer = LipschitzRegularizer(prepared, **options)
+    assert regularizer.optimizer is optimizer
+    for seed in range(4):
+        backward(net, seed, prepared.scaler)
+        prepared.step()
+        scheduler.step()
+        prepared.zero_grad()
+    runner = Reference(OPTIMIZERS["AdamW fused"](reference.parameters()), **options)
+    scheduler = make_scheduler(runner.optimizer)
+    for seed in range(4):
+        runner.train(reference, 1, seed)
+        scheduler.step()
+    assert_same_training(net, reference)
+
+
+def test_accelerate_saves_it_and_refuses_another_base(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    net = make_net()
+    net, optimizer = accelerator.prepare(net, OPTIMIZERS["AdamW foreach"](net.parameters()))
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT)
+    accelerator.register_for_checkpointing(regularizer)
+    train(net, optimizer)
+    accelerator.save_state(tmp_path)
+    trained = copy.deepcopy(net)
+    train(net, optimizer)
+    accelerator.load_state(tmp_path)
+    assert_identical(net, trained)
+
+    accelerator = Accelerator(cpu=True)
+    other = make_net()
+    with torch.no_grad():
+        other.scale.add_(1e-6)
+    other, optimizer = accelerator.prepare(other, OPTIMIZERS["AdamW foreach"](other.parameters()))
+    accelerator.register_for_checkpointing(LipschitzRegularizer(optimizer, weight=WEIGHT))
+    with pytest.raises(ValueError, match="another base model"):
+        accelerator.load_state(tmp_path)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_resumed_training_is_bit_identical(mode):
+    def start():
+        net = make_net()
+        optimizer = OPTIMIZERS["AdamW foreach"](two_groups(net))
+        return net, optimizer, LipschitzRegularizer(optimizer, weight=WEIGHT, mode=mode, radius=0.05)
+
+    net, optimizer, regularizer = start()
+    train(net, optimizer)
+    checkpoint = copy.deepcopy([net.state_dict(), optimizer.state_dict(), regularizer.state_dict()])
+    train(net, optimizer, first=4)
+    resumed, optimizer, regularizer = start()
+    for part, state in zip((resumed, optimizer, regularizer), checkpoint, strict=True):
+        part.load_state_dict(state)
+    train(resumed, optimizer, first=4)
+    assert_identical(resumed, net)
+
+
+def test_loading_the_optimizer_midway_keeps_the_penalty():
+    net, straight = make_net(), make_net()
+    optimizer = OPTIMIZERS["AdamW foreach"](net.parameters())
+    LipschitzRegularizer(optimizer, weight=WEIGHT)
+    train(net, optimizer)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(net, optimizer, first=4)
+    optimizer = OPTIMIZERS["AdamW foreach"](straight.parameters())
+    LipschitzRegularizer(optimizer, weight=WEIGHT)
+    train(straight, optimizer, steps=8)
+    assert_identical(net, straight)
+
+
+def test_checkpoints_of_the_optimizer_are_those_of_plain_training():
+    states = []
+    for penalized in (False, True):
+        net = make_net()
+        optimizer = OPTIMIZERS["AdamW foreach"](net.parameters())
+        if penalized:
+            LipschitzRegularizer(optimizer, weight=WEIGHT)
+        train(net, optimizer)
+        states.append(optimizer.state_dict())
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+
+
+def test_state_is_small_and_loads_without_trusting_pickle(tmp_path):
+    options = {"weight": 3.0, "reduction": "mean", "mode": "projected", "radius": 0.5}
+    regularizer = LipschitzRegularizer(OPTIMIZERS["SGD"](make_net().parameters()), **options)
+    torch.save(regularizer.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert len(pickle.dumps(state)) < 500
+    other = LipschitzRegularizer(OPTIMIZERS["SGD"](make_net().parameters()), weight=1.0)
+    other.load_state_dict(state)
+    assert {name: getattr(other, name) for name in options} == options
+
+
+def test_removed_it_leaves_plain_training():
+    net, plain = make_net(), make_net()
+    optimizer = OPTIMIZERS["AdamW foreach"](net.parameters())
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT)
+    regularizer.remove()
+    train(net, optimizer)
+    train(plain, OPTIMIZERS["AdamW foreach"](plain.parameters()))
+    assert_identical(net, plain)
+    with pytest.raises(ValueError, match="remove"):
+        regularizer.metrics()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_metrics_equal_their_definition(reduction):
+    net = make_net()
+    optimizer = OPTIMIZERS["AdamW foreach"](two_groups(net))
+    runner = Reference(optimizer, WEIGHT, reduction)
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT, reduction=reduction)
+    train(net, optimizer)
+    parameters, coefficients, _ = zip(*runner.rows(moved_only=False))
+    points, anchors = [p.detach().double() for p in parameters], [runner.anchors[p] for p in parameters]
+    drift = functional.penalty(points, anchors, [1.0] * len(points)).sqrt().item()
+    norm = functional.penalty(anchors, [torch.zeros_like(a) for a in anchors], [1.0] * len(points)).sqrt().item()
+    metrics = regularizer.metrics()
+    assert all(type(value) is float for value in metrics.values())
+    assert metrics == pytest.approx(
+        {
+            "lipschitz/penalty": functional.penalty(points, anchors, coefficients).item(),
+            "lipschitz/drift": drift,
+            "lipschitz/relative_drift": drift / norm,
+        },
+        rel=1e-5,
+    )
+
+
+def test_metrics_where_nothing_is_penalized():
+    metrics = LipschitzRegularizer(OPTIMIZERS["SGD"](make_net().parameters()), weight=0).metrics()
+    assert metrics.pop("lipschitz/penalty") == 0 and all(math.isnan(value) for value in metrics.values())
+
+
+def test_metrics_warn_of_a_loop_that_bypasses_the_optimizer():
+    net = make_net()
+    regularizer = LipschitzRegularizer(OPTIMIZERS["SGD"](net.parameters()), weight=1.0)
+    net.scale.data.add_(1.0)
+    with pytest.warns(UserWarning, match="step"):
+        regularizer.metrics()
+
+
+def test_metrics_do_not_warn_in_training_or_after_resuming():
+    net = make_net()
+    optimizer = OPTIMIZERS["SGD"](net.parameters())
+    regularizer = LipschitzRegularizer(optimizer, weight=1.0)
+    resumed = make_net()
+    resumed_regularizer = LipschitzRegularizer(OPTIMIZERS["SGD"](resumed.parameters()), weight=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        regularizer.metrics()
+        train(net, optimizer)
+        resumed.load_state_dict(net.state_dict())
+        resumed_regularizer.load_state_dict(regularizer.state_dict())
+        assert resumed_regularizer.metrics() == regularizer.metrics()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"weight": -1.0}, "`weight`"),
+        ({"weight": math.nan}, "`weight`"),
+        ({"weight": math.inf}, "`weight`"),
+        ({"weight": 1.0, "mode": "decoupled"}, "coupled, proximal, projected, not 'decoupled'"),
+        ({"weight": 1.0, "reduction": "average"}, "sum, tensor_mean, mean, not 'average'"),
+        ({"weight": 1.0, "mode": "projected"}, "`radius`"),
+        ({"weight": 1.0, "mode": "projected", "radius": 0.0}, "`radius`"),
+        ({"weight": 1.0, "mode": "projected", "radius": -1.0}, "`radius`"),
+        ({"weight": 1.0, "radius": math.nan}, "`radius`"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LipschitzRegularizer(OPTIMIZERS["SGD"](make_net().parameters()), **options)
+
+
+def test_group_weight_out_of_range_is_refused_by_its_number():
+    optimizer = OPTIMIZERS["SGD"]([{"params": [nn.Parameter(torch.ones(1))], "lipschitz_weight": -2.0}])
+    with pytest.raises(ValueError, match="param group 0.*-2.0"):
+        LipschitzRegularizer(optimizer, weight=1.0)
+
+
+def test_what_is_no_optimizer_is_refused():
+    with pytest.raises(ValueError, match="torch.optim.Optimizer, not Net"):
+        LipschitzRegularizer(make_net(), weight=1.0)
+
+
+def test_parameters_that_join_later_are_refused():
+    optimizer = OPTIMIZERS["SGD"]([nn.Parameter(torch.ones(1))])
+    LipschitzRegularizer(optimizer, weight=1.0)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    with pytest.raises(ValueError, match="without an anchor"):
+        optimizer.step()
+
+
+def test_sparse_gradients_are_refused_where_a_gradient_is_added():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = torch.optim.SparseAdam(embedding.parameters())
+    LipschitzRegularizer(optimizer, weight=1.0)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse=False"):
+        optimizer.step()
+
+
+def test_closures_are_refused_where_a_gradient_is_added():
+    optimizer = OPTIMIZERS["SGD"]([nn.Parameter(torch.ones(1))])
+    LipschitzRegularizer(optimizer, weight=1.0)
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: 0.0)
