@@ -80,10 +80,11 @@ def make_scheduler(optimizer):
 
 
 class Reference:
-    """What the penalty does, in float64 and by hand around the step of a plain optimizer."""
+    """What the penalty does, by hand in float64 around the steps of a plain optimizer."""
 
     def __init__(self, optimizer, weight=WEIGHT, reduction="tensor_mean", mode="coupled", radius=None):
-    """What the penalty does, by hand in float64 around the steps of a plain optimizer."""
+        self.optimizer, self.weight, self.reduction = optimizer, weight, reduction
+        self.mode, self.radius = mode, radius
         self.anchors = {p: p.detach().double() for group in optimizer.param_groups for p in group["params"]}
 
     def rows(self, moved_only):

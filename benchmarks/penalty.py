@@ -1,0 +1,124 @@
+# What one step of the penalty costs, in time and memory, beside a plain copy of all weights and the penalty by autograd.
+# Tensors have the shapes of a published U-Net and random values; no model is run.
+"""
+python benchmarks/penalty.py                # Stable Diffusion 1.5: 11 GB of memory, 14 GB with autograd
+python benchmarks/penalty.py --model sdxl --skip_autograd --device cuda
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from lipschitz_reg import functional
+
+
+# What the published unet/config.json files say where they differ from diffusers' defaults.
+CONFIGS = {
+    "sd15": {"sample_size": 64, "cross_attention_dim": 768},
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", choices=CONFIGS, default="sd15")
+    parser.add_argument("--anchor_dtype", choices=["float32", "float16"], default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="The best of these counts; all variants run in each.")
+    parser.add_argument("--skip_autograd", action="store_true", help="It needs as much memory again as the weights.")
+    return parser.parse_args()
+
+
+def make_tensors(args):
+    with torch.device("meta"):
+        shapes = [parameter.shape for parameter in UNet2DConditionModel(**CONFIGS[args.model]).parameters()]
+    anchors = [torch.randn(shape, device=args.device).to(getattr(torch, args.anchor_dtype)) for shape in shapes]
+    parameters = [torch.nn.Parameter(anchor.float() + 1e-3) for anchor in anchors]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameters, anchors
+
+
+@torch.no_grad()
+def copy(sources, targets):
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+
+
+def autograd(parameters, anchors, coefficients):
+    functional.penalty(parameters, anchors, coefficients).backward()
+
+
+def memory(device, start):
+    """At the start nothing; at the end the bytes that were in use at the most since then."""
+    if device == "cuda":
+        return torch.cuda.reset_peak_memory_stats() if start else torch.cuda.max_memory_allocated()
+    if start:
+        return Path("/proc/self/clear_refs").write_text("5")  # resets the peak (Linux)
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def measure(function, device):
+    """Seconds, and bytes beyond those in use before."""
+    memory(device, start=True)
+    before = memory(device, start=False)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, memory(device, start=False) - before
+
+
+def main():
+    args = parse_args()
+    parameters, anchors = make_tensors(args)
+    gradients = [parameter.grad for parameter in parameters]
+    numels = [parameter.numel() for parameter in parameters]
+    coefficients = [500.0 * factor for factor in functional.reduction_factors(numels, "tensor_mean")]
+    steps = [2e-6 * c for c in coefficients]
+    radii = iter(1e-3 * sum(numels) ** 0.5 * 0.9**k for k in range(1, 1000))  # smaller each time, so that it always acts
+    variants = {
+        "copy of all weights": lambda: copy(parameters, gradients),
+        "autograd, second model": lambda: autograd(parameters, anchors, coefficients),
+        "coupled": lambda: functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients),
+        "proximal": lambda: functional.proximal_step_(parameters, anchors, steps),
+        "projected": lambda: functional.project_(parameters, anchors, next(radii)),
+        "drift, for metrics()": lambda: functional.squared_distances(parameters, anchors),
+    }
+    if args.skip_autograd:
+        del variants["autograd, second model"]
+    best = dict.fromkeys(variants, (float("inf"), 0))
+    for _ in range(args.rounds):
+        for name, function in variants.items():
+            seconds, extra = measure(function, args.device)
+            best[name] = (min(best[name][0], seconds), max(best[name][1], extra))
+
+    where = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{args.model}: {len(numels)} tensors, {sum(numels) / 1e6:.1f}M parameters in float32; torch {torch.__version__}, {where}")
+    print(f"largest tensor {4 * max(numels) / 1e6:.0f} MB; anchors in {args.anchor_dtype}: ", end="")
+    print(f"{sum(numels) * anchors[0].element_size() / 1e9:.2f} GB")
+    print("| | seconds | copies | temporary MB |\n|---|---|---|---|")
+    for name, (seconds, extra) in best.items():
+        print(f"| {name} | {seconds:.3f} | {seconds / best['copy of all weights'][0]:.2f} | {extra / 1e6:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
