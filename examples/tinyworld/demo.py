@@ -109,7 +109,7 @@ def print_table(results: list[dict]) -> None:
         "\nsubject fidelity: % of the subject's five traits that the judge reads in pictures of it in new scenes."
         "\nits scene right: % of those pictures in which the scene is the one asked for."
         "\nothers: % of pictures of other things in which scene, class, colour, pattern are those asked for."
-        "\ndrift: how far pictures of other things are from the base's with the same seeds (RMS grey levels, 0 to 255)."
+        "\ndrift: how far those pictures are from the base's with the same seeds (RMS grey levels, 0 to 255)."
     )
 
 

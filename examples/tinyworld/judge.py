@@ -84,10 +84,10 @@ def _label_tensor(truths: list) -> torch.Tensor:
 
 def _as_generated(pictures: torch.Tensor) -> torch.Tensor:
     """Softens and disturbs pictures a little, as an autoencoder does."""
-    size = int(torch.randint(36, 65, ()))
-    soft = F.interpolate(pictures, size=size, mode="bilinear", antialias=True)
-    soft = F.interpolate(soft, size=64, mode="bicubic")
-    return soft + torch.rand(()) * 0.08 * torch.randn_like(soft)
+    soft = torch.lerp(
+        pictures, F.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False), torch.rand(())
+    )
+    return soft + 0.08 * torch.rand(()) * torch.randn_like(soft)
 
 
 def train(pictures: int, steps: int, device: str) -> Judge:
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--examine", action="store_true")
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1800)
     args = parser.parse_args()
     if not args.examine:
         judge = train(args.pictures, args.steps, "cuda" if torch.cuda.is_available() else "cpu")
