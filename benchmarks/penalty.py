@@ -1,11 +1,12 @@
-# What one step of the penalty costs, in time and memory, beside a plain copy of all weights and the penalty by autograd.
-# Tensors have the shapes of a published U-Net and random values; no model is run.
+# What a step of the penalty costs in time and memory, beside a copy of all weights and the penalty by autograd.
+# Tensors have the shapes of a published U-Net and constant values, which the time does not depend on; no model is run.
 """
 python benchmarks/penalty.py                # Stable Diffusion 1.5: 11 GB of memory, 14 GB with autograd
 python benchmarks/penalty.py --model sdxl --skip_autograd --device cuda
 """
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def parse_args():
 def make_tensors(args):
     with torch.device("meta"):
         shapes = [parameter.shape for parameter in UNet2DConditionModel(**CONFIGS[args.model]).parameters()]
-    anchors = [torch.randn(shape, device=args.device).to(getattr(torch, args.anchor_dtype)) for shape in shapes]
+    anchors = [torch.ones(shape, device=args.device, dtype=getattr(torch, args.anchor_dtype)) for shape in shapes]
     parameters = [torch.nn.Parameter(anchor.float() + 1e-3) for anchor in anchors]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -75,16 +76,17 @@ def memory(device, start):
 
 
 def measure(function, device):
-    """Seconds, and bytes beyond those in use before."""
+    """Seconds, and bytes beyond those in use before. On a CPU, of the process: what else runs there does not count."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
     memory(device, start=True)
     before = memory(device, start=False)
     if device == "cuda":
         torch.cuda.synchronize()
-    begin = time.perf_counter()
+    begin = clock()
     function()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin, memory(device, start=False) - before
+    return clock() - begin, memory(device, start=False) - before
 
 
 def main():
@@ -94,7 +96,8 @@ def main():
     numels = [parameter.numel() for parameter in parameters]
     coefficients = [500.0 * factor for factor in functional.reduction_factors(numels, "tensor_mean")]
     steps = [2e-6 * c for c in coefficients]
-    radii = iter(1e-3 * sum(numels) ** 0.5 * 0.9**k for k in range(1, 1000))  # smaller each time, so that it always acts
+    # Smaller each time, so that the projection always has to act.
+    radii = (1e-3 * sum(numels) ** 0.5 * 0.9**k for k in itertools.count(1))
     variants = {
         "copy of all weights": lambda: copy(parameters, gradients),
         "autograd, second model": lambda: autograd(parameters, anchors, coefficients),
@@ -112,9 +115,11 @@ def main():
             best[name] = (min(best[name][0], seconds), max(best[name][1], extra))
 
     where = f"{torch.get_num_threads()} threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    print(f"{args.model}: {len(numels)} tensors, {sum(numels) / 1e6:.1f}M parameters in float32; torch {torch.__version__}, {where}")
-    print(f"largest tensor {4 * max(numels) / 1e6:.0f} MB; anchors in {args.anchor_dtype}: ", end="")
-    print(f"{sum(numels) * anchors[0].element_size() / 1e9:.2f} GB")
+    total = sum(numels)
+    print(f"{args.model}: {len(numels)} tensors, {total / 1e6:.1f}M parameters in float32")
+    anchor_bytes = total * anchors[0].element_size()
+    print(f"largest tensor {4e-6 * max(numels):.0f} MB; anchors in {args.anchor_dtype}: {anchor_bytes / 1e9:.2f} GB")
+    print(f"torch {torch.__version__}, {where}; best of {args.rounds}\n")
     print("| | seconds | copies | temporary MB |\n|---|---|---|---|")
     for name, (seconds, extra) in best.items():
         print(f"| {name} | {seconds:.3f} | {seconds / best['copy of all weights'][0]:.2f} | {extra / 1e6:.0f} |")
