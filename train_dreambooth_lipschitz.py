@@ -27,6 +27,7 @@ import random
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -238,6 +239,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             parser.error("--with_prior_preservation needs --class_data_dir, a folder for the class images")
         if args.class_prompt is None:
             parser.error("--with_prior_preservation needs --class_prompt, what the class images show")
+    elif args.class_data_dir is not None or args.class_prompt is not None:
+        warnings.warn("--class_data_dir and --class_prompt do nothing without --with_prior_preservation")
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         parser.error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
     return args
@@ -256,6 +259,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except ValueError as error:
         stop(error)
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        stop(f"{accelerator.distributed_type.value} shards the weights, which this script does not support")
     # accelerate lets this pass, and trains in float32.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         stop("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
@@ -505,12 +510,12 @@ def build_optimizer(
         import bitsandbytes
 
         optimizer_class = bitsandbytes.optim.AdamW8bit
-    scale = (
-        args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes if args.scale_lr else 1
-    )
+    learning_rate = args.learning_rate
+    if args.scale_lr:
+        learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     return optimizer_class(
         parameters,
-        lr=args.learning_rate * scale,
+        lr=learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
@@ -665,18 +670,12 @@ def log_validation(
 def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[Image.Image], folder: Path) -> None:
     base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
     settings = {key: value for key, value in vars(args).items() if key.startswith("lipschitz_") and value is not None}
+    tags = "text-to-image dreambooth lipschitz stable-diffusion stable-diffusion-diffusers diffusers-training"
     data = ModelCardData(
         # The Hub refuses a base that is not on it.
         base_model=None if os.path.isdir(base) else base,
         library_name="diffusers",
-        tags=[
-            "text-to-image",
-            "dreambooth",
-            "lipschitz",
-            "stable-diffusion",
-            "stable-diffusion-diffusers",
-            "diffusers-training",
-        ],
+        tags=tags.split(),
         instance_prompt=args.instance_prompt,
         **settings,
     )
@@ -769,7 +768,7 @@ def main(args: argparse.Namespace) -> None:
 
     weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
     pipeline.vae.to(accelerator.device)
-    if weight_dtype != torch.float32:
+    if weight_dtype != torch.float32:  # diffusers warns of every cast
         pipeline.vae.to(weight_dtype)
     prompts = [args.instance_prompt] + ([args.class_prompt] if args.with_prior_preservation else [])
     validation_prompts = [args.validation_prompt or "", ""]
@@ -803,6 +802,8 @@ def main(args: argparse.Namespace) -> None:
         sampler.epoch = epoch
         skipped = done * args.gradient_accumulation_steps if epoch == first_epoch else 0
         for batch in accelerator.skip_first_batches(dataloader, skipped):
+            if global_step >= max_train_steps:
+                break
             with accelerator.accumulate(*prepared):
                 if args.train_text_encoder:
                     prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, models["text_encoder"])
@@ -847,8 +848,6 @@ def main(args: argparse.Namespace) -> None:
                                 validation_prompts, pipeline.tokenizer, pipeline.text_encoder
                             )
                     images = log_validation(args, accelerator, pipeline, validation_embeds, global_step)
-            if global_step == max_train_steps:
-                break
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

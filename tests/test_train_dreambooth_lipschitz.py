@@ -59,7 +59,7 @@ def start(alone, launcher, flags, **options):
 
 def run(alone, launcher, flags):
     process = start(alone, launcher, flags)
-    _, stderr = process.communicate(timeout=200)
+    _, stderr = process.communicate(timeout=600)
     return process.returncode, stderr
 
 
@@ -525,16 +525,23 @@ def test_latest_without_a_checkpoint_starts_afresh(train, capsys, tmp_path):
     assert (tmp_path / "new" / "model_index.json").is_file()
 
 
+def test_resumed_run_that_was_complete_trains_no_further(train, trained, tmp_path):
+    shutil.copytree(trained[0] / "checkpoint-4", tmp_path / "checkpoint-4")
+    train("--max_train_steps=4", f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest")
+    assert same_bits(weights(tmp_path), weights(trained[0] / "checkpoint-4"))
+
+
 def test_epochs_decide_the_length_where_steps_are_not_given(train, tmp_path):
     # Five photos in batches of two: three batches, and with accumulation over two of them two steps an epoch.
-    train(
-        "--num_train_epochs=3",
-        "--gradient_accumulation_steps=2",
-        "--checkpointing_steps=6",
-        f"--output_dir={tmp_path}",
-    )
+    flags = ["--num_train_epochs=3", "--gradient_accumulation_steps=2", "--checkpointing_steps=6"]
+    train(*flags, f"--output_dir={tmp_path}")
     assert list(scalars(tmp_path)[0]["loss"]) == [1, 2, 3, 4, 5, 6]
     assert checkpoints(tmp_path) == ["checkpoint-6"]
+
+
+def test_learning_rate_scales_with_the_samples_of_a_step(train, tmp_path):
+    train("--scale_lr", "--gradient_accumulation_steps=3", "--max_train_steps=1", f"--output_dir={tmp_path}")
+    assert scalars(tmp_path)[0]["lr"][1] == pytest.approx(2 * 3 * LEARNING_RATE)
 
 
 def test_two_processes_train_one_model_and_save_it_once(alone, base_flags, tiny_sd, tmp_path):
