@@ -34,7 +34,7 @@ def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seeds: list[
 
 
 def load(folder: Path) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)

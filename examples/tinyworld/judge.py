@@ -125,13 +125,12 @@ def main() -> None:
     parser.add_argument("--examine", action="store_true")
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     parser.add_argument("--pictures", type=int, default=60_000)
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1700)
     args = parser.parse_args()
     if not args.examine:
         judge = train(args.pictures, args.steps, "cuda" if torch.cuda.is_available() else "cpu")
-        save_file(
-            {name: w.half() if w.is_floating_point() else w for name, w in judge.state_dict().items()}, args.output
-        )
+        weights = judge.to(memory_format=torch.contiguous_format).state_dict()
+        save_file({name: w.half() if w.is_floating_point() else w for name, w in weights.items()}, args.output)
     for name, share in examine(Judge.from_pretrained(args.output)).items():
         print(f"{name:12s}{100 * share:6.1f}%")
 

@@ -257,7 +257,6 @@ def train_unet(args, vae, latents: torch.Tensor, truths: list, tokenizer, device
     unet = build_unet().to(device, memory_format=torch.channels_last)
     scheduler = build_scheduler()
     run = Run(args.work_dir / "unet.pt", [unet, text_encoder], args.steps, args.learning_rate, decay_from=0.75)
-    denoise = torch.compile(unet) if args.compile else unet
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu")
     tokens = {}
 
@@ -277,7 +276,7 @@ def train_unet(args, vae, latents: torch.Tensor, truths: list, tokenizer, device
         timesteps = (torch.sigmoid(1.0 + 1.1 * torch.randn(args.batch_size)) * 1000).long().clamp(0, 999).to(device)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         with autocast:
-            prediction = denoise(noisy, timesteps, text_encoder(ids).last_hidden_state).sample
+            prediction = unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample
         return F.mse_loss(prediction.float(), scheduler.get_velocity(clean, noise, timesteps))
 
     def on_save() -> None:
@@ -339,9 +338,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="Pictures a step and process, for the U-Net.")
     parser.add_argument("--learning_rate", type=float, default=8e-4)
     parser.add_argument("--save_every", type=int, default=1000, help="Steps between two resumable states.")
-    parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the U-Net: minutes to start, then faster."
-    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
