@@ -11,6 +11,7 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -68,16 +69,16 @@ def save_picture(subject: str, seed: int, models: dict[str, Path], path: Path) -
     rows = {"the photos": subject_photos(subject)}
     for name, folder in models.items():
         rows[name] = generate(load(folder), prompts, [1000 * seed + 900 + i for i in range(len(prompts))])
-    figure, axes = plt.subplots(len(rows), len(prompts), figsize=(1.75 * len(prompts), 1.9 * len(rows)), squeeze=False)
+    figure, axes = plt.subplots(len(rows), len(prompts), figsize=(1.6 * len(prompts), 1.75 * len(rows)))
     for line, (name, pictures) in zip(axes, rows.items()):
         for column, axis in enumerate(line):
             axis.set_axis_off()
             if column < len(pictures):
                 axis.imshow(pictures[column], interpolation="lanczos")
             if name == BASE_NAME:
-                axis.set_title(prompts[column].removeprefix("a photo of ").replace(" in ", "\nin ", 1), fontsize=8)
+                axis.set_title(textwrap.fill(prompts[column].removeprefix("a photo of "), 20), fontsize=8)
         line[0].text(-0.08, 0.5, name, rotation=90, ha="right", va="center", transform=line[0].transAxes, fontsize=9)
-    figure.tight_layout()
+    figure.subplots_adjust(left=0.04, right=0.995, bottom=0.005, top=0.995, wspace=0.04, hspace=0.16)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -9,8 +9,10 @@ import argparse
 from pathlib import Path
 from random import Random
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 from judge import SUBJECT_TRAITS, Judge, traits_of
 from PIL import Image
@@ -34,6 +36,8 @@ def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seeds: list[
 
 
 def load(folder: Path) -> StableDiffusionPipeline:
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.unet.to(memory_format=torch.channels_last)
