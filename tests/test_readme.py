@@ -26,8 +26,7 @@ def test_the_script_takes_the_command_of_the_readme():
     args = script.parse_args(words[3:])
     assert (args.lipschitz_weight, args.learning_rate, args.train_batch_size) == (500.0, 2e-6, 1)
     for flags in re.findall(r"`(--[^`]+)`", README):
-        if not any(name in flags for name in ("--subjects",)):
-            script.parse_args([*words[3:], *shlex.split(flags)])
+        script.parse_args([*words[3:], *shlex.split(flags)])
 
 
 def test_the_three_lines_of_the_readme_run():

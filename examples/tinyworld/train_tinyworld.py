@@ -1,7 +1,6 @@
 """Trains the tiny Stable Diffusion of the drawn world and saves it as an ordinary `StableDiffusionPipeline` folder.
 
     python train_tinyworld.py --work_dir run --output_dir sd
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 train_tinyworld.py    # on two cores, half as fast again
 
 Three trainings, resumable from `--work_dir`: autoencoder, its decoder, U-Net with text encoder. No judge is in here.
 """
@@ -27,7 +26,6 @@ from world import CLASSES, COLOURS, PATTERNS, RARE_TOKENS, SCENES, Look, caption
 
 MAX_TOKENS = 32  # the longest caption has 15
 CHUNK = 1000  # pictures drawn from one seed
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 def _draw_chunk(seed: int) -> tuple[np.ndarray, list]:
@@ -123,15 +121,6 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def average_over_processes(gradients: list[torch.Tensor]) -> None:
-    """Replaces gradients by their mean over the processes of torchrun."""
-    if WORLD_SIZE > 1:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        torch.distributed.all_reduce(flat)
-        for gradient, mean in zip(gradients, flat.div_(WORLD_SIZE).split([g.numel() for g in gradients])):
-            gradient.copy_(mean.view_as(gradient))
-
-
 class Run:
     """A training that can be stopped and taken up again: parameters, optimizer, average of parameters, step."""
 
@@ -160,8 +149,6 @@ class Run:
         self.ema.to(self.parameters[0].device)
 
     def save(self) -> None:
-        if RANK > 0:
-            return
         state = {
             "modules": [module.state_dict() for module in self.modules],
             "optimizer": self.optimizer.state_dict(),
@@ -174,13 +161,12 @@ class Run:
     def train(self, loss_of_step, save_every: int, on_save=None) -> None:
         """Calls `loss_of_step()` until `steps` is reached; logs the loss beside the state."""
         log, started, mean = self.path.with_suffix(".log").open("a"), time.time(), None
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.path.stem, mininterval=10, disable=RANK > 0)
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.path.stem, mininterval=10)
         while self.step < self.steps:
-            # A step draws the same whether or not the training was stopped before it; each process draws its own.
-            torch.manual_seed(self.step * WORLD_SIZE + RANK)
+            # A step draws the same whether or not the training was stopped before it.
+            torch.manual_seed(self.step)
             loss = loss_of_step()
             loss.backward()
-            average_over_processes([p.grad for p in self.parameters if p.grad is not None])
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.scheduler.step()
@@ -189,7 +175,7 @@ class Run:
             self.step += 1
             bar.update()
             mean = loss.item() if mean is None else 0.99 * mean + 0.01 * loss.item()
-            if self.step % 100 == 0 and RANK == 0:
+            if self.step % 100 == 0:
                 line = {"step": self.step, "loss": round(mean, 5), "seconds": round(time.time() - started)}
                 print(json.dumps(line), file=log, flush=True)
             if self.step % save_every == 0 or self.step == self.steps:
@@ -226,9 +212,8 @@ def encode(args, vae: AutoencoderKL, images: torch.Tensor, device: str) -> torch
         latents = torch.cat([vae.encode(to_unit(batch).to(device)).latent_dist.sample().cpu() for batch in batches])
         factor = round(1 / latents.std().item(), 5)
         latents *= factor
-        if RANK == 0:
-            torch.save((factor, latents), path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
+        torch.save((factor, latents), path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
     vae.register_to_config(scaling_factor=factor)
     return latents
 
@@ -257,7 +242,7 @@ def train_unet(args, vae, latents: torch.Tensor, truths: list, tokenizer, device
     unet = build_unet().to(device, memory_format=torch.channels_last)
     scheduler = build_scheduler()
     run = Run(args.work_dir / "unet.pt", [unet, text_encoder], args.steps, args.learning_rate, decay_from=0.75)
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu")
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
     tokens = {}
 
     def encode_caption(caption: str) -> list[int]:
@@ -267,7 +252,7 @@ def train_unet(args, vae, latents: torch.Tensor, truths: list, tokenizer, device
 
     def loss_of_step() -> torch.Tensor:
         picked = torch.randint(len(latents), (args.batch_size,))
-        rng = Random(run.step * WORLD_SIZE + RANK)
+        rng = Random(run.step)
         captions = [caption_of(*truths[i], rng) if rng.random() > 0.1 else "" for i in picked.tolist()]
         ids = torch.tensor([encode_caption(caption) for caption in captions], device=device)
         clean = latents[picked].to(device, memory_format=torch.channels_last)
@@ -291,8 +276,6 @@ def train_unet(args, vae, latents: torch.Tensor, truths: list, tokenizer, device
 
 def save_pipeline(args, vae, text_encoder, tokenizer, unet, scheduler) -> None:
     """Saves fp16 copies of the modules, so that the training goes on undisturbed."""
-    if RANK > 0:
-        return
     pipeline = StableDiffusionPipeline(
         vae=_half(vae),
         text_encoder=_half(text_encoder),
@@ -316,8 +299,6 @@ def _half(module: torch.nn.Module) -> torch.nn.Module:
 
 def save_reconstructions(vae: AutoencoderKL, images: torch.Tensor, path: Path, device: str) -> None:
     """Eight pictures over what the autoencoder makes of them."""
-    if RANK > 0:
-        return
     with torch.no_grad():
         pictures = to_unit(images[:8]).to(device)
         decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample.cpu().clamp(-1, 1)
@@ -334,8 +315,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=60_000, help="How many pictures to draw and learn from.")
     parser.add_argument("--autoencoder_steps", type=int, default=2500)
     parser.add_argument("--decoder_steps", type=int, default=3000, help="More steps of the decoder alone.")
-    parser.add_argument("--steps", type=int, default=15_000, help="Steps of the U-Net and text encoder.")
-    parser.add_argument("--batch_size", type=int, default=16, help="Pictures a step and process, for the U-Net.")
+    parser.add_argument("--steps", type=int, default=5500, help="Steps of the U-Net and text encoder.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Pictures a step of the U-Net.")
     parser.add_argument("--learning_rate", type=float, default=8e-4)
     parser.add_argument("--save_every", type=int, default=1000, help="Steps between two resumable states.")
     parser.add_argument("--seed", type=int, default=0)
@@ -345,9 +326,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    device = f"cuda:{RANK}" if torch.cuda.is_available() else "cpu"
-    if WORLD_SIZE > 1:
-        torch.distributed.init_process_group()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     images, truths = draw_pictures(args.pictures)
     tokenizer = build_tokenizer()
     vae = train_autoencoder(args, images, device)
