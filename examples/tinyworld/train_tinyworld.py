@@ -257,8 +257,13 @@ def train_unet(args, vae, latents: torch.Tensor, truths: list, tokenizer, device
         ids = torch.tensor([encode_caption(caption) for caption in captions], device=device)
         clean = latents[picked].to(device, memory_format=torch.channels_last)
         noise = torch.randn_like(clean)
-        # Mostly the noisy half, median 0.73: there the text decides what is drawn; later steps follow what they see.
-        timesteps = (torch.sigmoid(1.0 + 1.1 * torch.randn(args.batch_size)) * 1000).long().clamp(0, 999).to(device)
+        # First the noisy half (median 0.73), where the text decides on shapes; then all alike, for patterns and edges.
+        draws = (
+            torch.rand(len(clean))
+            if run.step >= args.shape_steps
+            else torch.randn(len(clean)).mul(1.1).add(1).sigmoid()
+        )
+        timesteps = (draws * 1000).long().clamp(0, 999).to(device)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         with autocast:
             prediction = unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample
@@ -316,6 +321,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--autoencoder_steps", type=int, default=2500)
     parser.add_argument("--decoder_steps", type=int, default=3000, help="More steps of the decoder alone.")
     parser.add_argument("--steps", type=int, default=5500, help="Steps of the U-Net and text encoder.")
+    parser.add_argument("--shape_steps", type=int, default=4000, help="How many of them go to the noisy half.")
     parser.add_argument("--batch_size", type=int, default=32, help="Pictures a step of the U-Net.")
     parser.add_argument("--learning_rate", type=float, default=8e-4)
     parser.add_argument("--save_every", type=int, default=1000, help="Steps between two resumable states.")
