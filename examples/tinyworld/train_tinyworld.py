@@ -320,7 +320,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=60_000, help="How many pictures to draw and learn from.")
     parser.add_argument("--autoencoder_steps", type=int, default=2500)
     parser.add_argument("--decoder_steps", type=int, default=3000, help="More steps of the decoder alone.")
-    parser.add_argument("--steps", type=int, default=5500, help="Steps of the U-Net and text encoder.")
+    parser.add_argument("--steps", type=int, default=10_000, help="Steps of the U-Net and text encoder.")
     parser.add_argument("--shape_steps", type=int, default=4000, help="How many of them go to the noisy half.")
     parser.add_argument("--batch_size", type=int, default=32, help="Pictures a step of the U-Net.")
     parser.add_argument("--learning_rate", type=float, default=8e-4)
