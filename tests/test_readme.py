@@ -21,7 +21,7 @@ def test_the_script_takes_the_command_of_the_readme():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     (command,) = [block for block in blocks("bash") if "accelerate launch" in block]
-    words = shlex.split(command[command.index("accelerate launch") :])
+    words = shlex.split(command[command.index("accelerate launch") :].replace("\\\n", ""))
     assert words[:3] == ["accelerate", "launch", "train_dreambooth_lipschitz.py"]
     args = script.parse_args(words[3:])
     assert (args.lipschitz_weight, args.learning_rate, args.train_batch_size) == (500.0, 2e-6, 1)
