@@ -7,6 +7,7 @@ Trains the tiny model with `train_dreambooth_lipschitz.py` and measures it; how 
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -57,6 +58,11 @@ def train(subject: str, method: str, seed: int, folder: Path) -> float:
     if code != 0:
         sys.exit(f"The training of {subject!r} by {method!r} failed; the reason is at the end of {log}.")
     return time.time() - started
+
+
+def hash_of_base() -> str:
+    """Tells one base from another: results of an earlier one are no results of this one."""
+    return hashlib.sha256((BASE / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:8]
 
 
 def save_picture(subject: str, seed: int, models: dict[str, Path], path: Path) -> None:
@@ -130,7 +136,10 @@ def main() -> None:
     subjects = list(SUBJECTS) if "all" in args.subjects else args.subjects
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "results.jsonl"
+    settings = {"base": hash_of_base(), "common": COMMON, "methods": METHODS, "others": args.others}
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    # What was measured in another way is measured again; its line stays in the file.
+    results = [result for result in results if result["settings"] == settings]
     done = {(result["subject"], result["seed"], result["method"]) for result in results}
     bar = tqdm(total=len(subjects) * len(args.seeds) * (1 + len(METHODS)), desc="models")
     for seed in args.seeds:
@@ -147,7 +156,8 @@ def main() -> None:
                 measured = examiner.examine(load(models.get(name, BASE)), subject)
                 bar.update()
                 if (subject, seed, name) not in done:
-                    results.append({"subject": subject, "seed": seed, "method": name, **measured, "seconds": seconds})
+                    result = {"subject": subject, "seed": seed, "method": name, **measured, "seconds": seconds}
+                    results.append({**result, "settings": settings})
                     with path.open("a") as file:
                         print(json.dumps(results[-1]), file=file)
             picture = args.output_dir / f"{subject}-{seed}.png"

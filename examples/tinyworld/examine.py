@@ -105,6 +105,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BASE, help="Folder of the pipeline.")
     parser.add_argument("--prompts", type=int, default=400)
     args = parser.parse_args()
+    if not (args.model / "model_index.json").is_file():
+        parser.error(f"--model: there is no pipeline in {args.model}")
     others = other_things(args.prompts)
     pictures = generate(load(args.model), [caption_of(*other) for other in others], list(range(args.prompts)))
     read, truths = Judge.from_pretrained().read(pictures), [traits_of(*other) for other in others]
