@@ -6,6 +6,7 @@ Three trainings, resumable from `--work_dir`: autoencoder, its decoder, U-Net wi
 """
 
 import argparse
+import copy
 import json
 import os
 import time
@@ -56,14 +57,15 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges make one token of each word of the world; other words fall to pieces."""
-    words = {word for phrase in SCENES for word in phrase.split()} | {"a", "an", "photo", "of"}
-    words |= {*CLASSES, *COLOURS, *PATTERNS, *RARE_TOKENS}
-    corpus = [" ".join(sorted(words))] * 2
-    tokenizer = CLIPTokenizer().train_new_from_iterator(corpus, vocab_size=2000, show_progress=False)
-    tokenizer.model_max_length = MAX_TOKENS
-    return tokenizer
+def load_tokenizer(folder: Path) -> CLIPTokenizer:
+    """The CLIP tokenizer in the folder, made if there is none: each word of the world is one token of it."""
+    if not folder.exists():
+        words = {word for phrase in SCENES for word in phrase.split()} | {"a", "an", "photo", "of"}
+        words |= {*CLASSES, *COLOURS, *PATTERNS, *RARE_TOKENS}
+        corpus = [" ".join(sorted(words))] * 2
+        # Kept, because it comes out with its tokens in another order each time.
+        CLIPTokenizer().train_new_from_iterator(corpus, vocab_size=2000, show_progress=False).save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
 
 
 def build_autoencoder() -> AutoencoderKL:
@@ -292,11 +294,8 @@ def save_pipeline(args, vae, text_encoder, tokenizer, unet, scheduler) -> None:
 
 
 def _half(module: torch.nn.Module) -> torch.nn.Module:
-    copy = (
-        type(module)(module.config) if isinstance(module, CLIPTextModel) else type(module).from_config(module.config)
-    )
-    copy.load_state_dict(module.state_dict())
-    return copy.half().eval()
+    # Not by `from_config`, which forgets values that were registered later: the scaling factor.
+    return copy.deepcopy(module).to(memory_format=torch.contiguous_format).half().eval()
 
 
 def save_reconstructions(vae: AutoencoderKL, images: torch.Tensor, path: Path, device: str) -> None:
@@ -317,7 +316,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=60_000, help="How many pictures to draw and learn from.")
     parser.add_argument("--autoencoder_steps", type=int, default=2500)
     parser.add_argument("--decoder_steps", type=int, default=3000, help="More steps of the decoder alone.")
-    parser.add_argument("--steps", type=int, default=13_000, help="Steps of the U-Net and text encoder.")
+    parser.add_argument("--steps", type=int, default=12_000, help="Steps of the U-Net and text encoder.")
     parser.add_argument("--batch_size", type=int, default=32, help="Pictures a step of the U-Net.")
     parser.add_argument("--learning_rate", type=float, default=8e-4)
     parser.add_argument("--save_every", type=int, default=1000, help="Steps between two resumable states.")
@@ -329,7 +328,7 @@ def main() -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, truths = draw_pictures(args.pictures)
-    tokenizer = build_tokenizer()
+    tokenizer = load_tokenizer(args.work_dir / "tokenizer")
     vae = train_autoencoder(args, images, device)
     latents = encode(args, vae, images, device)
     train_decoder(args, vae, images, latents, device)
