@@ -605,13 +605,15 @@ def is_new_token(name: str) -> bool:
 def add_tokens(args: argparse.Namespace, pipeline: StableDiffusionPipeline) -> None:
     """Teaches tokenizer and text encoder the new tokens, which begin as the mean of their initializer's tokens."""
     tokenizer, embedding = pipeline.tokenizer, pipeline.text_encoder.get_input_embeddings()
-    tokens, rows = args.modifier_token.split("+"), []
-    for token, initializer in zip(tokens, args.initializer_token.split("+")):
+    ids, rows = [], []
+    for token, initializer in zip(args.modifier_token.split("+"), args.initializer_token.split("+")):
         rows.append(embedding.weight[tokenizer.encode(initializer, add_special_tokens=False)].detach().mean(0))
-        if tokenizer.add_tokens(token) != 1:
-            stop(f"--modifier_token: {token} is in the vocabulary of the base already, choose another word")
-    first = tokenizer.convert_tokens_to_ids(tokens[0])
-    pipeline.text_encoder.set_input_embeddings(NewTokenEmbedding(embedding, first, torch.stack(rows)))
+        known = token in tokenizer.get_vocab()
+        tokenizer.add_tokens(token)
+        ids += tokenizer.encode(token, add_special_tokens=False)
+        if known or len(ids) != len(rows):
+            stop(f"--modifier_token: {token} is no new word to the tokenizer of the base, choose another")
+    pipeline.text_encoder.set_input_embeddings(NewTokenEmbedding(embedding, ids[0], torch.stack(rows)))
 
 
 def add_lora(args: argparse.Namespace, trained: dict[str, torch.nn.Module]) -> None:
@@ -1047,17 +1049,20 @@ def log_validation(
 def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
     """The calls that load what was trained, for someone who has diffusers and not this file."""
     base, result = json.dumps(args.pretrained_model_name_or_path), json.dumps(repo_id or args.output_dir)
-    lines = ["from diffusers import DiffusionPipeline"]
+    lines = ["import torch", "from diffusers import DiffusionPipeline"]
+    source = result
+    if args.method != "full":
+        kinds = [(name, getattr(args, name)) for name in ("revision", "variant")]
+        source = ", ".join([base, *(f"{name}={json.dumps(value)}" for name, value in kinds if value is not None)])
+    loading = f"pipeline = DiffusionPipeline.from_pretrained({source}, dtype=torch.float32)"
     if args.method == "full":
-        return "\n".join([*lines, "", f"pipeline = DiffusionPipeline.from_pretrained({result})"])
+        return "\n".join([*lines, "", loading])
     if args.method == "lora":
-        lines += ["", f"pipeline = DiffusionPipeline.from_pretrained({base})"]
-        return "\n".join([*lines, f"pipeline.load_lora_weights({result})"])
+        return "\n".join([*lines, "", loading, f"pipeline.load_lora_weights({result})"])
     lines += ["from huggingface_hub import snapshot_download"] if repo_id else []
     lines += ["from safetensors.torch import load_file", ""]
     lines += [f"folder = snapshot_download({result})" if repo_id else f"folder = {result}"]
-    lines += [f"pipeline = DiffusionPipeline.from_pretrained({base})"]
-    lines += [f'pipeline.unet.load_state_dict(load_file(f"{{folder}}/{KEYS_VALUES_FILE}"), strict=False)']
+    lines += [loading, f'pipeline.unet.load_state_dict(load_file(f"{{folder}}/{KEYS_VALUES_FILE}"), strict=False)']
     if args.modifier_token:
         lines += [f'tokens = load_file(f"{{folder}}/{TOKENS_FILE}")']
         lines += ["pipeline.load_textual_inversion(list(tokens.values()), token=list(tokens))"]
