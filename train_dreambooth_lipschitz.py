@@ -136,9 +136,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         " custom_diffusion: keys and values of cross-attention, and the embeddings of --modifier_token.",
     )
     add("--rank", type=positive_int, help="lora: rank of the added matrices; default: 4.")
-    add(
-        "--lora_alpha", type=positive_int, help="lora: they are multiplied by this over their rank; default: the rank."
-    )
+    add("--lora_alpha", type=positive_int, help="lora: they are scaled by this over the rank; default: the rank.")
     add("--lora_dropout", type=non_negative, help="lora: share of their inputs left out in training; default: 0.")
     add("--use_dora", action="store_true", help="lora: train the lengths of the weights' rows apart from directions.")
     add("--modifier_token", help='custom_diffusion: new words, one for each concept: "<new1>+<new2>".')
@@ -319,7 +317,7 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
     }
     for method, names in flags.items():
         for name in names:
-            if getattr(args, name) not in (None, False) and args.method != method:
+            if getattr(args, name) is not None and getattr(args, name) is not False and args.method != method:
                 error(f"--{name} is for --method {method}, not for --method {args.method}")
 
     if args.method == "lora":
