@@ -1070,14 +1070,13 @@ def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
 def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[Image.Image], folder: Path) -> None:
     base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
     settings = {key: value for key, value in vars(args).items() if key.startswith("lipschitz_") and value is not None}
-    subjects = "; ".join(concept.instance_prompt for concept in read_concepts(args))
     tags = "text-to-image dreambooth lipschitz stable-diffusion stable-diffusion-diffusers diffusers-training"
     data = ModelCardData(
         # The Hub refuses a base that is not on it.
         base_model=None if os.path.isdir(base) else base,
         library_name="diffusers",
         tags=tags.split() + ([args.method] if args.method != "full" else []),
-        instance_prompt=subjects,
+        instance_prompt=args.instance_prompt,
         **settings,
     )
     for index, image in enumerate(images):
@@ -1094,7 +1093,7 @@ def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[
     text = f"""# {name}
 
 `{base}`, personalized by DreamBooth {how} the Lipschitz penalty of
-[Preserve and Personalize](https://arxiv.org/abs/2505.19519). Prompt of the subject: `{subjects}`
+[Preserve and Personalize](https://arxiv.org/abs/2505.19519). Prompt of the subject: `{args.instance_prompt}`
 
 ```python
 {loading_code(args, repo_id)}
@@ -1135,6 +1134,7 @@ def main(args: argparse.Namespace) -> None:
     # What can be wrong with the arguments is found before anything is written or loaded.
     accelerator = build_accelerator(args)
     concepts = read_concepts(args)
+    args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
     checkpoint = find_checkpoint(args, accelerator)
     photos, class_images = find_concept_images(args, concepts)
     check_base(args)

@@ -287,6 +287,7 @@ def test_each_photo_of_several_concepts_comes_with_its_prompt(concepts, run_scri
             found.add(prompt)
     assert found == {0, 1, 2, 3}
     tokens = load_file(tmp_path / "model" / "learned_embeds.safetensors")
+    assert "a <dark> mug; a <light> mug" in (tmp_path / "model" / "README.md").read_text()
     assert tokens.keys() == {"<dark>", "<light>"}
     assert not torch.equal(tokens["<dark>"], tokens["<light>"])
 
