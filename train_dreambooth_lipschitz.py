@@ -901,9 +901,11 @@ def save_trained(args: argparse.Namespace, trained: dict[str, torch.nn.Module], 
     elif args.method == "lora":
         from peft import get_peft_model_state_dict
 
-        layers = {f"{name}_lora_layers": get_peft_model_state_dict(model) for name, model in trained.items()}
-        # Without the configuration, diffusers would take alpha for the rank.
-        configs = {f"{name}_lora_adapter_metadata": m.peft_config["default"].to_dict() for name, m in trained.items()}
+        layers, configs = {}, {}
+        for name, model in trained.items():
+            layers[f"{name}_lora_layers"] = get_peft_model_state_dict(model)
+            # diffusers takes the rank for alpha where it finds none, and draws with the dropout that it finds.
+            configs[f"{name}_lora_adapter_metadata"] = {**model.peft_config["default"].to_dict(), "lora_dropout": 0.0}
         StableDiffusionPipeline.save_lora_weights(folder, weight_name=LORA_FILE, **layers, **configs)
     else:
         weights = {name: parameter.detach() for name, parameter in trained_keys_values(trained["unet"]).items()}
