@@ -1,5 +1,6 @@
-# DreamBooth for Stable Diffusion 1.x and 2.x with the Lipschitz penalty: full fine-tuning, one file, all in sight.
-# Flags and outputs of diffusers' train_dreambooth.py, less what serves DeepFloyd IF. Holds no SDXL and no LoRA.
+# DreamBooth for Stable Diffusion 1.x and 2.x with the Lipschitz penalty: full fine-tuning, LoRA or Custom Diffusion.
+# Flags and outputs of diffusers' train_dreambooth.py, train_dreambooth_lora.py and train_custom_diffusion.py, less
+# what serves DeepFloyd IF and what changes the photos. Holds no SDXL.
 """
 Teaches Stable Diffusion a subject from 3-6 photos, and keeps the rest of the model where it was, by the penalty of
 "Preserve and Personalize" (arXiv 2505.19519, Algorithm 1):
@@ -9,6 +10,8 @@ Teaches Stable Diffusion a subject from 3-6 photos, and keeps the rest of the mo
         --instance_data_dir=photos --instance_prompt="a photo of sks dog" --output_dir=sks-dog \
         --train_batch_size=1 --learning_rate=2e-6 --lipschitz_weight=500 --max_train_steps=1000
 
+`--method` says which parameters train, what they are anchored to and what is saved: `full` all of the U-Net, `lora`
+small matrices added to its attention, `custom_diffusion` its cross-attention's keys and values and new words.
 With `--lipschitz_weight=0` it is plain DreamBooth; with `--with_prior_preservation` besides, the classic alternative.
 `grep -i lipschitz` on this file shows the whole method.
 """
@@ -28,8 +31,9 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import diffusers
 import numpy as np
@@ -46,11 +50,12 @@ from diffusers.utils import check_min_version, is_wandb_available, is_xformers_a
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from PIL import Image
 from PIL.ImageOps import exif_transpose
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lipschitz_reg import LipschitzRegularizer
+from lipschitz_reg import LipschitzRegularizer, find_lora_adapters
 
 
 if is_wandb_available():
@@ -62,6 +67,19 @@ check_min_version("0.40.0")
 logger = get_logger(__name__)
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# Learning rates of diffusers' scripts; weights of the paper's authors, and for LoRA that of what it stands in for.
+DEFAULTS = {
+    "full": {"learning_rate": 5e-6, "lipschitz_weight": 500.0},
+    "lora": {"learning_rate": 5e-4, "lipschitz_weight": 500.0},
+    "custom_diffusion": {"learning_rate": 1e-5, "lipschitz_weight": 175.0},
+}
+LORA_TARGETS = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],
+    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
+LORA_FILE = "pytorch_lora_weights.safetensors"
+KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
 
 
 def stop(message: str | Exception) -> NoReturn:
@@ -109,9 +127,29 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--variant", help="Variant of its weight files, such as fp16; training is in float32 all the same.")
     add("--tokenizer_name", help="Folder or Hub name of another tokenizer than the pipeline's.")
 
+    add = parser.add_argument_group("method").add_argument
+    add(
+        "--method",
+        choices=list(DEFAULTS),
+        default="full",
+        help="What is trained. full: all weights. lora: small matrices that are added to those of attention."
+        " custom_diffusion: keys and values of cross-attention, and the embeddings of --modifier_token.",
+    )
+    add("--rank", type=positive_int, help="lora: rank of the added matrices; default: 4.")
+    add("--lora_alpha", type=positive_int, help="lora: they are scaled by this over the rank; default: the rank.")
+    add("--lora_dropout", type=non_negative, help="lora: share of their inputs left out in training; default: 0.")
+    add("--use_dora", action="store_true", help="lora: train the lengths of the weights' rows apart from directions.")
+    add("--modifier_token", help='custom_diffusion: new words, one for each concept: "<new1>+<new2>".')
+    add("--initializer_token", help="custom_diffusion: words whose meaning they begin with; default: ktn+pll+ucd.")
+
     add = parser.add_argument_group("subject").add_argument
-    add("--instance_data_dir", required=True, help="Folder with the photos of the subject.")
-    add("--instance_prompt", required=True, help='What they show, a rare word included: "a photo of sks dog".')
+    add("--instance_data_dir", help="Folder with the photos of the subject.")
+    add("--instance_prompt", help='What they show, a rare word included: "a photo of sks dog".')
+    add(
+        "--concepts_list",
+        help="Several subjects instead of one: a JSON list of objects with instance_data_dir and instance_prompt, and"
+        " for prior preservation class_data_dir and class_prompt.",
+    )
     add("--resolution", type=positive_int, default=512, help="Side of the square training images, in pixels.")
     add(
         "--center_crop",
@@ -124,9 +162,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add(
         "--lipschitz_weight",
         type=non_negative,
-        default=500.0,
         help="Strength of the pull towards the pretrained weights, lambda in the paper. Too small: other prompts start"
-        " to show the subject; too large: the subject is not learned. 0 attaches nothing: plain DreamBooth.",
+        " to show the subject; too large: the subject is not learned. 0 attaches nothing: plain DreamBooth. Default:"
+        " 500, for custom_diffusion 175.",
     )
     add(
         "--lipschitz_reduction",
@@ -149,6 +187,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--lipschitz_anchor_device",
         choices=["cpu"],
         help="cpu: keep the pretrained weights in host memory and stream them at each step; slower, saves GPU memory.",
+    )
+    add(
+        "--lipschitz_anchor_model",
+        help="Stable Diffusion pipeline to stay near to, a folder or a name on the Hub, where the base has been"
+        " personalized before and drift shall not add up; default: the base itself.",
+    )
+    add(
+        "--lipschitz_lora",
+        choices=["delta", "factors"],
+        help="lora: penalize what is added to the weights (delta, the default), or its two factors one by one"
+        " (factors: the authors' way, with their weight of 1e-7 and --lipschitz_reduction sum).",
     )
 
     add = parser.add_argument_group("prior preservation").add_argument
@@ -182,7 +231,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--local_rank", type=int, default=-1, help="Set by some launchers; the variable LOCAL_RANK is what counts.")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--learning_rate", type=non_negative, default=5e-6, help="Peak learning rate.")
+    add(
+        "--learning_rate",
+        type=non_negative,
+        help="Peak learning rate; default: 5e-6, for lora 5e-4, for custom_diffusion 1e-5.",
+    )
     add("--scale_lr", action="store_true", help="Multiply it by processes, accumulation steps and batch size.")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedules, default="constant", help="How the learning rate changes.")
@@ -230,11 +283,21 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(input_args)
 
+    check_method(args, parser.error)
+    for name, value in DEFAULTS[args.method].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if (args.lipschitz_mode == "projected") != (args.lipschitz_radius is not None):
         parser.error("--lipschitz_mode projected and --lipschitz_radius need each other")
     if args.adam_weight_decay is None:
         args.adam_weight_decay = 0.0 if args.lipschitz_weight > 0 else 1e-2
-    if args.with_prior_preservation:
+    if args.concepts_list is not None:
+        for flag in ("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt"):
+            if getattr(args, flag) is not None:
+                parser.error(f"--concepts_list has a {flag} for each concept: leave out --{flag}")
+    elif args.instance_data_dir is None or args.instance_prompt is None:
+        parser.error("--instance_data_dir and --instance_prompt are needed, or --concepts_list")
+    elif args.with_prior_preservation:
         if args.class_data_dir is None:
             parser.error("--with_prior_preservation needs --class_data_dir, a folder for the class images")
         if args.class_prompt is None:
@@ -244,6 +307,79 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         parser.error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
     return args
+
+
+def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
+    """Refuses flags that the method does not have, and fills in those that it has."""
+    flags = {
+        "lora": ["rank", "lora_alpha", "lora_dropout", "use_dora", "lipschitz_lora"],
+        "custom_diffusion": ["modifier_token", "initializer_token"],
+    }
+    for method, names in flags.items():
+        for name in names:
+            if getattr(args, name) is not None and getattr(args, name) is not False and args.method != method:
+                error(f"--{name} is for --method {method}, not for --method {args.method}")
+
+    if args.method == "lora":
+        args.rank = args.rank or 4
+        args.lora_alpha = args.lora_alpha or args.rank
+        args.lora_dropout = args.lora_dropout or 0.0
+        args.lipschitz_lora = args.lipschitz_lora or "delta"
+        if args.lora_dropout >= 1:
+            error("--lora_dropout must be below 1")
+        if args.lipschitz_lora == "delta" and args.lipschitz_mode == "proximal":
+            error("--lipschitz_mode proximal has no closed form for LoRA: use coupled, or --lipschitz_lora factors")
+    if args.method == "custom_diffusion":
+        if args.train_text_encoder:
+            error("--method custom_diffusion trains new words, not the text encoder: leave out --train_text_encoder")
+        if args.modifier_token is None and args.initializer_token is not None:
+            error("--initializer_token needs --modifier_token, the new words that begin with it")
+        if args.modifier_token is not None:
+            args.initializer_token = args.initializer_token or "ktn+pll+ucd"
+            tokens, initializers = args.modifier_token.split("+"), args.initializer_token.split("+")
+            if "" in map(str.strip, tokens + initializers) or len(set(tokens)) < len(tokens):
+                error('--modifier_token and --initializer_token: words joined by "+", none of them empty or twice')
+            if len(initializers) < len(tokens):
+                error(f"--initializer_token has {len(initializers)} words, for {len(tokens)} of --modifier_token")
+    if args.lipschitz_anchor_model is not None:
+        if args.lipschitz_weight == 0:
+            error("--lipschitz_anchor_model does nothing with --lipschitz_weight 0")
+        if args.method == "lora" and (
+            args.use_dora or args.lipschitz_lora == "factors" or args.lipschitz_mode != "coupled"
+        ):
+            error(
+                "--lipschitz_anchor_model and --method lora need --lipschitz_mode coupled and --lipschitz_lora delta,"
+                " and do without --use_dora"
+            )
+
+
+class Concept(NamedTuple):
+    instance_data_dir: str
+    instance_prompt: str
+    class_data_dir: str | None
+    class_prompt: str | None
+
+
+def read_concepts(args: argparse.Namespace) -> list[Concept]:
+    """The subjects: that of the flags, or those of `concepts_list`."""
+    rows = [vars(args)]
+    if args.concepts_list is not None:
+        try:
+            rows = json.loads(Path(args.concepts_list).read_text())
+        except (OSError, ValueError) as error:
+            stop(f"--concepts_list: cannot read {args.concepts_list}: {error}")
+        needed = Concept._fields if args.with_prior_preservation else Concept._fields[:2]
+        if not rows or not isinstance(rows, list):
+            stop(f"--concepts_list: {args.concepts_list} is not a list of concepts")
+        for index, row in enumerate(rows):
+            missing = [name for name in needed if not (isinstance(row, dict) and isinstance(row.get(name), str))]
+            if missing:
+                stop(f"--concepts_list: concept {index} of {args.concepts_list} lacks {', '.join(missing)}")
+    concepts = [Concept(*(row.get(name) for name in Concept._fields)) for row in rows]
+    for token in args.modifier_token.split("+") if args.modifier_token else []:
+        if not any(token in concept.instance_prompt for concept in concepts):
+            stop(f"--modifier_token: {token} is in no instance prompt, so that it would not be learned")
+    return concepts
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -268,6 +404,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         stop("--report_to wandb needs wandb: pip install wandb")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         stop("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+    if args.method == "lora" and importlib.util.find_spec("peft") is None:
+        stop("--method lora needs peft: pip install peft")
     if args.enable_xformers_memory_efficient_attention:
         if accelerator.device.type != "cuda":
             stop(
@@ -308,6 +446,21 @@ def find_images(flag: str, folder: str | Path) -> list[Path]:
     return images
 
 
+def find_concept_images(
+    args: argparse.Namespace, concepts: list[Concept]
+) -> tuple[list[list[Path]], list[list[Path]]]:
+    """The photos of each concept, and the class images that it has already."""
+    photos, class_images = [], []
+    for concept in concepts:
+        flags = ["--concepts_list"] * 2 if args.concepts_list else ["--instance_data_dir", "--class_data_dir"]
+        photos.append(find_images(flags[0], concept.instance_data_dir))
+        if not photos[-1]:
+            stop(f"{flags[0]}: there is no image in {concept.instance_data_dir}")
+        found = args.with_prior_preservation and os.path.exists(concept.class_data_dir)
+        class_images.append(find_images(flags[1], concept.class_data_dir) if found else [])
+    return photos, class_images
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The folders `checkpoint-<step>` of a run, by step."""
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
@@ -332,10 +485,15 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
         if checkpoint not in list_checkpoints(checkpoint.parent):
             stop(f"--resume_from_checkpoint: {checkpoint} is not named checkpoint-<step>")
 
-    needed = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors", "optimizer.bin", "scheduler.bin"]
-    needed += [f"random_states_{accelerator.process_index}.pkl"]
-    if args.train_text_encoder:
-        needed += ["text_encoder/config.json", "text_encoder/model.safetensors"]
+    needed = ["optimizer.bin", "scheduler.bin", f"random_states_{accelerator.process_index}.pkl"]
+    if args.method == "full":
+        needed += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+        if args.train_text_encoder:
+            needed += ["text_encoder/config.json", "text_encoder/model.safetensors"]
+    elif args.method == "lora":
+        needed += [LORA_FILE]
+    else:
+        needed += [KEYS_VALUES_FILE, TOKENS_FILE] if args.modifier_token else [KEYS_VALUES_FILE]
     missing = [name for name in needed if not Path(checkpoint, name).is_file()]
     if missing:
         stop(f"--resume_from_checkpoint: {checkpoint} is incomplete, it lacks {', '.join(missing)}")
@@ -345,16 +503,17 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
     return checkpoint
 
 
-def check_base(args: argparse.Namespace) -> None:
-    """Stops unless the base is a Stable Diffusion pipeline. Reads only its index, the first file to be downloaded."""
-    source, index = args.pretrained_model_name_or_path, "model_index.json"
+def check_base(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path") -> None:
+    """Stops unless it is a Stable Diffusion pipeline. Reads only its index, the first file to be downloaded."""
+    source, index = getattr(args, flag[2:]), "model_index.json"
+    revision = args.revision if source == args.pretrained_model_name_or_path else None
     try:
-        path = Path(source, index) if os.path.isdir(source) else hf_hub_download(source, index, revision=args.revision)
+        path = Path(source, index) if os.path.isdir(source) else hf_hub_download(source, index, revision=revision)
         name = json.loads(Path(path).read_text())["_class_name"]
     except (OSError, ValueError, KeyError) as error:
-        stop(f"--pretrained_model_name_or_path: found no Stable Diffusion pipeline at {source}: {error}")
+        stop(f"{flag}: found no Stable Diffusion pipeline at {source}: {error}")
     if name != "StableDiffusionPipeline":
-        stop(f"--pretrained_model_name_or_path: {source} is a {name}, not a StableDiffusionPipeline (1.x or 2.x)")
+        stop(f"{flag}: {source} is a {name}, not a StableDiffusionPipeline (1.x or 2.x)")
 
 
 def create_hub_repository(args: argparse.Namespace) -> str:
@@ -366,22 +525,29 @@ def create_hub_repository(args: argparse.Namespace) -> str:
         stop(f"--push_to_hub: cannot create {name} on the Hub: {error}")
 
 
-def load_pipeline(args: argparse.Namespace, **options) -> StableDiffusionPipeline:
+def load_pipeline(
+    args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path", **options
+) -> StableDiffusionPipeline:
     """The base, in float32 whatever its files hold: small updates would be lost in weights of fewer bits."""
-    options = {"dtype": torch.float32, "revision": args.revision, "variant": args.variant, **options}
+    source = getattr(args, flag[2:])
+    options = {"dtype": torch.float32, **options}
     try:
-        if args.tokenizer_name:
-            options["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
-        pipeline = StableDiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, **options)
+        if source == args.pretrained_model_name_or_path:
+            options = {"revision": args.revision, "variant": args.variant, **options}
+            if args.tokenizer_name:
+                options["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
+        pipeline = StableDiffusionPipeline.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        stop(f"--pretrained_model_name_or_path: cannot load {args.pretrained_model_name_or_path}: {error}")
+        stop(f"{flag}: cannot load {source}: {error}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def sample_class_images(args: argparse.Namespace, accelerator: Accelerator, images: list[Path]) -> list[Path]:
+def sample_class_images(
+    args: argparse.Namespace, accelerator: Accelerator, concept: Concept, images: list[Path]
+) -> list[Path]:
     """As many class images as asked for: those in `class_data_dir`, and by the base those that are missing."""
-    folder, missing = Path(args.class_data_dir), args.num_class_images - len(images)
+    folder, missing = Path(concept.class_data_dir), args.num_class_images - len(images)
     if missing <= 0:
         return images[: args.num_class_images]
 
@@ -401,7 +567,7 @@ def sample_class_images(args: argparse.Namespace, accelerator: Accelerator, imag
             generators = None
             if args.seed is not None:
                 generators = [torch.Generator().manual_seed(args.seed + index) for index in batch]
-            drawn = pipeline([args.class_prompt] * len(batch), generator=generators).images
+            drawn = pipeline([concept.class_prompt] * len(batch), generator=generators).images
             for index, image in zip(batch, drawn):
                 name = f"{index}-{hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()}.jpg"
                 image.save(folder / f".{name}")
@@ -410,8 +576,91 @@ def sample_class_images(args: argparse.Namespace, accelerator: Accelerator, imag
     return images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
 
 
+class NewTokenEmbedding(torch.nn.Module):
+    """
+    A token embedding with rows for new tokens, those from `first` on. They are a parameter of their own, `new`, so
+    that no other row can change.
+    """
+
+    def __init__(self, embedding, first, new):
+        super().__init__()
+        self.embedding = embedding
+        self.first = first
+        self.new = torch.nn.Parameter(new)
+
+    def forward(self, tokens):
+        is_new = tokens >= self.first
+        old = self.embedding(tokens.masked_fill(is_new, 0))
+        new = F.embedding((tokens - self.first).clamp(min=0), self.new)
+        return torch.where(is_new.unsqueeze(-1), new.to(old.dtype), old)
+
+
+def is_new_token(name: str) -> bool:
+    """Whether a parameter of the text encoder is the `new` of a `NewTokenEmbedding`."""
+    return name.endswith("token_embedding.new")
+
+
+def add_tokens(args: argparse.Namespace, pipeline: StableDiffusionPipeline) -> None:
+    """Teaches tokenizer and text encoder the new tokens, which begin as the mean of their initializer's tokens."""
+    tokenizer, embedding = pipeline.tokenizer, pipeline.text_encoder.get_input_embeddings()
+    ids, rows = [], []
+    for token, initializer in zip(args.modifier_token.split("+"), args.initializer_token.split("+")):
+        rows.append(embedding.weight[tokenizer.encode(initializer, add_special_tokens=False)].detach().mean(0))
+        known = token in tokenizer.get_vocab()
+        tokenizer.add_tokens(token)
+        ids += tokenizer.encode(token, add_special_tokens=False)
+        if known or len(ids) != len(rows):
+            stop(f"--modifier_token: {token} is no new word to the tokenizer of the base, choose another")
+    pipeline.text_encoder.set_input_embeddings(NewTokenEmbedding(embedding, ids[0], torch.stack(rows)))
+
+
+def add_lora(args: argparse.Namespace, trained: dict[str, torch.nn.Module]) -> None:
+    from peft import LoraConfig
+
+    if args.seed is not None:
+        set_seed(args.seed)  # one factor begins at random
+    for name, model in trained.items():
+        config = LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            use_dora=args.use_dora,
+            init_lora_weights="gaussian",
+            target_modules=LORA_TARGETS[name],
+        )
+        model.add_adapter(config)
+
+
+def choose_parameters(
+    args: argparse.Namespace, pipeline: StableDiffusionPipeline, dtype: torch.dtype
+) -> dict[str, torch.nn.Module]:
+    """
+    Makes the parameters that the method trains, and only those, require gradients. They stay in float32; the others of
+    these models go to `dtype`. Returns the models in which something is trained, by name.
+    """
+    trained = {"unet": pipeline.unet}
+    if args.train_text_encoder or args.modifier_token:
+        trained["text_encoder"] = pipeline.text_encoder
+    if args.method == "full":
+        return trained
+    for model in trained.values():
+        model.requires_grad_(False)
+    if args.method == "lora":
+        add_lora(args, trained)
+    else:
+        for name, parameter in pipeline.unet.named_parameters():
+            parameter.requires_grad_(re.search(r"\.attn2\.to_[kv]\.", name) is not None)
+        if args.modifier_token:
+            add_tokens(args, pipeline)
+    for model in trained.values():
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    return trained
+
+
 def load_models(
-    args: argparse.Namespace,
+    args: argparse.Namespace, dtype: torch.dtype
 ) -> tuple[StableDiffusionPipeline, DDPMScheduler, dict[str, torch.nn.Module]]:
     """The base, with the validation scheduler in place; the scheduler for training; the models to train, by name."""
     pipeline = load_pipeline(args, safety_checker=None, requires_safety_checker=False)
@@ -420,13 +669,12 @@ def load_models(
         stop(f"the base predicts {noise_scheduler.config.prediction_type}, which cannot be trained here")
     pipeline.scheduler = getattr(diffusers, args.validation_scheduler).from_config(pipeline.scheduler.config)
     pipeline.vae.requires_grad_(False)
-    trained = {"unet": pipeline.unet}
-    if args.train_text_encoder:
-        trained["text_encoder"] = pipeline.text_encoder
+    trained = choose_parameters(args, pipeline, dtype)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
-        if args.train_text_encoder:
-            pipeline.text_encoder.gradient_checkpointing_enable()
+        if "text_encoder" in trained:
+            # The other kind has no gradient where the inputs of the first layer have none, as in LoRA.
+            pipeline.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
     if args.enable_xformers_memory_efficient_attention:
         try:
             pipeline.unet.enable_xformers_memory_efficient_attention()
@@ -466,6 +714,22 @@ class DreamBoothDataset(Dataset):
         return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
+class ConceptsDataset(Dataset):
+    """The photos of all concepts. An item is the number of its concept, and what its `DreamBoothDataset` gives."""
+
+    def __init__(self, datasets):
+        self.datasets = datasets
+        self.rows = [(number, index) for number, dataset in enumerate(datasets) for index in range(len(dataset))]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, draw):
+        row, seed = draw
+        number, index = self.rows[row]
+        return number, self.datasets[number][index, seed]
+
+
 class EpochSampler(Sampler):
     """
     Shuffled (index, crop seed) pairs that depend on nothing but `seed` and `epoch`. A resumed run, which knows its
@@ -487,9 +751,11 @@ class EpochSampler(Sampler):
 
 
 def build_dataloader(
-    args: argparse.Namespace, accelerator: Accelerator, instance_images: list[Path], class_images: list[Path]
+    args: argparse.Namespace, accelerator: Accelerator, photos: list[list[Path]], class_images: list[list[Path]]
 ) -> tuple[DataLoader, EpochSampler]:
-    dataset = DreamBoothDataset(instance_images, class_images, args.resolution, args.center_crop)
+    dataset = ConceptsDataset(
+        [DreamBoothDataset(*images, args.resolution, args.center_crop) for images in zip(photos, class_images)]
+    )
     sampler = EpochSampler(len(dataset), seed=args.seed or 0)
     dataloader = DataLoader(
         dataset,
@@ -502,9 +768,15 @@ def build_dataloader(
     return accelerator.prepare(dataloader), sampler
 
 
-def build_optimizer(
-    args: argparse.Namespace, accelerator: Accelerator, parameters: list[torch.nn.Parameter]
-) -> torch.optim.Optimizer:
+def group_parameters(trained: dict[str, torch.nn.Module]) -> list[dict]:
+    """The param groups. The penalty leaves new tokens alone: they have no pretrained value to be kept at."""
+    named = [row for model in trained.values() for row in model.named_parameters() if row[1].requires_grad]
+    groups = [{"params": [parameter for name, parameter in named if not is_new_token(name)]}]
+    new = [parameter for name, parameter in named if is_new_token(name)]
+    return groups + ([{"params": new, "lipschitz_weight": 0.0}] if new else [])
+
+
+def build_optimizer(args: argparse.Namespace, accelerator: Accelerator, groups: list[dict]) -> torch.optim.Optimizer:
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
         import bitsandbytes
@@ -514,11 +786,50 @@ def build_optimizer(
     if args.scale_lr:
         learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     return optimizer_class(
-        parameters,
+        groups,
         lr=learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
+    )
+
+
+def attach_lipschitz(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, trained: dict[str, torch.nn.Module]
+) -> LipschitzRegularizer:
+    """The penalty, which pulls towards the weights as they are now, or to those of `lipschitz_anchor_model`."""
+    adapters, lipschitz_anchors = [], {}
+    if args.method == "lora":
+        adapters = [adapter for name in trained for adapter in find_lora_adapters(trained[name], prefix=name)]
+    if args.lipschitz_anchor_model is not None:
+        anchor_model = load_pipeline(
+            args, "--lipschitz_anchor_model", safety_checker=None, requires_safety_checker=False
+        )
+        for name, model in trained.items():
+            weights = getattr(anchor_model, name).state_dict()
+            for key, parameter in model.named_parameters():
+                # LoRA moves weights that are frozen themselves.
+                moves = ".base_layer.weight" in key if args.method == "lora" else parameter.requires_grad
+                if not moves or is_new_token(key):
+                    continue
+                key = key.replace(".base_layer.", ".")
+                shape = tuple(weights[key].shape) if key in weights else "missing"
+                if shape != tuple(parameter.shape):
+                    stop(
+                        f"--lipschitz_anchor_model: {args.lipschitz_anchor_model} has another shape than the base:"
+                        f" {key} of its {name} is {shape}, not {tuple(parameter.shape)}"
+                    )
+                lipschitz_anchors[parameter] = weights[key]
+    return LipschitzRegularizer(
+        optimizer,
+        weight=args.lipschitz_weight,
+        reduction=args.lipschitz_reduction,
+        mode=args.lipschitz_mode,
+        radius=args.lipschitz_radius,
+        anchor_device=args.lipschitz_anchor_device,
+        anchors=lipschitz_anchors,
+        adapters=adapters,
+        lora_form=args.lipschitz_lora or "delta",
     )
 
 
@@ -544,7 +855,8 @@ def compute_loss(
     The denoising loss of a batch.
 
     Args:
-        prompt_embeds: (1, tokens, width), or (2, tokens, width) with that of the class prompt second.
+        prompt_embeds: (1, tokens, width), or (2, tokens, width) with that of the class prompt second; or one for each
+            image, first of all photos, then of all class images.
         images: (batch, 1 or 2, 3, height, width), as the dataset gives them.
 
     Returns:
@@ -553,7 +865,7 @@ def compute_loss(
     batch_size, kinds = images.shape[:2]
     # All photos come first, then all class images: one pass through the models for both.
     images = images.transpose(0, 1).flatten(0, 1)
-    prompt_embeds = prompt_embeds.repeat_interleave(batch_size, dim=0)
+    prompt_embeds = prompt_embeds.repeat_interleave(len(images) // len(prompt_embeds), dim=0)
     with torch.no_grad():
         latents = vae.encode(images.to(vae.dtype)).latent_dist.sample().float() * vae.config.scaling_factor
     noise = torch.randn_like(latents)
@@ -575,20 +887,74 @@ def compute_loss(
     return instance_loss, losses[batch_size:].mean() if kinds == 2 else torch.zeros_like(instance_loss)
 
 
-def register_checkpoint_format(accelerator: Accelerator, trained: dict[str, torch.nn.Module]) -> None:
-    """Makes accelerate's states hold the trained models as `from_pretrained` reads them, in a folder for each."""
+def trained_keys_values(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+
+
+def save_trained(args: argparse.Namespace, trained: dict[str, torch.nn.Module], folder: str | Path) -> None:
+    """Writes what was trained, in safetensors that diffusers' own calls read; the model card shows those calls."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.method == "full":
+        for name, model in trained.items():
+            model.save_pretrained(folder / name)
+    elif args.method == "lora":
+        from peft import get_peft_model_state_dict
+
+        layers, configs = {}, {}
+        for name, model in trained.items():
+            layers[f"{name}_lora_layers"] = get_peft_model_state_dict(model)
+            # diffusers takes the rank for alpha where it finds none, and draws with the dropout that it finds.
+            configs[f"{name}_lora_adapter_metadata"] = {**model.peft_config["default"].to_dict(), "lora_dropout": 0.0}
+        StableDiffusionPipeline.save_lora_weights(folder, weight_name=LORA_FILE, **layers, **configs)
+    else:
+        weights = {name: parameter.detach() for name, parameter in trained_keys_values(trained["unet"]).items()}
+        save_file(weights, folder / KEYS_VALUES_FILE, metadata={"format": "pt"})
+        if args.modifier_token:
+            rows = trained["text_encoder"].get_input_embeddings().new.detach().clone()
+            tokens = dict(zip(args.modifier_token.split("+"), rows.unbind()))
+            save_file(tokens, folder / TOKENS_FILE, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_trained(args: argparse.Namespace, trained: dict[str, torch.nn.Module], folder: str | Path) -> None:
+    """Reads back what `save_trained` wrote. Raises ValueError, KeyError or RuntimeError if it was of another run."""
+    if args.method == "full":
+        for name, model in trained.items():
+            model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
+    elif args.method == "lora":
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        weights = load_file(Path(folder, LORA_FILE))
+        for name, model in trained.items():
+            own = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
+            if own.keys() != get_peft_model_state_dict(model).keys():
+                raise ValueError("its LoRA is of other parts: compare --train_text_encoder and --use_dora")
+            set_peft_model_state_dict(model, own, adapter_name="default")
+    else:
+        weights = load_file(Path(folder, KEYS_VALUES_FILE))
+        for name, parameter in trained_keys_values(trained["unet"]).items():
+            parameter.copy_(weights[name])
+        if args.modifier_token:
+            tokens = load_file(Path(folder, TOKENS_FILE))
+            rows = [tokens[token] for token in args.modifier_token.split("+")]
+            trained["text_encoder"].get_input_embeddings().new.copy_(torch.stack(rows))
+
+
+def register_checkpoint_format(
+    args: argparse.Namespace, accelerator: Accelerator, trained: dict[str, torch.nn.Module]
+) -> None:
+    """Makes accelerate's states hold what was trained as `save_trained` writes it."""
 
     def save(models, weights, folder):
         # What stays in these lists, accelerate would save or load once more.
         weights.clear()
         if accelerator.is_main_process:
-            for name, model in trained.items():
-                model.save_pretrained(os.path.join(folder, name))
+            save_trained(args, trained, folder)
 
     def load(models, folder):
         models.clear()
-        for name, model in trained.items():
-            model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
+        load_trained(args, trained, folder)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
@@ -633,18 +999,30 @@ def delete_checkpoint(checkpoint: Path) -> None:
     shutil.rmtree(deleted)
 
 
+def validation_prompts(args: argparse.Namespace) -> list[str]:
+    return [args.validation_prompt or "", ""]
+
+
 def log_validation(
     args: argparse.Namespace,
     accelerator: Accelerator,
     pipeline: StableDiffusionPipeline,
-    prompt_embeds: torch.Tensor,
+    prompt_embeds: torch.Tensor | None,
     global_step: int,
 ) -> list[Image.Image]:
-    """Draws the validation images, sends them to the trackers as of this step, and returns them."""
+    """
+    Draws the validation images, sends them to the trackers as of this step, and returns them. `prompt_embeds` are
+    those of `validation_prompts`; where the text encoder is there still, as it is trained, they are encoded anew.
+    """
     # A generator of its own: training goes the same way with and without validation.
     generator = torch.Generator(accelerator.device)
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
-    pipeline.unet.eval()
+    models = [model for model in (pipeline.unet, pipeline.text_encoder) if model is not None]
+    for model in models:
+        model.eval()
+    if pipeline.text_encoder is not None:
+        with torch.no_grad():
+            prompt_embeds = encode_prompts(validation_prompts(args), pipeline.tokenizer, pipeline.text_encoder)
     with accelerator.autocast():
         images = [
             pipeline(
@@ -655,7 +1033,8 @@ def log_validation(
             ).images[0]
             for _ in range(args.num_validation_images)
         ]
-    pipeline.unet.train()
+    for model in models:
+        model.train()
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", np.stack(images), global_step, dataformats="NHWC")
@@ -667,6 +1046,29 @@ def log_validation(
     return images
 
 
+def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
+    """The calls that load what was trained, for someone who has diffusers and not this file."""
+    base, result = json.dumps(args.pretrained_model_name_or_path), json.dumps(repo_id or args.output_dir)
+    lines = ["import torch", "from diffusers import DiffusionPipeline"]
+    source = result
+    if args.method != "full":
+        kinds = [(name, getattr(args, name)) for name in ("revision", "variant")]
+        source = ", ".join([base, *(f"{name}={json.dumps(value)}" for name, value in kinds if value is not None)])
+    loading = f"pipeline = DiffusionPipeline.from_pretrained({source}, dtype=torch.float32)"
+    if args.method == "full":
+        return "\n".join([*lines, "", loading])
+    if args.method == "lora":
+        return "\n".join([*lines, "", loading, f"pipeline.load_lora_weights({result})"])
+    lines += ["from huggingface_hub import snapshot_download"] if repo_id else []
+    lines += ["from safetensors.torch import load_file", ""]
+    lines += [f"folder = snapshot_download({result})" if repo_id else f"folder = {result}"]
+    lines += [loading, f'pipeline.unet.load_state_dict(load_file(f"{{folder}}/{KEYS_VALUES_FILE}"), strict=False)']
+    if args.modifier_token:
+        lines += [f'tokens = load_file(f"{{folder}}/{TOKENS_FILE}")']
+        lines += ["pipeline.load_textual_inversion(list(tokens.values()), token=list(tokens))"]
+    return "\n".join(lines)
+
+
 def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[Image.Image], folder: Path) -> None:
     base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
     settings = {key: value for key, value in vars(args).items() if key.startswith("lipschitz_") and value is not None}
@@ -675,7 +1077,7 @@ def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[
         # The Hub refuses a base that is not on it.
         base_model=None if os.path.isdir(base) else base,
         library_name="diffusers",
-        tags=tags.split(),
+        tags=tags.split() + ([args.method] if args.method != "full" else []),
         instance_prompt=args.instance_prompt,
         **settings,
     )
@@ -683,11 +1085,21 @@ def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[
         image.save(Path(folder, f"image_{index}.png"))
     how = "with" if args.lipschitz_weight > 0 else "without"
     gallery = "\n".join(f"![{args.validation_prompt}](./image_{index}.png)" for index in range(len(images)))
-    trained = "U-Net and text encoder" if args.train_text_encoder else "U-Net"
+    parts = {
+        "full": "U-Net",
+        "lora": f"LoRA of rank {args.rank} on the U-Net",
+        "custom_diffusion": "keys and values of cross-attention",
+    }
+    trained = parts[args.method] + (" and the text encoder" if args.train_text_encoder else "")
+    trained += f", and the new words `{args.modifier_token}`" if args.modifier_token else ""
     text = f"""# {name}
 
 `{base}`, personalized by DreamBooth {how} the Lipschitz penalty of
 [Preserve and Personalize](https://arxiv.org/abs/2505.19519). Prompt of the subject: `{args.instance_prompt}`
+
+```python
+{loading_code(args, repo_id)}
+```
 
 Trained: {trained}. Penalty: `{json.dumps(settings)}`
 
@@ -696,17 +1108,20 @@ Trained: {trained}. Penalty: `{json.dumps(settings)}`
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n").save(Path(folder, "README.md"))
 
 
-def save_pipeline(
+def save_result(
     args: argparse.Namespace, trained: dict[str, torch.nn.Module], images: list[Image.Image], repo_id: str | None
 ) -> None:
     """
-    Writes the trained pipeline and its model card to `output_dir`, in place of one that is there. The index, without
-    which none loads, goes first from the old one and comes last with the new one: what loads is complete.
+    Writes the whole pipeline, or what LoRA or Custom Diffusion adds to the base, and its model card to `output_dir`,
+    in place of one that is there. The index, without which no pipeline loads, goes first from the old one and comes
+    last with the new one: what loads is complete.
     """
     output_dir, unfinished = Path(args.output_dir), Path(args.output_dir, "tmp-pipeline")
     shutil.rmtree(unfinished, ignore_errors=True)
-    pipeline = load_pipeline(args, **trained)
-    pipeline.save_pretrained(unfinished)
+    if args.method == "full":
+        load_pipeline(args, **trained).save_pretrained(unfinished)
+    else:
+        save_trained(args, trained, unfinished)
     save_model_card(args, repo_id, images, unfinished)
     output_dir.joinpath("model_index.json").unlink(missing_ok=True)
     for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
@@ -720,26 +1135,28 @@ def save_pipeline(
 def main(args: argparse.Namespace) -> None:
     # What can be wrong with the arguments is found before anything is written or loaded.
     accelerator = build_accelerator(args)
+    concepts = read_concepts(args)
+    args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
     checkpoint = find_checkpoint(args, accelerator)
-    instance_images = find_images("--instance_data_dir", args.instance_data_dir)
-    if not instance_images:
-        stop(f"--instance_data_dir: there is no image in {args.instance_data_dir}")
-    class_images = []
-    if args.with_prior_preservation and os.path.exists(args.class_data_dir):
-        class_images = find_images("--class_data_dir", args.class_data_dir)
+    photos, class_images = find_concept_images(args, concepts)
     check_base(args)
+    if args.lipschitz_anchor_model is not None:
+        check_base(args, "--lipschitz_anchor_model")
     repo_id = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     if args.with_prior_preservation:
-        class_images = sample_class_images(args, accelerator, class_images)
+        pairs = zip(concepts, class_images)
+        class_images = [sample_class_images(args, accelerator, concept, images) for concept, images in pairs]
 
-    pipeline, noise_scheduler, trained = load_models(args)
-    dataloader, sampler = build_dataloader(args, accelerator, instance_images, class_images)
+    weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+    pipeline, noise_scheduler, trained = load_models(args, weight_dtype)
+    dataloader, sampler = build_dataloader(args, accelerator, photos, class_images)
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
 
-    parameters = [parameter for model in trained.values() for parameter in model.parameters()]
-    optimizer = build_optimizer(args, accelerator, parameters)
+    groups = group_parameters(trained)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = build_optimizer(args, accelerator, groups)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -749,35 +1166,29 @@ def main(args: argparse.Namespace) -> None:
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-    register_checkpoint_format(accelerator, trained)
+    register_checkpoint_format(args, accelerator, trained)
     *prepared, optimizer, lr_scheduler = accelerator.prepare(*trained.values(), optimizer, lr_scheduler)
     models = dict(zip(trained, prepared))
 
     lipschitz = None
     if args.lipschitz_weight > 0:
         # Before the checkpoint is loaded: the anchors are the pretrained weights.
-        lipschitz = LipschitzRegularizer(
-            optimizer,
-            weight=args.lipschitz_weight,
-            reduction=args.lipschitz_reduction,
-            mode=args.lipschitz_mode,
-            radius=args.lipschitz_radius,
-            anchor_device=args.lipschitz_anchor_device,
-        )
+        lipschitz = attach_lipschitz(args, optimizer, trained)
         accelerator.register_for_checkpointing(lipschitz)
 
-    weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
     pipeline.vae.to(accelerator.device)
     if weight_dtype != torch.float32:  # diffusers warns of every cast
         pipeline.vae.to(weight_dtype)
-    prompts = [args.instance_prompt] + ([args.class_prompt] if args.with_prior_preservation else [])
-    validation_prompts = [args.validation_prompt or "", ""]
-    if not args.train_text_encoder:
-        # Two or four prompts in the whole run: they are encoded once, and the text encoder makes room.
+    prompts = [concept.instance_prompt for concept in concepts]
+    if args.with_prior_preservation:
+        prompts += [concept.class_prompt for concept in concepts]
+    validation_embeds = None
+    if "text_encoder" not in trained:
+        # A few prompts in the whole run: they are encoded once, and the text encoder makes room.
         pipeline.text_encoder.to(accelerator.device, dtype=weight_dtype)
         with torch.no_grad():
             prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, pipeline.text_encoder)
-            validation_embeds = encode_prompts(validation_prompts, pipeline.tokenizer, pipeline.text_encoder)
+            validation_embeds = encode_prompts(validation_prompts(args), pipeline.tokenizer, pipeline.text_encoder)
         pipeline.text_encoder = None
         gc.collect()
         torch.cuda.empty_cache()
@@ -789,7 +1200,7 @@ def main(args: argparse.Namespace) -> None:
     os.makedirs(args.output_dir, exist_ok=True)
     config = {key: value for key, value in vars(args).items() if key != "hub_token"}
     accelerator.init_trackers("dreambooth", config=config)
-    logger.info(f"Training from step {global_step} to {max_train_steps} on {len(instance_images)} photos.")
+    logger.info(f"Training from step {global_step} to {max_train_steps} on {sum(map(len, photos))} photos.")
 
     progress_bar = tqdm(
         total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process
@@ -801,14 +1212,16 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(first_epoch, math.ceil(max_train_steps / steps_per_epoch)):
         sampler.epoch = epoch
         skipped = done * args.gradient_accumulation_steps if epoch == first_epoch else 0
-        for batch in accelerator.skip_first_batches(dataloader, skipped):
+        for numbers, batch in accelerator.skip_first_batches(dataloader, skipped):
             if global_step >= max_train_steps:
                 break
             with accelerator.accumulate(*prepared):
-                if args.train_text_encoder:
+                if "text_encoder" in trained:
                     prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, models["text_encoder"])
+                # The prompt of each photo, then the class prompt of each class image.
+                rows = torch.cat([numbers, numbers + len(concepts)])[: batch.shape[0] * batch.shape[1]]
                 instance_loss, prior_loss = compute_loss(
-                    args, noise_scheduler, pipeline.vae, models["unet"], prompt_embeds, batch
+                    args, noise_scheduler, pipeline.vae, models["unet"], prompt_embeds[rows], batch
                 )
                 accelerator.backward(instance_loss + args.prior_loss_weight * prior_loss)
                 losses.append(torch.stack([instance_loss, prior_loss]).detach())
@@ -842,16 +1255,11 @@ def main(args: argparse.Namespace) -> None:
                     lipschitz_drift = {name: value for name, value in lipschitz.metrics().items() if "drift" in name}
                     accelerator.log(lipschitz_drift, step=global_step)
                 if args.validation_prompt is not None and accelerator.is_main_process:
-                    if args.train_text_encoder:
-                        with torch.no_grad():
-                            validation_embeds = encode_prompts(
-                                validation_prompts, pipeline.tokenizer, pipeline.text_encoder
-                            )
                     images = log_validation(args, accelerator, pipeline, validation_embeds, global_step)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_pipeline(args, trained, images, repo_id)
+        save_result(args, trained, images, repo_id)
         logger.info(f"Saved the pipeline in {args.output_dir}")
         if args.push_to_hub:
             upload_folder(

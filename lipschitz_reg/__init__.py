@@ -1,7 +1,8 @@
-# The public names of the plug-in: the class that attaches the penalty to an optimizer. Holds no logic.
-# The functions under it are in lipschitz_reg.functional. Importing this package needs torch and nothing else.
+# The public names of the plug-in: the class that attaches the penalty to an optimizer, and what it needs for LoRA.
+# The functions under them are in lipschitz_reg.functional and .lora. Importing this package needs torch, nothing else.
+from .lora import LoraAdapter, find_lora_adapters
 from .regularizer import LipschitzRegularizer
 
 
-__all__ = ["LipschitzRegularizer"]
+__all__ = ["LipschitzRegularizer", "LoraAdapter", "find_lora_adapters"]
 __version__ = "0.1.0"

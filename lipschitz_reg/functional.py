@@ -111,12 +111,23 @@ def proximal_step_(
 
 
 @torch.no_grad()
-def project_(parameters: Sequence[Tensor], anchors: Sequence[Tensor], radius: float) -> None:
-    """`project` in place. Nothing is read back from an accelerator."""
+def project_(
+    parameters: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    radius: float,
+    squares: Sequence[Tensor] | None = None,
+) -> None:
+    """
+    `project` in place. Nothing is read back from an accelerator.
+
+    `squares` are the squared distances that count, if not those of the parameters: a LoRA product is moved through
+    one of its factors.
+    """
     if not parameters:
         return
     device = parameters[0].device
-    squares = [square.to(device) for square in squared_distances(parameters, anchors)]
+    squares = squared_distances(parameters, anchors) if squares is None else squares
+    squares = [square.to(device) for square in squares]
     fraction = (1 - radius / torch.stack(squares).sum().sqrt()).clamp(min=0)
     if device.type == "cpu" and fraction == 0:
         return
@@ -141,15 +152,19 @@ def _difference(parameter: Tensor, anchor: Tensor) -> Tensor:
     return parameter.to(_wide(parameter)) - anchor
 
 
-def _add_piece(gradient: Tensor, parameter: Tensor, anchor: Tensor, factor: Coefficient) -> None:
-    """gradient += factor * (parameter - anchor)"""
-    change = _difference(parameter, anchor).mul_(factor)
+def saturating_add_(gradient: Tensor, change: Tensor) -> None:
+    """gradient += change, in which a finite float16 gradient stays finite."""
     if gradient.dtype == torch.float16:
         limit = torch.finfo(torch.float16).max
         change = torch.where(gradient.isfinite(), (gradient + change).clamp(-limit, limit), gradient)
         gradient.copy_(change)
     else:
         gradient.add_(change)
+
+
+def _add_piece(gradient: Tensor, parameter: Tensor, anchor: Tensor, factor: Coefficient) -> None:
+    """gradient += factor * (parameter - anchor)"""
+    saturating_add_(gradient, _difference(parameter, anchor).mul_(factor))
 
 
 @functools.cache

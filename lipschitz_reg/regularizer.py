@@ -1,14 +1,16 @@
-# LipschitzRegularizer: holds the anchors, and the hooks through which an optimizer's step carries the penalty.
-# Holds no arithmetic (functional.py) and knows no model, loss or training loop.
+# LipschitzRegularizer: the hooks through which an optimizer's step carries the penalty, its metrics and its state.
+# Holds no arithmetic (functional.py, lora.py), chooses no parameters (targets.py), knows no model, loss or loop.
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .anchors import fingerprint, make_anchor
 from .functional import add_penalty_gradient_, project_, proximal_step_, reduction_factors, squared_distances
+from .lora import LoraAdapter, add_lora_penalty_gradient_, squared_deltas
+from .targets import Penalized, Targets, checked, to_floats, zeros_like
 
 
 class LipschitzRegularizer:
@@ -43,6 +45,16 @@ class LipschitzRegularizer:
         anchor_device (`torch.device` or `str`, *optional*):
             Where the anchors are kept; with their parameters by default. `"cpu"` frees the memory of an accelerator,
             to which each step then copies them, one tensor at a time.
+        anchors (`Mapping[torch.Tensor, torch.Tensor]`, *optional*):
+            The anchors of parameters, and of the weights that adapters act on, for which they are not the values of
+            now: of a model that was fine-tuned before, to stay near that from which it began.
+        adapters (`Sequence[LoraAdapter]`, *optional*):
+            The LoRA adapters of the model, from `find_lora_adapters`. Their factors are penalized as `lora_form` says;
+            every other parameter, such as the magnitudes of DoRA, has its anchor as always.
+        lora_form (`str`, *optional*, defaults to `"delta"`):
+            `"delta"` penalizes what acts on the model, ``||s B A||^2``, with the elements of that product in r_i, and
+            keeps no anchor. It has no `"proximal"` mode, which has no closed form there. `"factors"` penalizes
+            ``||A||^2 + ||B||^2``, as the authors' code does.
 
     Raises:
         `ValueError`: If an argument is out of range, or a parameter is not a dense floating-point tensor.
@@ -57,6 +69,9 @@ class LipschitzRegularizer:
         mode: str = "coupled",
         radius: float | None = None,
         anchor_device: torch.device | str | None = None,
+        anchors: Mapping[Tensor, Tensor] | None = None,
+        adapters: Sequence[LoraAdapter] = (),
+        lora_form: str = "delta",
     ):
         # accelerate's wrapper is an Optimizer too, but has no hooks of its own.
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -66,21 +81,35 @@ class LipschitzRegularizer:
             raise ValueError(f"`mode` must be one of coupled, proximal, projected, not {mode!r}.")
         if radius is None and mode == "projected":
             raise ValueError("mode 'projected' needs a `radius`, the largest distance from the anchors.")
-        if radius is not None and _checked("radius", radius) == 0:
+        if radius is not None and checked("radius", radius) == 0:
             raise ValueError("`radius` must be above 0.")
         reduction_factors([], reduction)  # an unknown one is refused here, not in the first step
-        self.weight = _checked("weight", weight)
+        if lora_form not in ("delta", "factors"):
+            raise ValueError(f"`lora_form` must be one of delta, factors, not {lora_form!r}.")
+        if adapters and lora_form == "delta" and mode == "proximal":
+            raise ValueError(
+                "mode 'proximal' has no closed form for the product of LoRA factors: use mode 'coupled' or "
+                "'projected', or `lora_form` 'factors'."
+            )
+        self.weight = checked("weight", weight)
         self.reduction = reduction
         self.mode = mode
         self.radius = radius
         self.anchor_device = anchor_device
+        self.lora_form = lora_form
         self._steps = 0
         self._gradient_added = False
-        self._anchors = {p: make_anchor(p, anchor_device) for p, _, _ in self._weighted_parameters()}
+        self._targets = Targets(self.optimizer, self.weight, anchor_device, anchors or {}, adapters, lora_form)
+        if mode == "projected" or lora_form == "factors":
+            if any(adapter.offset is not None for adapter in self._targets.adapters):
+                raise ValueError(
+                    "LoRA on weights that are not their own anchors needs mode 'coupled' and `lora_form` 'delta'."
+                )
+        # With anchors of their own, or adapters that were loaded, the parameters are away before the first step.
+        self._drift_at_start = self._drift(self._penalized())[0] if anchors or adapters else 0.0
         self._fingerprint: str | None = None
-        self._squared_norms: dict[Tensor, float] = {}
         self._handles = []
-        if self._anchors:
+        if self._targets.weighted:
             self._handles = [
                 self.optimizer.register_step_pre_hook(self._before_step),
                 self.optimizer.register_step_post_hook(self._after_step),
@@ -99,45 +128,49 @@ class LipschitzRegularizer:
         self._add_gradient()
         self._gradient_added = True
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, per_adapter: bool = False) -> dict[str, float]:
         """
         Where the penalized parameters are now. Reads all of them and waits for the device: call it when you log.
+
+        Args:
+            per_adapter (`bool`, *optional*, defaults to `False`):
+                Whether `lipschitz/drift/<name>`, ``||s B A||``, comes too for each LoRA adapter.
 
         Returns:
             `dict[str, float]`: `lipschitz/penalty`, the term of the loss, ``sum_i weight_i * r_i * ||theta_i -
             anchor_i||^2`` (0 in `"projected"` mode, whose loss has no such term); `lipschitz/drift`, ``||theta -
-            anchor||`` over all penalized parameters; `lipschitz/relative_drift`, the drift over ``||anchor||``. Where
-            nothing is penalized, the penalty is 0 and the drifts are NaN.
+            anchor||`` over all penalized parameters, where an adapter counts as the weight that it acts on, in either
+            `lora_form`; `lipschitz/relative_drift`, the drift over ``||anchor||``. Where nothing is penalized, the
+            penalty is 0 and the drifts are NaN, and so is the relative drift where an adapter's weight is not known.
         """
-        parameters, anchors, coefficients, _ = self._penalized()
-        if not parameters:
+        penalized = self._penalized()
+        if not penalized.parameters and not penalized.adapters:
             return {"lipschitz/penalty": 0.0, "lipschitz/drift": math.nan, "lipschitz/relative_drift": math.nan}
-        squares = _to_floats(squared_distances(parameters, anchors))
-        drift = math.sqrt(sum(squares))
-        if drift > 0 and self._steps == 0:
+        drift, squares, deltas = self._drift(penalized)
+        if self._steps == 0 and not math.isclose(drift, self._drift_at_start, rel_tol=1e-4):
             warnings.warn(
                 "The parameters have moved, but the penalty has acted in no step: this loop does not call step() of "
                 "the optimizer that LipschitzRegularizer was given (DeepSpeed and optimizers that are fused into the "
                 "backward pass do not), or weights were loaded after the anchors were taken.",
                 stacklevel=2,
             )
-        if not self._squared_norms:
-            anchored = list(self._anchors.values())
-            origins = [torch.zeros((), device=anchor.device).expand_as(anchor) for anchor in anchored]
-            squared_norms = squared_distances(anchored, origins)
-            self._squared_norms = dict(zip(self._anchors, _to_floats(squared_norms), strict=True))
-        norm = math.sqrt(sum(self._squared_norms[parameter] for parameter in parameters))
-        penalty = sum(c * square for c, square in zip(coefficients, squares, strict=True))
-        return {
+        coefficients = penalized.coefficients + penalized.adapter_coefficients
+        penalty = sum(c * square for c, square in zip(coefficients, squares + deltas, strict=True))
+        norm = self._targets.norm(penalized)
+        metrics = {
             "lipschitz/penalty": 0.0 if self.mode == "projected" else penalty,
             "lipschitz/drift": drift,
             "lipschitz/relative_drift": drift / norm if norm else math.nan,
         }
+        if per_adapter:
+            names = [f"lipschitz/drift/{adapter.name}" for adapter in penalized.adapters]
+            metrics |= zip(names, map(math.sqrt, deltas), strict=True)
+        return metrics
 
     def state_dict(self) -> dict[str, Any]:
         """The configuration, the number of steps taken, and a fingerprint of the anchors, which are not in it."""
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(self._anchors.values())
+            self._fingerprint = self._targets.fingerprint()
         return {
             "weight": self.weight,
             "reduction": self.reduction,
@@ -171,7 +204,7 @@ class LipschitzRegularizer:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._anchors = {}
+        self._targets.anchors, self._targets.adapters, self._targets.factors = {}, [], set()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._steps += 1
@@ -189,65 +222,45 @@ class LipschitzRegularizer:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self.mode == "projected":
-            parameters, anchors, _, _ = self._penalized()
-            project_(parameters, anchors, self.radius)
+            penalized = self._penalized()
+            parameters, anchors, squares = penalized.parameters, penalized.anchors, None
+            if penalized.adapters and self.lora_form == "delta":
+                # The nearest product in the ball is the product made smaller, and one factor carries that.
+                squares = squared_distances(parameters, anchors) + squared_deltas(penalized.adapters)
+                ups = [adapter.up for adapter in penalized.adapters]
+                parameters, anchors = parameters + ups, anchors + [zeros_like(up) for up in ups]
+            project_(parameters, anchors, self.radius, squares)
         elif self.mode == "proximal":
-            parameters, anchors, coefficients, rates = self._penalized(with_gradient=True)
+            penalized = self._penalized(with_gradient=True)
             # Fused optimizers are stepped on overflow too, and leave the parameters as they were when this is 1.
             found_inf = getattr(optimizer, "found_inf", None)
             taken = 1.0 if found_inf is None else 1.0 - found_inf
-            steps = [rate * taken * c for rate, c in zip(rates, coefficients, strict=True)]
-            proximal_step_(parameters, anchors, steps)
+            steps = [rate * taken * c for rate, c in zip(penalized.rates, penalized.coefficients, strict=True)]
+            proximal_step_(penalized.parameters, penalized.anchors, steps)
 
     def _add_gradient(self, scale: Tensor | None = None) -> None:
-        parameters, anchors, coefficients, _ = self._penalized(with_gradient=True)
-        gradients = [parameter.grad for parameter in parameters]
+        penalized = self._penalized(with_gradient=True)
+        gradients = [parameter.grad for parameter in penalized.parameters]
         if any(gradient.layout != torch.strided for gradient in gradients):
             raise ValueError(
                 "mode 'coupled' cannot add to sparse gradients: build the embedding with sparse=False, use mode "
                 "'proximal', or set `lipschitz_weight` to 0 in its param group."
             )
-        if scale is not None:
-            coefficients = [c * scale for c in coefficients]
-        add_penalty_gradient_(gradients, parameters, anchors, coefficients)
+        scale = 1.0 if scale is None else scale
+        coefficients = [c * scale for c in penalized.coefficients]
+        add_penalty_gradient_(gradients, penalized.parameters, penalized.anchors, coefficients)
+        if self.lora_form == "delta":
+            pairs = [(adapter.down.grad, adapter.up.grad) for adapter in penalized.adapters]
+            add_lora_penalty_gradient_(pairs, penalized.adapters, [c * scale for c in penalized.adapter_coefficients])
 
-    def _weighted_parameters(self) -> list[tuple[Tensor, float, Any]]:
-        """Each parameter of a group with a weight above 0, once, with weight and learning rate of the group."""
-        rows = {}
-        for index, group in enumerate(self.optimizer.param_groups):
-            weight = _checked(f"lipschitz_weight of param group {index}", group.get("lipschitz_weight", self.weight))
-            if weight > 0:
-                rows |= {parameter: (parameter, weight, group.get("lr")) for parameter in group["params"]}
-        return list(rows.values())
+    def _penalized(self, with_gradient: bool = False) -> Penalized:
+        return self._targets.penalized(self.weight, self.reduction, with_gradient)
 
-    def _penalized(self, with_gradient: bool = False) -> tuple[list[Tensor], list[Tensor], list[float], list[Any]]:
-        """Parameters, anchors, coefficients ``weight * r_i`` and learning rates, as the param groups say now."""
-        weighted = self._weighted_parameters()
-        factors = reduction_factors([parameter.numel() for parameter, _, _ in weighted], self.reduction)
-        parameters, anchors, coefficients, rates = [], [], [], []
-        for (parameter, weight, rate), factor in zip(weighted, factors, strict=True):
-            if parameter not in self._anchors:
-                raise ValueError(
-                    "A param group with a weight above 0 has a parameter without an anchor: it came into the "
-                    "optimizer, or its group got the weight, after LipschitzRegularizer was built, or after remove(). "
-                    "Build it when the param groups are complete and have their weights."
-                )
-            if with_gradient and parameter.grad is None:
-                continue
-            if self.anchor_device is None and self._anchors[parameter].device != parameter.device:
-                self._anchors[parameter] = self._anchors[parameter].to(parameter.device)  # follows a model.to(device)
-            parameters.append(parameter)
-            anchors.append(self._anchors[parameter])
-            coefficients.append(weight * factor)
-            rates.append(rate)
-        return parameters, anchors, coefficients, rates
-
-
-def _checked(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"`{name}` must be a finite number and at least 0, not {value}.")
-    return float(value)
-
-
-def _to_floats(scalars: list[Tensor]) -> list[float]:
-    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).tolist()
+    def _drift(self, penalized: Penalized) -> tuple[float, list[float], list[float]]:
+        """The distance from the anchors, and the squares that it comes from: of parameters, and of adapters."""
+        squares = to_floats(squared_distances(penalized.parameters, penalized.anchors))
+        deltas = to_floats(squared_deltas(penalized.adapters))
+        rows = zip(penalized.parameters, squares, strict=True)
+        # A factor acts through its product only.
+        counted = [square for parameter, square in rows if parameter not in self._targets.factors]
+        return math.sqrt(sum(counted) + sum(deltas)), squares, deltas

@@ -1,6 +1,9 @@
-# Fixtures for the tests of the scripts: a tiny Stable Diffusion pipeline and a few photos, made in seconds by code.
-# Holds no tests. The weights are random and the images mean nothing: the tests are about how training behaves.
+# Fixtures for the tests of the scripts: a tiny Stable Diffusion pipeline and a few photos, made in seconds by code,
+# and the script as a module. Holds no tests. The weights are random and the images mean nothing: the tests are about
+# how training behaves.
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +89,34 @@ def photos(tmp_path_factory):
         image.save(folder / name)
     folder.joinpath("README.txt").write_text("Where these photos come from.")
     return folder
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    """Bit for bit: on the CPU, even where there is a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield
+
+
+@pytest.fixture(scope="session")
+def script(one_device):
+    """train_dreambooth_lipschitz.py as a module, to call what is in it."""
+    path = Path(__file__).parents[1] / "train_dreambooth_lipschitz.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def run_script(script):
+    """Runs the script's `main` in this process; flags given later win."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def call(*flags):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        script.main(script.parse_args([*map(str, flags)]))
+
+    return call

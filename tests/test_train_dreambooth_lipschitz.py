@@ -1,6 +1,5 @@
 # What train_dreambooth_lipschitz.py promises, on a tiny random pipeline; its main paths as users run them.
 # Holds no test of the penalty's arithmetic, and none of what images look like after training.
-import importlib.util
 import json
 import math
 import os
@@ -14,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -26,13 +24,7 @@ SCRIPT = "train_dreambooth_lipschitz.py"
 # So large that a few steps move the tiny model visibly.
 LEARNING_RATE = 1e-3
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_device():
-    """Bit for bit: on the CPU, even where there is a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="session")
@@ -69,25 +61,9 @@ ACCELERATE += ["--num_machines=1", "--dynamo_backend=no"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-@pytest.fixture(scope="session")
-def script():
-    """The script as a module, to call what is in it."""
-    spec = importlib.util.spec_from_file_location("train_dreambooth_lipschitz", ROOT / SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def train(script, base_flags):
-    """Runs the script's `main` in this process; flags given later win."""
-
-    def call(*flags):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        script.main(script.parse_args([*base_flags, *map(str, flags)]))
-
-    return call
+def train(run_script, base_flags):
+    return lambda *flags: run_script(*base_flags, *flags)
 
 
 @pytest.fixture(scope="session")

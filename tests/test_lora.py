@@ -1,0 +1,576 @@
+# The penalty on LoRA: its arithmetic against autograd on the formed product, then the class on peft's layers.
+# The penalty on other parameters is in test_functional.py and test_regularizer.py.
+import copy
+import dataclasses
+import math
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from test_functional import LargestTensor, assert_rounded
+from test_regularizer import LR, MODES, OPTIMIZERS
+from torch import nn
+
+from lipschitz_reg import LipschitzRegularizer, LoraAdapter, find_lora_adapters, functional, lora
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+# About that at which the gradients of penalty and loss are of one size.
+WEIGHT = 200.0
+
+
+class Net(nn.Module):
+    """A convolution of kernel 3, one of kernel 1, a linear layer that is adapted and one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1).to(memory_format=torch.channels_last)
+        self.mix = nn.Conv2d(8, 6, 1)
+        self.wide = nn.Linear(6, 640)
+        self.scale = nn.Parameter(torch.tensor(1.5))  # test_regularizer's `train` reads its dtype
+
+    def forward(self, x):
+        return self.wide(self.mix(self.conv(x)).mean((2, 3))) * self.scale
+
+
+def make_net(dtype=torch.float32, started=True, **options):
+    """With adapters; `started` means that B is not 0 any more."""
+    torch.manual_seed(0)
+    net = Net().requires_grad_(False)
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["conv", "mix", "wide"], **options}
+    inject_adapter_in_model(LoraConfig(**options), net)
+    for name, parameter in net.named_parameters():
+        if started and "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return net.to(dtype)
+
+
+def trained(net):
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+
+def make_optimizer(net, name="Adam foreach"):
+    return OPTIMIZERS[name](trained(net))
+
+
+def product(adapter):
+    return (adapter.scaling * adapter.up.flatten(1) @ adapter.down.flatten(1)).detach()
+
+
+def random_offsets(adapters):
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(len(adapter.up), *adapter.down.shape[1:]) for adapter in adapters]
+    offsets = [0.01 * torch.randn(shape, generator=generator).to(a.down.dtype) for shape, a in zip(shapes, adapters)]
+    return [dataclasses.replace(adapter, offset=offset) for adapter, offset in zip(adapters, offsets)]
+
+
+def in_float64(adapters):
+    """Copies whose factors are leaves of a float64 graph."""
+    return [
+        dataclasses.replace(
+            a, down=a.down.detach().double().requires_grad_(), up=a.up.detach().double().requires_grad_()
+        )
+        for a in adapters
+    ]
+
+
+def autograd(adapters, coefficients):
+    """The gradients of the penalty on the formed products, in float64."""
+    adapters = in_float64(adapters)
+    factors = [factor for adapter in adapters for factor in (adapter.down, adapter.up)]
+    gradients = torch.autograd.grad(lora.lora_penalty(adapters, coefficients), factors)
+    return list(zip(gradients[::2], gradients[1::2]))
+
+
+# The functions
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_penalty_is_the_squared_norm_of_what_peft_adds(use_rslora):
+    net = make_net(torch.float64, use_rslora=use_rslora)
+    layers = [module for module in net.modules() if isinstance(module, LoraLayer)]
+    expected = [layer.get_delta_weight("default").square().sum() for layer in layers]
+    adapters = find_lora_adapters(net)
+    assert len(layers) == 3
+    torch.testing.assert_close(lora.squared_deltas(adapters), expected)
+    torch.testing.assert_close(
+        lora.lora_penalty(adapters, [1.0, 2.0, 3.0]), sum((k + 1) * expected[k] for k in range(3))
+    )
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_equals_autograd_on_the_formed_product(dtype, with_offset):
+    adapters = find_lora_adapters(make_net(dtype))
+    adapters = random_offsets(adapters) if with_offset else adapters
+    coefficients = [0.3, 20.0, 4.0]
+    gradients = [(torch.rand_like(a.down), torch.rand_like(a.up)) for a in adapters]
+    before = [[gradient.double().clone() for gradient in pair] for pair in gradients]
+    lora.add_lora_penalty_gradient_(gradients, adapters, coefficients)
+    for pair, start, change in zip(gradients, before, autograd(adapters, coefficients), strict=True):
+        assert_rounded(pair, [s + c for s, c in zip(start, change)], ulps=8)
+
+
+@pytest.mark.parametrize("with_offset", [False, True])
+def test_squares_equal_the_reference(with_offset):
+    adapters = find_lora_adapters(make_net())
+    adapters = random_offsets(adapters) if with_offset else adapters
+    for adapter, square in zip(adapters, lora.squared_deltas(adapters), strict=True):
+        assert square.item() == pytest.approx(lora.lora_penalty(in_float64([adapter]), [1.0]).item(), rel=1e-5)
+
+
+def test_where_up_is_zero_nothing_changes_a_bit():
+    adapters = find_lora_adapters(make_net(started=False))
+    gradients = [(torch.rand_like(a.down), torch.rand_like(a.up)) for a in adapters]
+    before = copy.deepcopy(gradients)
+    lora.add_lora_penalty_gradient_(gradients, adapters, [500.0] * 3)
+    assert all(torch.equal(g, b) for pair, start in zip(gradients, before) for g, b in zip(pair, start))
+    assert lora.squared_deltas(adapters) == [0.0] * 3
+
+
+def test_the_product_is_never_formed():
+    adapter = LoraAdapter("wide", torch.randn(4, 500), torch.randn(600, 4), 1.0)
+    gradients = [(torch.zeros_like(adapter.down), torch.zeros_like(adapter.up))]
+    with LargestTensor([adapter.down, adapter.up, *gradients[0]]) as largest:
+        lora.add_lora_penalty_gradient_(gradients, [adapter], [0.1])
+        lora.squared_deltas([adapter])
+    assert 0 < largest.bytes <= 4 * adapter.up.numel()
+
+
+def test_autocast_costs_no_digits():
+    adapters = find_lora_adapters(make_net())
+    plain = lora.squared_deltas(adapters)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lora.squared_deltas(adapters) == plain
+
+
+def test_float16_gradient_saturates_and_passes_overflow_on():
+    adapter = LoraAdapter("x", torch.ones(1, 3, dtype=torch.float16), torch.ones(1, 1, dtype=torch.float16), 1.0)
+    gradient = torch.tensor([[65000.0, 1.0, float("inf")]], dtype=torch.float16)
+    lora.add_lora_penalty_gradient_([(gradient, None)], [adapter], [10000.0])
+    assert gradient.tolist() == [[65504.0, 20000.0, float("inf")]]
+
+
+def test_only_active_adapters_are_found_and_names_tell_them_apart():
+    net = make_net()
+    assert [adapter.name for adapter in find_lora_adapters(net)] == ["conv", "mix", "wide"]
+    assert [adapter.name for adapter in find_lora_adapters(net, prefix="unet")] == [
+        "unet.conv",
+        "unet.mix",
+        "unet.wide",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, of a second adapter
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["wide"]), net, adapter_name="second")
+    for layer, active in ((net.conv, "default"), (net.mix, "default"), (net.wide, ["default", "second"])):
+        layer.set_adapter(active)
+    adapters = find_lora_adapters(net)
+    assert [adapter.name for adapter in adapters] == ["conv", "mix", "wide.default", "wide.second"]
+    assert adapters[3].up is net.wide.lora_B["second"].weight and adapters[3].scaling == 4
+    net.wide.set_adapter(["second"])
+    assert [adapter.down for adapter in find_lora_adapters(net)][2] is net.wide.lora_A["second"].weight
+
+
+def test_model_without_adapters_is_refused():
+    with pytest.raises(ValueError, match="Net has no active LoRA adapter"):
+        find_lora_adapters(Net())
+
+
+def test_grouped_convolution_is_refused():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's own
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), net)
+    with pytest.raises(ValueError, match="LoRA adapter 0 do not fit"):
+        find_lora_adapters(net)
+
+
+# The class
+
+
+class Reference:
+    """The penalty by autograd in float64, on formed products, around the steps of a plain optimizer."""
+
+    def __init__(
+        self, net, optimizer, weight=WEIGHT, reduction="tensor_mean", form="delta", mode="coupled", radius=None
+    ):
+        self.optimizer, self.weight, self.reduction, self.form = optimizer, weight, reduction, form
+        self.mode, self.radius = mode, radius
+        self.adapters = find_lora_adapters(net)
+        factors = [factor for adapter in self.adapters for factor in (adapter.down, adapter.up)]
+        self.plain = [p for p in trained(net) if all(p is not factor for factor in factors)]
+        self.anchors = [p.detach().double() for p in self.plain]
+        if form == "factors":
+            self.plain += factors
+            self.anchors += [torch.zeros_like(factor, dtype=torch.float64) for factor in factors]
+
+    def penalty(self):
+        """The penalty, and the leaves of its graph with the parameters that they stand for."""
+        adapters = in_float64(self.adapters if self.form == "delta" else [])
+        points = [p.detach().double().requires_grad_() for p in self.plain]
+        numels = [p.numel() for p in points] + [product(adapter).numel() for adapter in adapters]
+        weights = [self.weight * factor for factor in functional.reduction_factors(numels, self.reduction)]
+        term = functional.penalty(points, self.anchors, weights[: len(points)])
+        term = term + lora.lora_penalty(adapters, weights[len(points) :])
+        leaves = dict(zip(self.plain, points))
+        for adapter, copied in zip(self.adapters, adapters):
+            leaves |= {adapter.down: copied.down, adapter.up: copied.up}
+        return term, leaves
+
+    def before_step(self):
+        if self.mode == "coupled":
+            term, leaves = self.penalty()
+            for parameter, gradient in zip(leaves, torch.autograd.grad(term, leaves.values())):
+                parameter.grad.copy_(parameter.grad.double() + gradient)
+
+    @torch.no_grad()
+    def after_step(self):
+        if self.mode == "proximal":
+            factors = functional.reduction_factors([p.numel() for p in self.plain], self.reduction)
+            steps = [LR * self.weight * factor for factor in factors]
+            results = functional.proximal_step([p.double() for p in self.plain], self.anchors, steps)
+        elif self.mode == "projected":
+            results = functional.project([p.double() for p in self.plain], self.anchors, self.radius)
+        else:
+            return
+        for parameter, result in zip(self.plain, results):
+            parameter.copy_(result)
+
+
+def backward(net, seed):
+    batch = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed)).to(net.scale.dtype)
+    net(batch).square().mean().backward()
+
+
+def train(net, optimizer, steps=4, first=0, before_step=lambda: None, after_step=lambda: None):
+    for seed in range(first, first + steps):
+        optimizer.zero_grad()
+        backward(net, seed)
+        before_step()
+        optimizer.step()
+        after_step()
+    return net
+
+
+def train_reference(net, name, steps=4, **options):
+    optimizer = make_optimizer(net, name)
+    runner = Reference(net, optimizer, **options)
+    return train(net, optimizer, steps, before_step=runner.before_step, after_step=runner.after_step)
+
+
+def distance(net, other):
+    pairs = zip(net.parameters(), other.parameters(), strict=True)
+    return math.sqrt(sum((p.detach().double() - q.detach().double()).square().sum().item() for p, q in pairs))
+
+
+def assert_identical(net, other):
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_equals_autograd(name, dtype, use_dora):
+    """DoRA's magnitudes are anchored to their start, as any parameter that is no factor."""
+    net, reference, plain = (make_net(dtype, use_dora=use_dora) for _ in range(3))
+    optimizer = make_optimizer(net, name)
+    LipschitzRegularizer(optimizer, weight=WEIGHT, adapters=find_lora_adapters(net))
+    train(net, optimizer)
+    train_reference(reference, name)
+    train(plain, make_optimizer(plain, name))
+    effect = distance(plain, reference)
+    assert effect > 0.01
+    assert distance(net, reference) <= (1e-4 if dtype == torch.float32 else 2e-2) * effect
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", ["sum", "tensor_mean"])
+def test_form_of_the_authors_equals_autograd(reduction, mode):
+    options = {"weight": 0.01 if reduction == "sum" else 2.0, "reduction": reduction, "mode": mode, "radius": 1.0}
+    net, reference = make_net(use_dora=True), make_net(use_dora=True)
+    optimizer = make_optimizer(net, "SGD")
+    LipschitzRegularizer(optimizer, adapters=find_lora_adapters(net), lora_form="factors", **options)
+    train(net, optimizer)
+    train_reference(reference, "SGD", form="factors", **options)
+    assert distance(net, reference) < 1e-5 < distance(net, train(make_net(use_dora=True), make_optimizer(net)))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "tensor_mean", "mean"])
+def test_reductions_count_the_elements_of_the_product(reduction):
+    net, reference = make_net(use_dora=True), make_net(use_dora=True)
+    optimizer = make_optimizer(net, "SGD")
+    LipschitzRegularizer(optimizer, weight=0.5, reduction=reduction, adapters=find_lora_adapters(net))
+    train(net, optimizer)
+    train_reference(reference, "SGD", weight=0.5, reduction=reduction)
+    assert distance(net, reference) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["SGD", "SGD fused", "AdamW fused", "AdamW8bit"])
+def test_with_grad_scaler_training_equals_autograd(name):
+    net, reference = make_net(), make_net()
+    optimizer = make_optimizer(net, name)
+    LipschitzRegularizer(optimizer, weight=WEIGHT, adapters=find_lora_adapters(net))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for seed in range(4):
+        optimizer.zero_grad()
+        batch = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+        scaler.scale(net(batch).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert distance(net, train_reference(reference, name)) < 1e-5
+
+
+def test_first_step_is_that_of_training_without():
+    net, plain = make_net(started=False), make_net(started=False)
+    optimizer = make_optimizer(net)
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT, adapters=find_lora_adapters(net))
+    assert regularizer.metrics()["lipschitz/penalty"] == 0
+    assert_identical(train(net, optimizer, steps=1), train(plain, make_optimizer(plain), steps=1))
+    assert regularizer.metrics()["lipschitz/penalty"] > 0
+
+
+def test_drift_is_smaller_than_without():
+    drifts = []
+    for weight in (1e-9, WEIGHT):
+        net = make_net(started=False)
+        optimizer = make_optimizer(net)
+        regularizer = LipschitzRegularizer(optimizer, weight=weight, adapters=find_lora_adapters(net))
+        train(net, optimizer, steps=20)
+        drifts.append(regularizer.metrics()["lipschitz/drift"])
+    assert drifts[1] < 0.7 * drifts[0]
+
+
+def test_projection_ends_at_the_nearest_products_in_the_ball():
+    """Which are all products, and the way of all other parameters from their anchors, made smaller by one factor."""
+    net, plain = make_net(use_dora=True), make_net(use_dora=True)
+    optimizer, adapters = make_optimizer(net, "SGD"), find_lora_adapters(net)
+    regularizer = LipschitzRegularizer(optimizer, weight=1.0, mode="projected", radius=0.2, adapters=adapters)
+    start = {name: p.detach().clone() for name, p in net.named_parameters() if "magnitude" in name}
+    train(net, optimizer, steps=1)
+    train(plain, make_optimizer(plain, "SGD"), steps=1)
+    assert regularizer.metrics()["lipschitz/drift"] == pytest.approx(0.2, rel=1e-5)
+    pairs = [(product(a), product(b)) for a, b in zip(adapters, find_lora_adapters(plain))]
+    moved = dict(plain.named_parameters())
+    pairs += [(p.detach() - start[n], moved[n].detach() - start[n]) for n, p in net.named_parameters() if n in start]
+    ratio = 0.2 / math.sqrt(sum(before.square().sum().item() for _, before in pairs))
+    assert len(pairs) == 6 and ratio < 1
+    for after, before in pairs:
+        torch.testing.assert_close(after, ratio * before, rtol=1e-3, atol=1e-6)
+
+
+def test_groups_have_their_own_weight():
+    net = make_net()
+    groups = [{"params": [p for n, p in net.named_parameters() if "wide.lora" in n], "lipschitz_weight": 0.0}]
+    groups += [{"params": [p for n, p in net.named_parameters() if "conv.lora" in n], "lipschitz_weight": 3.0}]
+    groups += [{"params": [p for n, p in net.named_parameters() if "mix.lora" in n]}]
+    optimizer, adapters = torch.optim.SGD(groups, lr=LR), find_lora_adapters(net)
+    regularizer = LipschitzRegularizer(optimizer, weight=5.0, adapters=adapters)
+    backward(net, 0)
+    plain = [[factor.grad.clone() for factor in (a.down, a.up)] for a in adapters]
+    regularizer.add_gradient()
+    weights = [3.0 / adapters[0].numel(), 5.0 / adapters[1].numel(), 0.0]
+    for adapter, before, change in zip(adapters, plain, autograd(adapters, weights)):
+        for factor, start, term in zip((adapter.down, adapter.up), before, change):
+            torch.testing.assert_close(factor.grad, (start.double() + term).float())
+
+
+def test_factors_in_groups_of_different_weight_are_refused():
+    net = make_net()
+    downs = [p for n, p in net.named_parameters() if "lora_A" in n]
+    ups = [p for n, p in net.named_parameters() if "lora_B" in n]
+    optimizer = torch.optim.SGD([{"params": downs, "lipschitz_weight": 0.0}, {"params": ups}], lr=LR)
+    with pytest.raises(ValueError, match="adapter conv have different weights"):
+        LipschitzRegularizer(optimizer, weight=1.0, adapters=find_lora_adapters(net))
+
+
+def test_frozen_down_factors_stay_and_up_factors_are_penalized():
+    net = make_net()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    start = copy.deepcopy(net)
+    optimizer, adapters = make_optimizer(net, "SGD"), find_lora_adapters(net)
+    regularizer = LipschitzRegularizer(optimizer, weight=5.0, adapters=adapters)
+    backward(net, 0)
+    before = [adapter.up.grad.clone() for adapter in adapters]
+    regularizer.add_gradient()
+    changes = autograd(adapters, [5.0 / adapter.numel() for adapter in adapters])
+    for adapter, gradient, (_, change) in zip(adapters, before, changes):
+        torch.testing.assert_close(adapter.up.grad, (gradient.double() + change).float())
+        assert adapter.down.grad is None
+    optimizer.step()
+    assert all(torch.equal(net.get_parameter(n), p) for n, p in start.named_parameters() if "lora_A" in n)
+
+
+def test_adapter_without_gradients_waits():
+    net = make_net()
+    optimizer = make_optimizer(net, "SGD")
+    LipschitzRegularizer(optimizer, weight=5.0, adapters=find_lora_adapters(net))
+    optimizer.step()
+    assert_identical(net, make_net())
+
+
+def test_weight_zero_is_bit_identical_to_training_without():
+    net, plain = make_net(), make_net()
+    optimizer = make_optimizer(net)
+    LipschitzRegularizer(optimizer, weight=0.0, adapters=find_lora_adapters(net))
+    assert not optimizer._optimizer_step_pre_hooks
+    assert_identical(train(net, optimizer), train(plain, make_optimizer(plain)))
+
+
+@pytest.mark.parametrize("form", ["delta", "factors"])
+def test_metrics_equal_their_definition(form):
+    net = make_net(torch.float32, use_dora=True)
+    optimizer, adapters = make_optimizer(net), find_lora_adapters(net)
+    runner = Reference(net, optimizer, form=form)
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT, adapters=adapters, lora_form=form)
+    train(net, optimizer)
+    squares = {f"lipschitz/drift/{adapter.name}": product(adapter).double().square().sum() for adapter in adapters}
+    magnitudes = runner.plain[:3]
+    moved = functional.penalty([p.detach().double() for p in magnitudes], runner.anchors[:3], [1.0] * 3)
+    drift = math.sqrt(sum(squares.values()) + moved)
+    norm = math.sqrt(
+        sum(adapter.weight.double().square().sum() for adapter in adapters)
+        + sum(anchor.square().sum() for anchor in runner.anchors[:3])
+    )
+    expected = {"lipschitz/drift": drift, "lipschitz/relative_drift": drift / norm}
+    expected |= {"lipschitz/penalty": runner.penalty()[0].item()} | {
+        name: s.sqrt().item() for name, s in squares.items()
+    }
+    metrics = regularizer.metrics(per_adapter=True)
+    assert all(type(value) is float for value in metrics.values())
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert regularizer.metrics().keys() == {"lipschitz/penalty", "lipschitz/drift", "lipschitz/relative_drift"}
+
+
+def test_relative_drift_is_unknown_where_the_weight_is():
+    adapter = LoraAdapter("x", nn.Parameter(torch.ones(1, 2)), nn.Parameter(torch.ones(2, 1)), 1.0)
+    optimizer = torch.optim.SGD([adapter.down, adapter.up], lr=0.1)
+    metrics = LipschitzRegularizer(optimizer, weight=1.0, adapters=[adapter]).metrics()
+    assert metrics["lipschitz/drift"] == 2 and math.isnan(metrics["lipschitz/relative_drift"])
+
+
+def test_metrics_warn_of_a_loop_that_bypasses_the_optimizer_and_not_of_adapters_that_were_loaded():
+    net = make_net()
+    regularizer = LipschitzRegularizer(make_optimizer(net), weight=1.0, adapters=find_lora_adapters(net))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        regularizer.metrics()
+    net.wide.lora_B["default"].weight.data.add_(1.0)
+    with pytest.warns(UserWarning, match="step"):
+        regularizer.metrics()
+
+
+@pytest.mark.parametrize("form", ["delta", "factors"])
+def test_resumed_training_is_bit_identical(form):
+    def start():
+        net = make_net(use_dora=True)
+        optimizer = make_optimizer(net)
+        return (
+            net,
+            optimizer,
+            LipschitzRegularizer(optimizer, weight=WEIGHT, adapters=find_lora_adapters(net), lora_form=form),
+        )
+
+    net, optimizer, regularizer = start()
+    train(net, optimizer)
+    checkpoint = copy.deepcopy([net.state_dict(), optimizer.state_dict(), regularizer.state_dict()])
+    train(net, optimizer, first=4)
+    resumed, optimizer, regularizer = start()
+    for part, state in zip((resumed, optimizer, regularizer), checkpoint, strict=True):
+        part.load_state_dict(state)
+    assert_identical(train(resumed, optimizer, first=4), net)
+
+
+@pytest.mark.parametrize("change", ["base", "form"])
+def test_checkpoint_of_another_base_or_form_is_refused(change):
+    states = []
+    for changed in (False, True):
+        net = make_net()
+        if changed and change == "base":
+            net.wide.base_layer.weight.data[0, 0] += 1e-3
+        form = "factors" if changed and change == "form" else "delta"
+        regularizer = LipschitzRegularizer(
+            make_optimizer(net), weight=1.0, adapters=find_lora_adapters(net), lora_form=form
+        )
+        states.append(regularizer.state_dict())
+    with pytest.raises(ValueError, match="another base model"):
+        regularizer.load_state_dict(states[0])
+
+
+def test_removed_it_leaves_plain_training():
+    net, plain = make_net(), make_net()
+    optimizer = make_optimizer(net)
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT, adapters=find_lora_adapters(net))
+    regularizer.remove()
+    assert_identical(train(net, optimizer), train(plain, make_optimizer(plain)))
+    with pytest.raises(ValueError, match="remove"):
+        regularizer.metrics()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mode": "proximal"}, "no closed form"),
+        ({"lora_form": "product"}, "delta, factors, not 'product'"),
+        ({"mode": "projected", "radius": 1.0, "offset": True}, "not their own anchors"),
+        ({"lora_form": "factors", "offset": True}, "not their own anchors"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(options, message):
+    net = make_net()
+    adapters = find_lora_adapters(net)
+    adapters = random_offsets(adapters) if options.pop("offset", False) else adapters
+    with pytest.raises(ValueError, match=message):
+        LipschitzRegularizer(make_optimizer(net), weight=1.0, adapters=adapters, **options)
+
+
+def test_weights_may_have_anchors_of_their_own():
+    """As a fine-tuned base: what it has moved already counts, in adapters and in other parameters."""
+    net, base = make_net(started=False), make_net(started=False)
+    net.scale.requires_grad_()
+    with torch.no_grad():
+        net.wide.base_layer.weight.add_(0.3)
+        net.scale.add_(0.5)
+    anchors = {net.wide.base_layer.weight: base.wide.base_layer.weight.detach(), net.scale: base.scale.detach()}
+    optimizer = make_optimizer(net, "SGD")
+    regularizer = LipschitzRegularizer(optimizer, weight=5.0, anchors=anchors, adapters=find_lora_adapters(net))
+    moved = 0.09 * net.wide.weight.numel()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics = regularizer.metrics()
+    assert metrics["lipschitz/drift"] == pytest.approx(math.sqrt(moved + 0.25), rel=1e-5)
+    assert metrics["lipschitz/penalty"] == pytest.approx(5 * (0.09 + 0.25), rel=1e-5)
+    net.scale.grad = torch.zeros_like(net.scale)
+    regularizer.add_gradient()
+    assert net.scale.grad.item() == pytest.approx(5 * 2 * 0.5)
+
+
+def test_anchor_of_another_shape_is_refused():
+    net = make_net()
+    with pytest.raises(ValueError, match=r"shape \(2,\).*\(640, 6\)"):
+        LipschitzRegularizer(
+            make_optimizer(net),
+            weight=1.0,
+            anchors={net.wide.base_layer.weight: torch.zeros(2)},
+            adapters=find_lora_adapters(net),
+        )
+
+
+def test_penalty_brings_weights_that_had_moved_back_to_their_anchor():
+    """The base was moved by what LoRA of this rank can undo, and the offset says how far."""
+    net = make_net(started=False)
+    moved = {name: 0.05 * torch.randn(640, 2) @ torch.randn(2, 6) for name in ["wide"]}
+    adapters = [
+        dataclasses.replace(a, offset=moved[a.name]) if a.name in moved else a for a in find_lora_adapters(net)
+    ]
+    optimizer = torch.optim.Adam(trained(net), lr=0.02)
+    regularizer = LipschitzRegularizer(optimizer, weight=1.0, adapters=adapters)
+    before = regularizer.metrics()["lipschitz/drift"]
+    assert before == pytest.approx(moved["wide"].norm().item(), rel=1e-5)
+    for _ in range(300):
+        for parameter in trained(net):
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert regularizer.metrics()["lipschitz/drift"] < 0.02 * before
