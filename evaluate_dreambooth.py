@@ -8,8 +8,8 @@ Was the subject learned, are prompts still obeyed, and how far has the rest of t
         --instance_data_dir=photos --instance_token=sks --class_name=dog
 
 The personalized model is a pipeline or a LoRA. Both models draw the same prompts from the same noise. `--output_dir`
-gets report.html, metrics.json, images.csv, two picture grids and the pictures; a stopped run goes on where it was. What
-the numbers mean: docs/evaluation.md.
+gets report.html, metrics.json, images.csv, two picture grids and the pictures; a stopped run goes on where it was.
+What the numbers mean: docs/evaluation.md.
 """
 
 import argparse
@@ -909,19 +909,22 @@ small { font-size: 13px; }
 .good { color: var(--good); } .fair { color: var(--fair); } .poor { color: var(--poor); }
 .track { height: 8px; border-radius: 4px; background: var(--line); margin: 6px 0 10px; overflow: hidden; }
 .track i { display: block; height: 100%; background: currentColor; }
-.panel { overflow-x: auto; padding: 6px 18px; }
+.panel { overflow-x: auto; }
+.panel:has(> table:first-child) { padding: 6px 18px; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; }
 th, td { text-align: left; padding: 9px 16px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 tr:last-child td { border-bottom: 0; }
 th { font-size: 13px; color: var(--soft); font-weight: 600; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:first-child { white-space: nowrap; }
 td.what { min-width: 300px; }
 .wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; align-items: start; }
-.wide .panel { padding: 16px 18px; }
 figure { margin: 0 0 18px; }
+figure:last-child { margin: 0; }
 figure img { width: 100%; max-width: 100%; display: block; border-radius: 6px; }
 figcaption { font-size: 14px; margin-bottom: 4px; }
-.sides { display: grid; grid-template-columns: 1fr 1fr; font-weight: 600; margin: 12px 0 8px; }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 24px; font-weight: 600; margin-bottom: 8px; }
+details { margin-top: 40px; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-size: 12px; fill: var(--soft); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; }
@@ -1075,15 +1078,15 @@ def write_report(
             summary["obeyed"],
             0.9,
             0.7,
-            ("as by the base, or nearly", "less than by the base", "often ignored"),
+            ("as the base does", "less than the base does", "often ignored"),
             "By CLIP-T, on pictures of the subject: 0% as if text and picture were unrelated, 100% as the base does.",
         ),
         card(
-            "How far has the rest moved?",
+            "Has the rest moved?",
             summary["moved"],
             0.25,
             0.6,
-            ("it was kept", "it has changed visibly", "other pictures than before"),
+            ("hardly", "visibly", "about as much as another seed does"),
             "By DINO, on prompts that do not name the subject: 0% the base's very pictures, 100% as different as the"
             " base's with another seed.",
         ),
@@ -1117,24 +1120,22 @@ def write_report(
         ["CLIP distance", show(drift["clip_distance"], 4), show(seeds["clip_distance"], 4),
          "Change of what is seen, picture by picture from the same seed. 0: unchanged."],
         ["DINO distance", show(drift["dino_distance"], 4), show(seeds["dino_distance"], 4),
-         "The same in the finer eyes of DINO."],
+         "The same by DINO, which minds details more."],
         ["pixels, RMS", show(drift["pixel_rms"], 1), show(seeds["pixel_rms"], 1),
          "Grey levels of 255. Sensitive to any shift of a thing, even a harmless one."],
         ["CMMD", show(drift["cmmd"]), "–",
          "Distance of all pictures as a whole, not one by one: has the kind of pictures changed? 0: no."],
-        ["Fréchet, CLIP", show(drift["frechet_clip"]), "–",
+        ["Fréchet, CLIP", show(drift["frechet_clip"], 2), "–",
          "The same question by mean and covariance. Only compare models drawn with the same prompts and judges."],
-        ["Fréchet, DINO", show(drift["frechet_dino"]), "–", "And in DINO's features."],
+        ["Fréchet, DINO", show(drift["frechet_dino"], 2), "–", "And in DINO's features."],
         ["predictions", f"{100 * prediction['other']['mean']:.2f}%", "–",
          "Change of the predicted noise relative to its size, on the base's pictures of other prompts;"
          f" on the photos, where change was wanted, {100 * prediction['subject']['mean']:.2f}%."],
     ]  # fmt: skip
     pictures = {kind: "".join(picture(image, text) for text, image in rows) for kind, rows in strips.items()}
     sides = '<div class="sides"><span>personalized</span><span>base, same seeds</span></div>'
-    name, base_name = (
-        html.escape(Path(args.pretrained_model_name_or_path).name),
-        html.escape(args.base_model_name_or_path),
-    )
+    name = html.escape(Path(args.pretrained_model_name_or_path).name)
+    base_name = html.escape(args.base_model_name_or_path)
     subject_name = html.escape(f"{args.instance_token} {args.class_name}")
     settings = html.escape(json.dumps(metrics["settings"], indent=1))
     page = f"""<!DOCTYPE html>
@@ -1144,7 +1145,7 @@ def write_report(
 <p class="soft">“{subject_name}” from {len(photos)} photo{"s" * (len(photos) > 1)}, against its base {base_name}:
 {metrics["images"]} pictures of each model, same prompts and seeds.</p>
 <div class="cards">{"".join(cards)}</div>
-<p><small>The words are rules of thumb, the numbers are measured. Look at the pictures before you believe either.</small></p>
+<p><small>The words are rules of thumb, the numbers are measured. Look at the pictures too.</small></p>
 <h2>Subject and prompts</h2>
 {html_table(["", "personalized", "base", "photos", "what it means"], fidelity)}
 <h2>Drift from the base, on prompts that do not name the subject</h2>
@@ -1152,9 +1153,9 @@ def write_report(
 <div class="wide" style="margin-top:16px"><div class="panel"><b>Predictions, by timestep</b>
 {timestep_chart(prediction)}</div><div class="panel"><b>Weights, by block, relative to the base's norm</b>
 {block_chart(metrics["parameter_drift"])}</div></div>
-<h2>The photos</h2>{picture(strip_of([photos[:SHOWN_PROMPTS]]), "")}
-<h2>The subject</h2>{sides}{pictures["subject"]}
-<h2>Other prompts: the two sides should look alike</h2>{sides}{pictures["other"]}
+<h2>The photos</h2><div class="panel">{picture(strip_of([photos[:SHOWN_PROMPTS]]), "")}</div>
+<h2>The subject</h2><div class="panel">{sides}{pictures["subject"]}</div>
+<h2>Other prompts: the two sides should look alike</h2><div class="panel">{sides}{pictures["other"]}</div>
 <details><summary>Settings</summary><pre>{settings}</pre></details>
 </main></body></html>
 """
