@@ -447,24 +447,23 @@ def digest_weights(args: argparse.Namespace, model: str) -> str:
     parts = [] if lora else [Path(source, name) for name in sorted(json.loads(entry.read_text()))]
     files = [path for part in parts if part.is_dir() for path in sorted(part.iterdir())]
     digest = hashlib.sha256()
-    for path in [path for path in files if path.suffix in (".safetensors", ".bin")] or [entry]:
+    for path in [path for path in files if path.suffix in (".safetensors", ".bin", ".json")] or [entry]:
         with path.open("rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
 
 
-def prepare_folders(args: argparse.Namespace, images: list[dict[str, Any]]) -> dict[str, Path]:
+def prepare_folders(args: argparse.Namespace, images: list[dict[str, Any]]) -> None:
     """
-    The folder of each model's pictures. Stops if one holds pictures of another model or other settings, unless they
-    are to be overwritten; only folders that this script has written are ever emptied. For one process to call.
+    Makes the folder of each model's pictures. Stops if one holds pictures of another model or other settings, unless
+    they are to be overwritten; only folders that this script has written are ever emptied. For one process to call.
     """
     names = ("num_inference_steps", "guidance_scale", "resolution", "precision")
     settings = {"pictures": [[image["text"], image["seed"]] for image in images]}
     settings |= {name: getattr(args, name) for name in names}
-    folders = picture_folders(args)
     stale = {}
-    for model, folder in folders.items():
+    for model, folder in picture_folders(args).items():
         settings[f"{model} model"] = digest_weights(args, model)
         record = folder / "settings.json"
         if record.is_file():
@@ -484,7 +483,6 @@ def prepare_folders(args: argparse.Namespace, images: list[dict[str, Any]]) -> d
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         folder.joinpath("settings.json").write_text(json.dumps(fresh))
-    return folders
 
 
 def picture_folders(args: argparse.Namespace) -> dict[str, Path]:
@@ -557,9 +555,8 @@ def build_probes(
     all timesteps. Latents and noise are float32, (channels, height, width), encoded by the base's autoencoder.
     """
     others = [image for image in images if image["kind"] == "other"]
-    chosen = [others[i * len(others) // args.probes] for i in range(min(args.probes, len(others)))]
-    if len(others) < args.probes:
-        chosen = others
+    count = min(args.probes, len(others))
+    chosen = [others[i * len(others) // count] for i in range(count)]
     sources = [("other", Image.open(folder / image["file"]), image["text"]) for image in chosen]
     prompt = f"a photo of a {args.instance_token} {args.class_name}"
     sources += [("subject", open_photo(path), prompt) for path in photos[: args.probes]]

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from transformers import (
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "evaluate_dreambooth.py"
+DOCS = ROOT / "docs" / "evaluation.md"
 BASE = ROOT / "examples" / "tinyworld" / "sd"
 PHOTOS = ROOT / "examples" / "tinyworld" / "subjects" / "mug"
 
@@ -288,6 +290,13 @@ REQUIRED = (
     "instance_token",
     "class_name",
 )
+
+
+def test_the_script_takes_the_commands_of_the_documentation(script):
+    commands = re.findall(r"accelerate launch (evaluate_dreambooth.py.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(commands) == 2
+    for command in commands:
+        script.parse_args(shlex.split(command.replace("\\\n", ""))[1:])
 
 
 # Prompts
