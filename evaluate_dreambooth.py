@@ -1225,7 +1225,8 @@ def main(args: argparse.Namespace) -> None:
         pipeline = load_pipeline(args, model, dtype).to(accelerator.device)
         draw_images(args, accelerator, pipeline, model, images, folders[model])
         if probes is None:
-            probes = own_share(accelerator, build_probes(args, pipeline, images, folders[model], photos))
+            batches = in_batches(build_probes(args, pipeline, images, folders[model], photos), args.batch_size)
+            probes = [probe for batch in own_share(accelerator, batches) for probe in batch]
         predictions[model] = predict_noise(args, accelerator, pipeline, model, probes)
         del pipeline
         gc.collect()
