@@ -203,7 +203,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--base_images_dir", help="Folder of the base's pictures, which evaluations of many models can share.")
     add("--overwrite", action="store_true", help="Draw afresh what was drawn with other models or settings.")
     add("--report_to", help='Also log to "tensorboard", "wandb", or "all" that are installed.')
-    return parser.parse_args(input_args)
+    args = parser.parse_args(input_args)
+    if args.resolution and args.resolution % 8:
+        parser.error(f"--resolution must be a multiple of 8, not {args.resolution}")
+    return args
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -877,7 +880,7 @@ def measure_images(
     for model in MODELS:
         for i, image in enumerate(images):
             likeness = to_photos["dino"][model][i]
-            row = {"model": model, **{name: image[name] for name in ("kind", "text", "seed")}}
+            row = {"model": model, "kind": image["kind"], "prompt": image["text"], "seed": image["seed"]}
             row |= {"file": str(folders[model] / image["file"]), "clip_t": clip_t[model][i], "dino": likeness.mean()}
             row |= {"clip_i": to_photos["clip_i"][model][i].mean(), "nearest_photo": photos[likeness.argmax()].name}
             row |= {"nearest_photo_dino": likeness.max(), **{name: values[i] for name, values in paired.items()}}
@@ -914,6 +917,7 @@ tr:last-child td { border-bottom: 0; }
 th { font-size: 13px; color: var(--soft); font-weight: 600; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td:first-child { white-space: nowrap; }
+.dense td, .dense th { padding: 3px 0; border: 0; }
 td.what { min-width: 300px; }
 .wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; align-items: start; }
 figure { margin: 0 0 18px; }
@@ -1031,17 +1035,17 @@ def timestep_chart(prediction: dict[str, dict]) -> str:
 
 
 def block_chart(parameters: dict[str, dict]) -> str:
-    """Relative drift of every block as a table with bars."""
+    """Relative drift as a table with bars: of every part, and of the blocks of those that have moved."""
     largest = max(block["relative"] for part in parameters.values() for block in part["blocks"].values()) or 1.0
     rows = []
     for part, values in parameters.items():
         rows.append(f'<tr><th>{part}</th><th></th><th class="n">{100 * values["relative"]:.3g}%</th></tr>')
-        for name, block in values["blocks"].items():
+        for name, block in values["blocks"].items() if values["drift"] > 0 else ():
             share = 100 * block["relative"] / largest
             bar = f'<div class="track" style="color:var(--bar)"><i style="width:{share:.0f}%"></i></div>'
             number = f'<td class="n">{100 * block["relative"]:.3g}%</td>'
             rows.append(f'<tr><td>{name}</td><td style="width:45%">{bar}</td>{number}</tr>')
-    return f"<table>{''.join(rows)}</table>"
+    return f'<table class="dense">{"".join(rows)}</table>'
 
 
 def write_report(

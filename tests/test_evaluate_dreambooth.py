@@ -372,7 +372,7 @@ def test_pictures_are_those_of_the_pipeline_alone(evaluated):
     pipeline.set_progress_bar_config(disable=True)
     for row in [row for row in read_rows(evaluated[0]) if row["model"] == "base"][::3]:
         generator = torch.Generator().manual_seed(int(row["seed"]))
-        image = pipeline(row["text"], num_inference_steps=2, guidance_scale=7.5, generator=generator).images[0]
+        image = pipeline(row["prompt"], num_inference_steps=2, guidance_scale=7.5, generator=generator).images[0]
         difference = np.abs(np.asarray(image, float) - np.asarray(Image.open(row["file"]), float))
         assert difference.max() <= 1
 
@@ -398,7 +398,7 @@ def by_hand(evaluated, judges):
         return torch.nn.functional.normalize(clip.text_projection(output).double(), dim=1)[0].numpy()
 
     photos = [encode(path) for path in sorted(PHOTOS.iterdir())]
-    return rows, photos, [encode(row["file"]) for row in rows], [read(row["text"]) for row in rows]
+    return rows, photos, [encode(row["file"]) for row in rows], [read(row["prompt"]) for row in rows]
 
 
 def test_fidelity_and_alignment_are_mean_cosines_of_the_features(evaluated, by_hand):
@@ -433,7 +433,7 @@ def test_diversity_and_nearest_photo_are_in_dino_space(evaluated, by_hand):
 def test_drift_of_pictures_pairs_those_of_one_prompt_and_seed(evaluated, by_hand):
     rows, _, pictures, _ = by_hand
     measured = read_metrics(evaluated[0])["drift"]
-    of = {(row["model"], row["text"], row["seed"]): i for i, row in enumerate(rows) if row["kind"] == "other"}
+    of = {(row["model"], row["prompt"], row["seed"]): i for i, row in enumerate(rows) if row["kind"] == "other"}
     pairs = [(i, of["personalized", text, seed]) for (model, text, seed), i in of.items() if model == "base"]
     for name, judge in (("clip_distance", 0), ("dino_distance", 1)):
         mean = np.mean([1 - pictures[i][judge] @ pictures[j][judge] for i, j in pairs])
@@ -487,6 +487,17 @@ def test_tensorboard_gets_numbers_and_grids(evaluated):
         log.Tags()["scalars"]
     )
     assert set(log.Tags()["images"]) == {"subject", "other"}
+
+
+def test_wandb_gets_numbers_and_grids(evaluate, monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    evaluate("--report_to=wandb", f"--output_dir={tmp_path / 'out'}", "--num_inference_steps=1")
+    pictures = {path.name.split("_")[0] for path in tmp_path.glob("wandb/offline-run-*/files/media/images/*.png")}
+    assert pictures == {"subject", "other"}
+    (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"prediction_drift/other/mean" in record.read_bytes()
 
 
 def test_the_report_looks_right_in_a_browser(evaluated, tmp_path):
