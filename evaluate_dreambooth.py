@@ -1087,7 +1087,7 @@ def write_report(
             summary["moved"],
             0.25,
             0.6,
-            ("hardly", "visibly", "about as much as another seed does"),
+            ("hardly", "visibly", "nearly as much as another seed, or more"),
             "By DINO, on prompts that do not name the subject: 0% the base's very pictures, 100% as different as the"
             " base's with another seed.",
         ),
