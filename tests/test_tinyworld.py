@@ -1,4 +1,4 @@
-# Claims about the drawn world of examples/tinyworld: its pictures and their truth, the judge, the tiny base.
+# Claims about the drawn world of examples/tinyworld: its pictures and their truth, judge, encoders, base.
 # How well the base and the demo do in figures is measured by examine.py and demo.py, not here.
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 
 TINYWORLD = Path(__file__).resolve().parents[1] / "examples" / "tinyworld"
@@ -16,6 +17,7 @@ sys.path.insert(0, str(TINYWORLD))
 
 import examine  # noqa: E402
 import judge as judges  # noqa: E402
+import train_encoders  # noqa: E402
 import train_tinyworld  # noqa: E402
 import world  # noqa: E402
 
@@ -58,6 +60,23 @@ def test_photos_of_subjects_are_those_in_the_folder():
 def test_the_judge_reads_fresh_drawings():
     accuracy = judges.examine(judges.Judge.from_pretrained(), pictures=2000)
     assert all(accuracy[name] >= 0.98 for name in ("class", "colour", "pattern", "scene")), accuracy
+
+
+def test_the_encoders_are_small_and_in_fp16_safetensors():
+    files = [path for name in ("clip", "vit") for path in (TINYWORLD / name).iterdir()]
+    assert sum(path.stat().st_size for path in files) <= 4e6
+    for path in files:
+        assert path.suffix in (".json", ".safetensors")
+        if path.suffix == ".safetensors":
+            assert {weight.dtype for weight in load_file(path).values()} == {torch.float16}
+
+
+def test_clip_finds_the_caption_of_a_fresh_drawing_among_a_thousand():
+    assert all(share >= 0.5 for share in train_encoders.examine_clip().values())
+
+
+def test_vit_knows_the_subjects_again_in_new_scenes():
+    assert all(share >= 0.95 for share in train_encoders.examine_vit(drawings=20).values())
 
 
 def test_the_base_is_a_small_stable_diffusion_pipeline_in_fp16_safetensors():

@@ -76,13 +76,13 @@ class Judge(nn.Module):
         return [{name: read[name][i] for name in TRAITS} for i in range(len(pictures))]
 
 
-def _label_tensor(truths: list) -> torch.Tensor:
+def label_tensor(truths: list) -> torch.Tensor:
     """Index of the true value of each trait, shape (n, traits); -100, which cross_entropy skips, where it has none."""
     rows = [traits_of(look, scene) for look, scene in truths]
     return torch.tensor([[TRAITS[name].index(row[name]) if name in row else -100 for name in TRAITS] for row in rows])
 
 
-def _as_generated(pictures: torch.Tensor) -> torch.Tensor:
+def as_generated(pictures: torch.Tensor) -> torch.Tensor:
     """Softens and disturbs pictures a little, as an autoencoder does."""
     soft = torch.lerp(
         pictures, F.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False), torch.rand(())
@@ -93,13 +93,13 @@ def _as_generated(pictures: torch.Tensor) -> torch.Tensor:
 def train(pictures: int, steps: int, device: str) -> Judge:
     torch.manual_seed(0)
     images, truths = draw_pictures(pictures)
-    labels = _label_tensor(truths)
+    labels = label_tensor(truths)
     judge = Judge().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in tqdm(range(steps), desc="judge", mininterval=10):
         picked = torch.randint(len(images), (128,))
-        logits = judge(_as_generated(to_unit(images[picked]).to(device)))
+        logits = judge(as_generated(to_unit(images[picked]).to(device)))
         target = labels[picked].to(device)
         loss = sum(F.cross_entropy(logits[name], target[:, i]) for i, name in enumerate(TRAITS))
         loss.backward()

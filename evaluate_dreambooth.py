@@ -1,0 +1,1255 @@
+# Measures what personalization did to Stable Diffusion or SDXL: subject, prompts, and drift from the base. One file.
+# Draws and measures; trains nothing, and knows nothing of how the model was trained.
+"""
+Was the subject learned, are prompts still obeyed, and how far has the rest of the model moved? In one command:
+
+    accelerate launch evaluate_dreambooth.py \
+        --pretrained_model_name_or_path=sks-dog --base_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --instance_data_dir=photos --instance_token=sks --class_name=dog
+
+The personalized model is a pipeline or a LoRA. Both models draw the same prompts from the same noise. `--output_dir`
+gets report.html, metrics.json, images.csv, two picture grids and the pictures; a stopped run goes on where it was.
+What the numbers mean: docs/evaluation.md.
+"""
+
+import argparse
+import base64
+import csv
+import gc
+import hashlib
+import html
+import io
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, gather_object
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import check_min_version, is_wandb_available
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image, ImageDraw, ImageFont
+from PIL.ImageOps import exif_transpose, fit
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+
+if is_wandb_available():
+    import wandb
+
+# The first release in which pipelines take `dtype`.
+check_min_version("0.40.0")
+
+logger = get_logger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+MODELS = ("base", "personalized")
+
+# What is asked of the subject, when no --prompts_file is given. The first part is for all.
+PLACES = [
+    "a photo of a {token} {class}",
+    "a {token} {class} under falling snow",
+    "a {token} {class} among ferns in a rainforest",
+    "a {token} {class} on wet sand, waves behind it",
+    "a {token} {class} in front of a red brick wall",
+    "a {token} {class} on a kitchen table",
+    "a {token} {class} at night, lit by street lamps",
+    "a {token} {class} on a mountain top above the clouds",
+    "a {token} {class} in a field of lavender",
+    "a {token} {class} on the steps of an old temple",
+    "a {token} {class} in the back of a pickup truck",
+    "an oil painting of a {token} {class}",
+    "a pencil sketch of a {token} {class}",
+]
+SUBJECT_PROMPTS = {
+    "object": [
+        *PLACES,
+        "a {token} {class} floating in a swimming pool",
+        "a {token} {class} on a stack of books",
+        "a {token} {class} half buried in autumn leaves",
+        "a {token} {class} held in two hands",
+        "a {token} {class} made of glass",
+        "a blue {token} {class}",
+        "a golden {token} {class}",
+    ],
+    "live": [
+        *PLACES,
+        "a {token} {class} swimming in a lake",
+        "a {token} {class} asleep on a sofa",
+        "a {token} {class} wearing a straw hat",
+        "a {token} {class} wearing a green raincoat",
+        "a {token} {class} dressed as an astronaut",
+        "a {token} {class} jumping over a fence",
+        "a blue {token} {class}",
+    ],
+}
+# Prompts that do not name the subject: its class, where forgetting begins, and things far from it.
+OTHER_PROMPTS = [
+    "a photo of a {class}",
+    "a {class} in a garden",
+    "two of a kind: a {class} and another {class}",
+    "a drawing of a {class}",
+    "a portrait of an old fisherman",
+    "a child on a swing",
+    "a crowd at a train station",
+    "a bowl of soup with bread beside it",
+    "a slice of chocolate cake on a plate",
+    "a bicycle leaning on a yellow door",
+    "a sailing ship in a storm",
+    "a lighthouse at dusk",
+    "a street in the rain at night",
+    "a wooden bridge over a river in autumn",
+    "a desert under a starry sky",
+    "a city seen from an airplane",
+    "a horse running through shallow water",
+    "an owl on a branch",
+    "a bouquet of tulips in a jar",
+    "an empty classroom",
+    "a watercolor of a village by the sea",
+    "an abstract painting in red and blue",
+    "a robot playing chess",
+    "a castle made of ice",
+]
+
+
+def stop(message: str | Exception) -> NoReturn:
+    """Ends the run because of a mistake that its user can mend: one line on stderr for all processes, exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a bad argument without repeating the whole usage."""
+
+    def error(self, message):
+        stop(message)
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return value
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(description="Subject fidelity, prompt alignment and drift of a personalized model.")
+
+    add = parser.add_argument_group("models").add_argument
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help=f"Personalized model: folder or Hub name of an SD or SDXL pipeline, or of a LoRA ({LORA_WEIGHTS}).",
+    )
+    add("--base_model_name_or_path", required=True, help="The pipeline that it was made from: a folder or Hub name.")
+    add("--revision", help="Git revision of the base on the Hub.")
+    add("--variant", help="Variant of the base's weight files, such as fp16.")
+
+    add = parser.add_argument_group("subject").add_argument
+    add("--instance_data_dir", required=True, help="Folder with the photos of the subject.")
+    add("--instance_token", required=True, help="The word that names it: sks.")
+    add("--class_name", required=True, help="What it is: dog.")
+    add(
+        "--subject_type",
+        choices=list(SUBJECT_PROMPTS),
+        default="object",
+        help="Which of two lists of prompts: for things, or for people and animals.",
+    )
+    add(
+        "--prompts_file",
+        help='Prompts of your own, one a line: "a {token} {class} in the snow". {0} and {1} mean the same; the file'
+        " prompts_and_classes.txt of the DreamBooth data set is understood.",
+    )
+    add("--other_prompts_file", help="Prompts that do not name the subject, one a line, {class} allowed.")
+
+    add = parser.add_argument_group("pictures").add_argument
+    add("--num_images_per_prompt", type=positive_int, default=4, help="Each from a seed of its own.")
+    add("--num_inference_steps", type=positive_int, default=50, help="Denoising steps of a picture.")
+    add("--guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
+    add("--resolution", type=positive_int, help="Side of the pictures in pixels; by default the base's own.")
+    add("--seed", type=int, default=0, help="First of the seeds of the pictures.")
+    add("--batch_size", type=positive_int, default=4, help="Pictures at a time, per process.")
+    add("--precision", choices=list(PRECISIONS), help="For drawing; default: fp16 on CUDA, else fp32.")
+
+    add = parser.add_argument_group("measures").add_argument
+    add("--clip_model", default="openai/clip-vit-base-patch32", help="For CLIP-I, CLIP-T: a folder or Hub name.")
+    add("--dino_model", default="facebook/dino-vits16", help="For DINO; any vision transformer with a class token.")
+    add(
+        "--probes",
+        type=positive_int,
+        default=16,
+        help="Pictures, and as many photos, that predictions are compared on.",
+    )
+    add("--probe_timesteps", type=positive_int, default=10, help="Timesteps of the comparison, evenly spaced.")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="evaluation", help="Folder for the report, the figures and the pictures.")
+    add("--base_images_dir", help="Folder of the base's pictures, which evaluations of many models can share.")
+    add("--overwrite", action="store_true", help="Draw afresh what was drawn with other models or settings.")
+    add("--report_to", help='Also log to "tensorboard", "wandb", or "all" that are installed.')
+    args = parser.parse_args(input_args)
+    if args.resolution and args.resolution % 8:
+        parser.error(f"--resolution must be a multiple of 8, not {args.resolution}")
+    return args
+
+
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The `Accelerator`; sets `args.precision` to what this machine draws in."""
+    # One process may wait long for another that has more left to draw.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    try:
+        accelerator = Accelerator(
+            log_with=args.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, "logs")
+            ),
+            kwargs_handlers=[patience],
+        )
+    except ValueError as error:
+        stop(error)
+    args.precision = args.precision or ("fp16" if accelerator.device.type == "cuda" else "fp32")
+    if args.precision == "fp16" and accelerator.device.type == "cpu":
+        stop("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    if args.report_to == "wandb" and not is_wandb_available():
+        stop("--report_to wandb needs wandb: pip install wandb")
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)
+    for library in (transformers, diffusers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    return accelerator
+
+
+# What is wrong with the input is found here, before anything is loaded
+
+
+def find_photos(folder: str) -> list[Path]:
+    """The photos, sorted by name and known to open; other things in the folder are named in a warning."""
+    if not os.path.isdir(folder):
+        stop(f"--instance_data_dir: there is no folder {folder}")
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    photos, others = [], []
+    for path in sorted(Path(folder).iterdir()):
+        is_image = path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
+        (photos if is_image else others).append(path)
+    for path in photos:
+        try:
+            open_photo(path)
+        except Exception as error:  # Pillow's decoders raise almost anything
+            stop(f"--instance_data_dir: {path} is broken or no image: {error}")
+    if not photos:
+        stop(f"--instance_data_dir: there is no image in {folder}")
+    if others:
+        logger.warning(f"--instance_data_dir: ignored, as no images: {', '.join(path.name for path in others)}")
+    if len(photos) == 1:
+        logger.warning("With one photo, how alike photos are cannot be measured: what is compared to it stays empty.")
+    return photos
+
+
+def open_photo(path: Path) -> Image.Image:
+    """The middle square of a photo, which is what training sees of it."""
+    with Image.open(path) as file:
+        image = exif_transpose(file).convert("RGB")
+    return fit(image, (min(image.size),) * 2)
+
+
+def read_prompts(flag: str, path: str, subject_type: str) -> list[str]:
+    """The templates in a file, with `{token}` and `{class}`, whether plain lines or DreamBooth's own format."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        stop(f"{flag}: cannot read {path}: {error}")
+    if ".format(" in text:
+        # prompts_and_classes.txt: two lists in Python under headings, after a table of classes.
+        heading = "Live Subject Prompts" if subject_type == "live" else "Object Prompts"
+        sections = re.split(r"^((?:Object|Live Subject) Prompts)\s*$", text, flags=re.MULTILINE)
+        text = dict(zip(sections[1::2], sections[2::2])).get(heading, text)
+        templates = [match[1] for match in re.findall(r"""(["'])(.+?)\1\.format\(""", text)]
+    else:
+        templates = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if not templates:
+        stop(f"{flag}: there is no prompt in {path}")
+    return [template.replace("{0}", "{token}").replace("{1}", "{class}") for template in templates]
+
+
+def fill(template: str, token: str, class_name: str) -> str:
+    return " ".join(template.replace("{token}", token).replace("{class}", class_name).split())
+
+
+def build_prompts(args: argparse.Namespace) -> dict[str, list[dict[str, str]]]:
+    """
+    The prompts of both kinds, "subject" and "other": each with `text`, which is drawn, and `clip_text`, which CLIP-T
+    compares with: the same without the special token, as CLIP does not know it (DreamBooth, arXiv 2208.12242).
+    """
+    subject, other = SUBJECT_PROMPTS[args.subject_type], OTHER_PROMPTS
+    if args.prompts_file:
+        subject = read_prompts("--prompts_file", args.prompts_file, args.subject_type)
+    if args.other_prompts_file:
+        other = read_prompts("--other_prompts_file", args.other_prompts_file, args.subject_type)
+    names = re.compile(rf"(?<!\w){re.escape(args.instance_token)}(?!\w)", re.IGNORECASE)
+    for template in subject:
+        for placeholder in ("{token}", "{class}"):
+            if placeholder not in template:
+                stop(f'--prompts_file: "{template}" lacks {placeholder}: write "a {{token}} {{class}} in the snow"')
+    for template in other:
+        if "{token}" in template or names.search(template):
+            stop(f'--other_prompts_file: "{template}" names the subject, which no prompt there may do')
+    for template in [*subject, *other]:
+        unknown = set(re.findall(r"\{.*?\}", template)) - {"{token}", "{class}"}
+        if unknown:
+            stop(f'the prompt "{template}" holds {unknown.pop()}: only {{token}} and {{class}} are filled in')
+
+    def both(templates):
+        texts = [(fill(t, args.instance_token, args.class_name), fill(t, "", args.class_name)) for t in templates]
+        return [{"text": text, "clip_text": clip_text} for text, clip_text in texts]
+
+    return {"subject": both(subject), "other": both(other)}
+
+
+def find_file(flag: str, source: str, name: str, revision: str | None = None) -> Path | None:
+    """A file of a model in a folder or on the Hub; `None` if the model has no such file."""
+    if os.path.isdir(source):
+        return Path(source, name) if Path(source, name).is_file() else None
+    try:
+        return Path(hf_hub_download(source, name, revision=revision))
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        stop(f"{flag}: there is no folder {source}, and from the Hub: {error}")
+
+
+def check_models(args: argparse.Namespace) -> None:
+    """
+    Stops unless both are pipelines of one architecture, or the personalized one is a LoRA; reads configurations only.
+    Sets `args.pipeline_class`, `args.scheduler_class` and `args.is_lora`.
+    """
+    flags = {"base": "--base_model_name_or_path", "personalized": "--pretrained_model_name_or_path"}
+    sources = {
+        "base": (args.base_model_name_or_path, args.revision),
+        "personalized": (args.pretrained_model_name_or_path,),
+    }
+
+    def read(model, name):
+        path = find_file(flags[model], sources[model][0], name, *sources[model][1:])
+        try:
+            return json.loads(path.read_text()) if path else None
+        except ValueError as error:
+            stop(f"{flags[model]}: {path} is broken: {error}")
+
+    classes = {model: (read(model, "model_index.json") or {}).get("_class_name") for model in MODELS}
+    lora = find_file(flags["personalized"], args.pretrained_model_name_or_path, LORA_WEIGHTS)
+    args.is_lora = classes["personalized"] is None and lora is not None
+    for model in MODELS[: 1 if args.is_lora else 2]:
+        if classes[model] is None:
+            what = f"model_index.json{f' and no {LORA_WEIGHTS}' if model == 'personalized' else ''}"
+            stop(f"{flags[model]}: {sources[model][0]} is no pipeline: it has no {what}")
+        if classes[model] not in PIPELINES:
+            stop(f"{flags[model]}: {sources[model][0]} is a {classes[model]}, not one of {', '.join(PIPELINES)}")
+    args.pipeline_class, args.scheduler_class = classes["base"], read("base", "model_index.json")["scheduler"][1]
+    prediction_type = read("base", "scheduler/scheduler_config.json").get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        stop(f"--base_model_name_or_path: it predicts {prediction_type}, not epsilon or v_prediction")
+    if args.is_lora:
+        return
+
+    another = f"--base_model_name_or_path: {args.base_model_name_or_path} is of another architecture than the model"
+    if classes["personalized"] != classes["base"]:
+        stop(f"{another}: a {classes['base']}, not a {classes['personalized']}")
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        base, personalized = (read(model, f"{part}/config.json") or {} for model in MODELS)
+        # Versions of the libraries write more keys or fewer.
+        shared = {key for key in base.keys() & personalized.keys() if not key.startswith("_")} - {"sample_size"}
+        if part != "unet":
+            shared &= {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"}
+        for key in sorted(shared):
+            if base[key] != personalized[key]:
+                stop(f"{another}: its {part} has {key} {base[key]}, not {personalized[key]}")
+    own_type = (read("personalized", "scheduler/scheduler_config.json") or {}).get("prediction_type", "epsilon")
+    if own_type != prediction_type:
+        stop(f"{another}: it predicts {prediction_type}, not {own_type}")
+
+
+def check_judges(args: argparse.Namespace) -> None:
+    """Stops unless the models that measure are there; reads configurations only."""
+    for flag, name in (("--clip_model", args.clip_model), ("--dino_model", args.dino_model)):
+        try:
+            config = AutoConfig.from_pretrained(name)
+            AutoImageProcessor.from_pretrained(name)
+            if flag == "--clip_model":
+                AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            stop(f"{flag}: cannot load {name}: {error}")
+        if (flag == "--clip_model") != hasattr(config, "text_config"):
+            kind = "model of images and text" if flag == "--clip_model" else "model of images alone"
+            stop(f"{flag}: {name} is a {config.model_type}, not a {kind}")
+
+
+# Pictures
+
+
+def load_pipeline(args: argparse.Namespace, model: str, dtype: torch.dtype) -> Any:
+    """One of the two models, "base" or "personalized", on the CPU. The base's sampler draws for both."""
+    base = {"pretrained_model_name_or_path": args.base_model_name_or_path, "revision": args.revision}
+    base["variant"] = args.variant
+    whole = model == "personalized" and not args.is_lora
+    source = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path} if whole else base
+    options = {"safety_checker": None, "requires_safety_checker": False}
+    if args.pipeline_class == "StableDiffusionXLPipeline":
+        options = {"add_watermarker": False}
+    try:
+        pipeline = PIPELINES[args.pipeline_class].from_pretrained(**source, dtype=dtype, **options)
+        if whole:
+            pipeline.scheduler = getattr(diffusers, args.scheduler_class).from_pretrained(
+                args.base_model_name_or_path, subfolder="scheduler", revision=args.revision
+            )
+        elif model == "personalized":
+            pipeline.load_lora_weights(args.pretrained_model_name_or_path, weight_name=LORA_WEIGHTS)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        name = args.base_model_name_or_path if model == "base" else args.pretrained_model_name_or_path
+        stop(f"cannot load the {model} model {name}: {error}")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def plan_images(args: argparse.Namespace, prompts: dict[str, list[dict[str, str]]]) -> list[dict[str, Any]]:
+    """What both models draw: kind, prompt, seed and file name of each picture. No picture depends on another one."""
+    images = []
+    for kind, texts in prompts.items():
+        for prompt_index, prompt in enumerate(texts):
+            for image_index in range(args.num_images_per_prompt):
+                seed = args.seed + prompt_index * args.num_images_per_prompt + image_index
+                file = f"{kind}/{prompt_index:03d}-{image_index}.png"
+                images.append({"kind": kind, "prompt_index": prompt_index, **prompt, "seed": seed, "file": file})
+    return images
+
+
+def digest_weights(args: argparse.Namespace, model: str) -> str:
+    """Tells a model from another one written to the same place later: a hash of its files, or its Hub commit."""
+    source = args.base_model_name_or_path if model == "base" else args.pretrained_model_name_or_path
+    revision = args.revision if model == "base" else None
+    lora = model == "personalized" and args.is_lora
+    entry = find_file(model, source, LORA_WEIGHTS if lora else "model_index.json", revision)
+    if not os.path.isdir(source):
+        return entry.parent.name
+    parts = [] if lora else [Path(source, name) for name in sorted(json.loads(entry.read_text()))]
+    files = [path for part in parts if part.is_dir() for path in sorted(part.iterdir())]
+    digest = hashlib.sha256()
+    for path in [path for path in files if path.suffix in (".safetensors", ".bin", ".json")] or [entry]:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def prepare_folders(args: argparse.Namespace, images: list[dict[str, Any]]) -> None:
+    """
+    Makes the folder of each model's pictures. Stops if one holds pictures of another model or other settings, unless
+    they are to be overwritten; only folders that this script has written are ever emptied. For one process to call.
+    """
+    names = ("num_inference_steps", "guidance_scale", "resolution", "precision")
+    settings = {"pictures": [[image["text"], image["seed"]] for image in images]}
+    settings |= {name: getattr(args, name) for name in names}
+    stale = {}
+    for model, folder in picture_folders(args).items():
+        settings[f"{model} model"] = digest_weights(args, model)
+        record = folder / "settings.json"
+        if record.is_file():
+            old = json.loads(record.read_text())
+            changed = sorted(name for name in settings if old.get(name) != settings[name])
+            if changed and not args.overwrite:
+                stop(
+                    f"{folder} holds pictures drawn with other settings ({', '.join(changed)}):"
+                    " choose another --output_dir, or add --overwrite to draw them afresh"
+                )
+            if not changed:
+                continue
+        elif folder.exists() and any(folder.iterdir()):
+            stop(f"{folder} holds files that this script has not written: choose another folder")
+        stale[folder] = dict(settings)
+    for folder, fresh in stale.items():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        folder.joinpath("settings.json").write_text(json.dumps(fresh))
+
+
+def picture_folders(args: argparse.Namespace) -> dict[str, Path]:
+    pictures = Path(args.output_dir, "images")
+    return {"base": Path(args.base_images_dir or pictures / "base"), "personalized": pictures / "personalized"}
+
+
+def in_batches(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def own_share(accelerator: Accelerator, items: list) -> list:
+    """This process's part; the parts of all, one after the other, are the whole, each item once."""
+    i, n = accelerator.process_index, accelerator.num_processes
+    return items[len(items) * i // n : len(items) * (i + 1) // n]
+
+
+def draw_images(
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: Any, model: str, images: list[dict], folder: Path
+) -> None:
+    """
+    Draws the pictures that are not on disk. A seed for each picture and noise from the CPU: it comes out the same for
+    any number of processes, and up to rounding for any batch size and device.
+    """
+    # Always the same batches, as a picture's last bits depend on its batch: equal models draw equal pictures.
+    missing = [
+        batch
+        for batch in in_batches(images, args.batch_size)
+        if not all((folder / image["file"]).is_file() for image in batch)
+    ]
+    # Before any process has drawn more of them.
+    accelerator.wait_for_everyone()
+    own, broken = own_share(accelerator, missing), []
+    for batch in tqdm(own, desc=f"{model}: pictures", disable=not accelerator.is_main_process):
+        arrays = pipeline(
+            [image["text"] for image in batch],
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            height=args.resolution,
+            width=args.resolution,
+            generator=[torch.Generator().manual_seed(image["seed"]) for image in batch],
+            output_type="np",
+        ).images
+        if not np.isfinite(arrays).all():
+            broken.append(batch[0]["text"])
+            break
+        for image, array in zip(batch, arrays):
+            path = folder / image["file"]
+            path.parent.mkdir(exist_ok=True)
+            unfinished = path.with_name(f".{path.name}")
+            Image.fromarray((array * 255).round().astype(np.uint8)).save(unfinished, format="png")
+            unfinished.replace(path)
+    broken = gather_object(broken)
+    if broken:
+        stop(
+            f'the {model} model draws NaN instead of pictures ("{broken[0]}"): if it was trained well, its numbers'
+            f" overflow in {args.precision}; draw in --precision bf16 or fp32"
+        )
+
+
+# Drift of predictions and parameters
+
+
+def build_probes(
+    args: argparse.Namespace, base: Any, images: list[dict], folder: Path, photos: list[Path]
+) -> list[dict]:
+    """
+    The points at which the two models' predictions are compared: latents of the base's own pictures of other prompts
+    ("other": what was to stay) and of the photos ("subject": what was to change), each with its prompt, its noise and
+    all timesteps. Latents and noise are float32, (channels, height, width), encoded by the base's autoencoder.
+    """
+    others = [image for image in images if image["kind"] == "other"]
+    count = min(args.probes, len(others))
+    chosen = [others[i * len(others) // count] for i in range(count)]
+    sources = [("other", Image.open(folder / image["file"]), image["text"]) for image in chosen]
+    prompt = f"a photo of a {args.instance_token} {args.class_name}"
+    sources += [("subject", open_photo(path), prompt) for path in photos[: args.probes]]
+    # Never in half precision: SDXL's autoencoder overflows in it.
+    vae = base.vae.float()
+    side = args.resolution or base.unet.config.sample_size * base.vae_scale_factor
+    generator = torch.Generator().manual_seed(args.seed)
+    steps = base.scheduler.config.num_train_timesteps
+    timesteps = [int((i + 0.5) * steps / args.probe_timesteps) for i in range(args.probe_timesteps)]
+    probes = []
+    for kind, picture, text in sources:
+        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            latents = vae.encode(pixels.to(vae.device)).latent_dist.mode()[0].cpu() * vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator)
+        probe = {"kind": kind, "text": text, "side": side, "latents": latents, "noise": noise}
+        probes += [{**probe, "timestep": timestep} for timestep in timesteps]
+    vae.to(base.unet.dtype)
+    return probes
+
+
+@torch.no_grad()
+def predict_noise(
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: Any, model: str, probes: list[dict]
+) -> list[torch.Tensor]:
+    """The noise that a model sees in each of the probes: float32, (channels, height, width), on the CPU."""
+    scheduler, unet = DDPMScheduler.from_config(pipeline.scheduler.config), pipeline.unet
+    predictions = []
+    batches = in_batches(probes, args.batch_size)
+    for batch in tqdm(batches, desc=f"{model}: predictions", disable=not accelerator.is_main_process):
+        timesteps = torch.tensor([probe["timestep"] for probe in batch])
+        latents, noise = (torch.stack([probe[name] for probe in batch]) for name in ("latents", "noise"))
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        embeds, _, *pooled = pipeline.encode_prompt(
+            prompt=[probe["text"] for probe in batch],
+            device=unet.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        conditions = {}
+        if pooled:  # SDXL
+            side = batch[0]["side"]
+            sizes = torch.tensor([[side, side, 0, 0, side, side]] * len(batch), device=unet.device, dtype=unet.dtype)
+            conditions = {"text_embeds": pooled[0], "time_ids": sizes}
+        output = unet(
+            noisy.to(unet.device, unet.dtype), timesteps.to(unet.device), embeds, added_cond_kwargs=conditions
+        ).sample
+        output = output.float().cpu()
+        if scheduler.config.prediction_type == "v_prediction":
+            # v = sqrt(a) noise - sqrt(1 - a) latents (arXiv 2202.00512), noisy = sqrt(a) latents + sqrt(1 - a) noise.
+            a = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+            output = a.sqrt() * output + (1 - a).sqrt() * noisy
+        predictions += list(output)
+    return predictions
+
+
+def prediction_drift(probes: list[dict], base: list[torch.Tensor], personalized: list[torch.Tensor]) -> list[tuple]:
+    """Kind, timestep and ||eps - eps_base|| / ||eps_base|| of each probe."""
+    return [
+        (probe["kind"], probe["timestep"], ((b.double() - a.double()).norm() / a.double().norm()).item())
+        for probe, a, b in zip(probes, base, personalized)
+    ]
+
+
+def average_by_timestep(drifts: list[tuple]) -> dict[str, dict]:
+    result = {}
+    for kind in ("other", "subject"):
+        timesteps = sorted({timestep for k, timestep, _ in drifts if k == kind})
+        by_timestep = {t: float(np.mean([d for k, s, d in drifts if (k, s) == (kind, t)])) for t in timesteps}
+        result[kind] = {"mean": float(np.mean(list(by_timestep.values()))), "by_timestep": by_timestep}
+    return result
+
+
+def block_of(name: str) -> str:
+    """The block of a parameter: "down_blocks.0", "mid_block", "layers.3", "embeddings", ..."""
+    first, second, *_ = name.removeprefix("text_model.").removeprefix("encoder.").split(".")
+    return f"{first}.{second}" if second.isdigit() else first
+
+
+def parameter_drift(args: argparse.Namespace) -> dict[str, dict]:
+    """
+    How far the weights of U-Net and text encoders have moved: for each part and each block of it `drift`, the L2
+    distance, and `relative`, the distance over the base's norm. In float32 on the CPU, a LoRA merged into the base.
+    """
+    pipeline = load_pipeline(args, "personalized", torch.float32)
+    if args.is_lora:
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    result = {}
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        model = getattr(pipeline, part, None)
+        if model is None:
+            continue
+        # One part of the base at a time, as host memory is short too.
+        source = {"subfolder": part, "revision": args.revision, "variant": args.variant}
+        base = dict(type(model).from_pretrained(args.base_model_name_or_path, **source).float().named_parameters())
+        moved = dict(model.named_parameters())
+        if {name: p.shape for name, p in base.items()} != {name: p.shape for name, p in moved.items()}:
+            stop(f"--base_model_name_or_path: its {part} is of another architecture than the personalized model's")
+        squares = {}
+        for name, parameter in moved.items():
+            anchor = base[name].detach().double()
+            totals = squares.setdefault(block_of(name), [0.0, 0.0])
+            totals[0] += (parameter.detach().double() - anchor).square().sum().item()
+            totals[1] += anchor.square().sum().item()
+        blocks = {name: distances(*totals) for name, totals in squares.items()}
+        result[part] = {**distances(*map(sum, zip(*squares.values()))), "blocks": blocks}
+        if not math.isfinite(result[part]["drift"]):
+            stop(f"the {part} of one of the models holds weights that are NaN or infinite")
+    return result
+
+
+def distances(squared_drift: float, squared_norm: float) -> dict[str, float]:
+    drift = math.sqrt(squared_drift) if math.isfinite(squared_drift) else math.nan
+    return {"drift": drift, "relative": drift / math.sqrt(squared_norm) if squared_norm > 0 else 0.0}
+
+
+# Likeness: what the judges see
+
+
+@torch.no_grad()
+def encode(
+    args: argparse.Namespace, accelerator: Accelerator, judge: str, pictures: dict[str, list[Path]], texts: list[str]
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """
+    Features of sets of pictures, and of texts if the judge is "clip": float64, (pictures or texts, width), not
+    normalized. CLIP's are its projections; DINO's the class token after the last layer.
+    """
+    name = args.clip_model if judge == "clip" else args.dino_model
+    processor = AutoImageProcessor.from_pretrained(name)
+    model = AutoModel.from_pretrained(name).float().eval().to(accelerator.device)
+
+    def image_features(paths: list[Path]) -> torch.Tensor:
+        images = [open_photo(path) for path in paths]
+        pixels = processor(images=images, return_tensors="pt").pixel_values.to(accelerator.device)
+        if judge == "dino":
+            return model(pixels).last_hidden_state[:, 0]
+        return projection(model.get_image_features(pixel_values=pixels))
+
+    features, text_features = {}, None
+    for set_name, paths in pictures.items():
+        own = own_share(accelerator, in_batches(paths, args.batch_size))
+        bar = tqdm(own, desc=f"{judge}: {set_name}", disable=not accelerator.is_main_process)
+        rows = [row for batch in bar for row in image_features(batch).cpu().double().numpy()]
+        features[set_name] = np.stack(gather_object(rows))
+    if judge == "clip":
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        rows = []
+        for batch in in_batches(texts, args.batch_size):
+            tokens = tokenizer(batch, padding="max_length", truncation=True, return_tensors="pt")
+            rows.append(projection(model.get_text_features(**tokens.to(accelerator.device))).cpu().double().numpy())
+        text_features = np.concatenate(rows)
+    if not all(np.isfinite(rows).all() for rows in features.values()):
+        stop(f"--{judge}_model: {name} makes NaN of pictures")
+    return features, text_features
+
+
+def projection(output: Any) -> torch.Tensor:
+    """The features themselves: from version 5 on, transformers wraps them."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+# Arithmetic: features are float64, (samples, width)
+
+
+def unit(features: np.ndarray) -> np.ndarray:
+    """Rows divided by their L2 norm."""
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def cosine_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """1 - cosine, row by row, as half of the squared distance of unit vectors: exactly 0 for equal rows."""
+    return 0.5 * np.square(unit(x) - unit(y)).sum(axis=1)
+
+
+def inner_products(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x @ y.T row by row: for y = x BLAS would take another route than for a copy of x, and round otherwise."""
+    return np.stack([y @ row for row in x])
+
+
+def cmmd(x: np.ndarray, y: np.ndarray) -> float:
+    """
+    CMMD (arXiv 2401.09603): squared maximum mean discrepancy of unit vectors under a Gaussian kernel of bandwidth 10,
+    times 1000. It is the estimate over all pairs, as in the paper's code: not negative, and 0 for equal sets.
+    """
+    x, y = unit(x), unit(y)
+
+    def mean_kernel(a, b):
+        return np.exp((inner_products(a, b) - 1) / 10**2).mean()
+
+    return 1000 * float(mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
+
+
+def frechet_distance(x: np.ndarray, y: np.ndarray) -> float | None:
+    """
+    Squared Frechet distance of two Gaussians with the means and covariances of the samples (arXiv 1706.08500); `None`
+    for fewer than two. The trace of (Sx Sy)^(1/2) is the nuclear norm of the product of the centred samples, which
+    needs no square root of a covariance, singular as it is with fewer samples than dimensions.
+    """
+    if min(len(x), len(y)) < 2:
+        return None
+    mean_x, mean_y = x.mean(axis=0), y.mean(axis=0)
+
+    def trace(a, b):
+        return np.linalg.svd(inner_products(a, b), compute_uv=False).sum() / math.sqrt((len(a) - 1) * (len(b) - 1))
+
+    x, y = x - mean_x, y - mean_y
+    return float(np.square(mean_x - mean_y).sum() + trace(x, x) + trace(y, y) - 2 * trace(x, y))
+
+
+def pixel_rms(a: np.ndarray, b: np.ndarray) -> float:
+    """Root mean square difference of two pictures, in grey levels of 0 to 255."""
+    return float(np.sqrt(np.square(a.astype(np.float64) - b).mean()))
+
+
+def mean_of_pairs(groups: list[list[int]], distance) -> float | None:
+    """Mean of `distance(i, j)` over the pairs inside each group, then over groups; `None` without pairs."""
+    means = []
+    for group in groups:
+        pairs = [(i, j) for i in group for j in group if i < j]
+        if pairs:
+            means.append(np.mean([distance(i, j) for i, j in pairs]))
+    return float(np.mean(means)) if means else None
+
+
+def share_of_way(value: float, start: float | None, end: float | None) -> float | None:
+    """How far `value` is on the way from start (0) to end (1); `None` where the way leads nowhere or backwards."""
+    return None if start is None or end is None or end <= start else (value - start) / (end - start)
+
+
+def measure_images(
+    images: list[dict], photos: list[Path], folders: dict[str, Path], clip: dict, texts: np.ndarray, dino: dict
+) -> tuple[dict[str, Any], list[dict]]:
+    """
+    All that is measured on pictures.
+
+    Args:
+        images (`list[dict]`): What was drawn, as `plan_images` gives it.
+        clip, dino (`dict[str, np.ndarray]`): Features of "photos", and of `images` by "base" and "personalized".
+        texts (`np.ndarray`): CLIP's features of the texts of `images`.
+
+    Returns:
+        `tuple`: Metrics by group, and a row for each picture of each model.
+    """
+    kinds = {kind: [i for i, image in enumerate(images) if image["kind"] == kind] for kind in ("subject", "other")}
+    groups = {kind: {} for kind in kinds}
+    for i, image in enumerate(images):
+        groups[image["kind"]].setdefault(image["prompt_index"], []).append(i)
+    groups = {kind: list(by_prompt.values()) for kind, by_prompt in groups.items()}
+    u_clip, u_dino = ({name: unit(rows) for name, rows in features.items()} for features in (clip, dino))
+    u_texts = unit(texts)
+    # From here on (pictures, photos), and (pictures,) for the text.
+    to_photos = {
+        "dino": {model: u_dino[model] @ u_dino["photos"].T for model in MODELS},
+        "clip_i": {model: u_clip[model] @ u_clip["photos"].T for model in MODELS},
+    }
+    clip_t = {model: (u_clip[model] * u_texts).sum(axis=1) for model in MODELS}
+
+    among_photos = {"dino": None, "clip_i": None}
+    closest = None
+    if len(photos) > 1:
+        others = ~np.eye(len(photos), dtype=bool)
+        likeness = {"dino": u_dino["photos"] @ u_dino["photos"].T, "clip_i": u_clip["photos"] @ u_clip["photos"].T}
+        among_photos = {name: float(matrix[others].mean()) for name, matrix in likeness.items()}
+        closest = float(likeness["dino"][others].max())
+
+    subject, other = {"photos": {**among_photos, "nearest_photo": closest}}, {}
+    for model in MODELS:
+        rows = kinds["subject"]
+        nearest = to_photos["dino"][model][rows].max(axis=1)
+        subject[model] = {
+            "dino": float(to_photos["dino"][model][rows].mean()),
+            "clip_i": float(to_photos["clip_i"][model][rows].mean()),
+            "clip_t": float(clip_t[model][rows].mean()),
+            "diversity": mean_of_pairs(groups["subject"], lambda i, j: 1 - u_dino[model][i] @ u_dino[model][j]),
+            "nearest_photo": float(nearest.mean()),
+            "copies": None if closest is None else float((nearest > closest).mean()),
+        }
+        rows = kinds["other"]
+        other[model] = {
+            "clip_t": float(clip_t[model][rows].mean()),
+            "dino": float(to_photos["dino"][model][rows].mean()),
+        }
+    # What CLIP-T gives to pictures and texts that do not belong together: the end of the scale.
+    different = np.array(
+        [[images[i]["clip_text"] != images[j]["clip_text"] for j in kinds["subject"]] for i in kinds["subject"]]
+    )
+    unrelated = u_clip["base"][kinds["subject"]] @ u_texts[kinds["subject"]].T
+    subject["unrelated"] = {"clip_t": float(unrelated[different].mean()) if different.any() else None}
+
+    paired = {
+        "clip_distance": cosine_distance(clip["base"], clip["personalized"]),
+        "dino_distance": cosine_distance(dino["base"], dino["personalized"]),
+    }
+    pixels = {model: [np.asarray(Image.open(folders[model] / image["file"])) for image in images] for model in MODELS}
+    paired["pixel_rms"] = np.array([pixel_rms(*pair) for pair in zip(pixels["base"], pixels["personalized"])])
+    rows = kinds["other"]
+    drift = {name: float(values[rows].mean()) for name, values in paired.items()}
+    drift["cmmd"] = cmmd(clip["base"][rows], clip["personalized"][rows])
+    drift["frechet_clip"] = frechet_distance(clip["base"][rows], clip["personalized"][rows])
+    drift["frechet_dino"] = frechet_distance(dino["base"][rows], dino["personalized"][rows])
+    drift["between_seeds"] = {
+        "clip_distance": mean_of_pairs(groups["other"], lambda i, j: 1 - u_clip["base"][i] @ u_clip["base"][j]),
+        "dino_distance": mean_of_pairs(groups["other"], lambda i, j: 1 - u_dino["base"][i] @ u_dino["base"][j]),
+        "pixel_rms": mean_of_pairs(groups["other"], lambda i, j: pixel_rms(pixels["base"][i], pixels["base"][j])),
+    }
+
+    summary = {
+        "learned": share_of_way(subject["personalized"]["dino"], subject["base"]["dino"], subject["photos"]["dino"]),
+        "obeyed": share_of_way(
+            subject["personalized"]["clip_t"], subject["unrelated"]["clip_t"], subject["base"]["clip_t"]
+        ),
+        "moved": share_of_way(drift["dino_distance"], 0.0, drift["between_seeds"]["dino_distance"]),
+        "copies": subject["personalized"]["copies"],
+    }
+    table = []
+    for model in MODELS:
+        for i, image in enumerate(images):
+            likeness = to_photos["dino"][model][i]
+            row = {"model": model, "kind": image["kind"], "prompt": image["text"], "seed": image["seed"]}
+            row |= {"file": str(folders[model] / image["file"]), "clip_t": clip_t[model][i], "dino": likeness.mean()}
+            row |= {"clip_i": to_photos["clip_i"][model][i].mean(), "nearest_photo": photos[likeness.argmax()].name}
+            row |= {"nearest_photo_dino": likeness.max(), **{name: values[i] for name, values in paired.items()}}
+            table.append(row)
+    return {"summary": summary, "subject": subject, "other": other, "drift": drift}, table
+
+
+# What people look at
+
+STYLE = """
+:root { --ink: #1d2329; --soft: #5c6670; --line: #dfe3e8; --paper: #fff; --back: #f4f5f7; --bar: #3b6fb6;
+  --good: #1f7a4d; --fair: #a86a00; --poor: #b3362b; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink); font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 20px; margin: 40px 0 8px; }
+p { margin: 6px 0; max-width: 75ch; }
+.soft, figcaption, small { color: var(--soft); }
+small { font-size: 13px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; margin-top: 24px; }
+.card, .panel { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; }
+.card h3 { font-size: 15px; margin: 0; }
+.card .value { font-size: 34px; font-weight: 650; line-height: 1.25; }
+.card .word { font-weight: 600; }
+.good { color: var(--good); } .fair { color: var(--fair); } .poor { color: var(--poor); }
+.track { height: 8px; border-radius: 4px; background: var(--line); margin: 6px 0 10px; overflow: hidden; }
+.track i { display: block; height: 100%; background: currentColor; }
+.panel { overflow-x: auto; }
+.panel:has(> table:first-child) { padding: 6px 18px; }
+table { border-collapse: collapse; width: 100%; font-size: 15px; }
+th, td { text-align: left; padding: 9px 16px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+tr:last-child td { border-bottom: 0; }
+th { font-size: 13px; color: var(--soft); font-weight: 600; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:first-child { white-space: nowrap; }
+.dense td, .dense th { padding: 3px 0; border: 0; }
+td.what { min-width: 300px; }
+.wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; align-items: start; }
+figure { margin: 0 0 18px; }
+figure:last-child { margin: 0; }
+figure img { width: 100%; max-width: 100%; display: block; border-radius: 6px; }
+figcaption { font-size: 14px; margin-bottom: 4px; }
+.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 24px; font-weight: 600; margin-bottom: 8px; }
+details { margin-top: 40px; }
+svg { width: 100%; height: auto; display: block; }
+svg text { font-size: 12px; fill: var(--soft); }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; }
+"""
+THUMBNAIL, GAP = 160, 8
+SHOWN_PROMPTS, SHOWN_IMAGES = 8, 4
+
+
+def strip_of(paths: list[list[Path]]) -> Image.Image:
+    """Pictures in one row: groups of equal length, with a wider gap between groups."""
+    step, width = THUMBNAIL + GAP, sum(map(len, paths)) * (THUMBNAIL + GAP) + (len(paths) - 1) * 2 * GAP - GAP
+    strip = Image.new("RGB", (width, THUMBNAIL), "white")
+    x = 0
+    for group in paths:
+        for path in group:
+            strip.paste(open_photo(path).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS), (x, 0))
+            x += step
+        x += 2 * GAP
+    return strip
+
+
+def build_strips(images: list[dict], folders: dict[str, Path], kind: str) -> list[tuple[str, Image.Image]]:
+    """Some of the prompts, evenly chosen, each with a row of pictures: the personalized model's, then the base's."""
+    prompts = sorted({image["prompt_index"] for image in images if image["kind"] == kind})
+    count = min(SHOWN_PROMPTS, len(prompts))
+    strips = []
+    for index in [prompts[i * len(prompts) // count] for i in range(count)]:
+        chosen = [image for image in images if (image["kind"], image["prompt_index"]) == (kind, index)][:SHOWN_IMAGES]
+        paths = [[folders[model] / image["file"] for image in chosen] for model in reversed(MODELS)]
+        strips.append((chosen[0]["text"], strip_of(paths)))
+    return strips
+
+
+def stack_strips(strips: list[tuple[str, Image.Image]]) -> Image.Image:
+    """A grid of all rows, each under its prompt."""
+    font, head = ImageFont.load_default(15), 26
+    grid = Image.new("RGB", (strips[0][1].width + 2 * GAP, len(strips) * (THUMBNAIL + head + GAP) + head), "white")
+    pen = ImageDraw.Draw(grid)
+    pen.text((GAP, 4), "personalized", "black", font)
+    pen.text((grid.width // 2 + GAP, 4), "base, same seeds", "black", font)
+    for i, (text, strip) in enumerate(strips):
+        y = head + i * (THUMBNAIL + head + GAP)
+        pen.text((GAP, y + 3), text, "gray", font)
+        grid.paste(strip, (GAP, y + head))
+    return grid
+
+
+def show(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def card(title: str, value: float | None, good: float, fair: float, words: tuple[str, str, str], what: str) -> str:
+    """One of the answers at the top; it is good at or beyond `good`, fair at or beyond `fair`, in their direction."""
+    if value is None:
+        grade, word, number, width = "soft", "cannot be said with these pictures", "–", 0
+    else:
+        sign = 1 if good > fair else -1
+        grade = "good" if sign * value >= sign * good else "fair" if sign * value >= sign * fair else "poor"
+        word = words[("good", "fair", "poor").index(grade)]
+        number, width = f"{100 * value:.0f}%", 100 * min(max(value, 0.0), 1.0)
+    return (
+        f'<div class="card"><h3>{title}</h3><div class="value {grade}">{number}</div>'
+        f'<div class="track {grade}"><i style="width:{width:.0f}%"></i></div>'
+        f'<div class="word {grade}">{word}</div><small>{what}</small></div>'
+    )
+
+
+def html_table(head: list[str], rows: list[list[str]]) -> str:
+    """Name, numbers, and in the last column what they mean."""
+
+    def cells(tag, values):
+        classes = ["", *[' class="n"'] * (len(values) - 2), ' class="what"']
+        return "".join(f"<{tag}{kind}>{value}</{tag}>" for kind, value in zip(classes, values))
+
+    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+    return f'<div class="panel"><table><tr>{cells("th", head)}</tr>{body}</table></div>'
+
+
+def timestep_chart(prediction: dict[str, dict]) -> str:
+    """Prediction drift by timestep as a drawing in SVG: other prompts and the subject."""
+    width, height, left, bottom = 520, 250, 52, 40
+    largest = max(max(curve["by_timestep"].values()) for curve in prediction.values()) or 1.0
+    last = max(max(curve["by_timestep"]) for curve in prediction.values())
+
+    def place(timestep, drift):
+        return left + (width - left - 12) * timestep / last, height - bottom - (height - bottom - 28) * drift / largest
+
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Prediction drift by timestep">']
+    for share in (0, 0.5, 1):
+        y = place(0, share * largest)[1]
+        parts.append(f'<line x1="{left}" x2="{width - 12}" y1="{y}" y2="{y}" stroke="#dfe3e8"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{100 * share * largest:.3g}%</text>')
+    for kind, colour, x in (("other", "#3b6fb6", left), ("subject", "#c77d0a", left + 190)):
+        points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in prediction[kind]["by_timestep"].items())
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
+        label = "other prompts" if kind == "other" else "the photos"
+        parts.append(
+            f'<rect x="{x}" y="4" width="14" height="10" fill="{colour}"/><text x="{x + 20}" y="13">{label}</text>'
+        )
+    for timestep in prediction["other"]["by_timestep"]:
+        x = place(timestep, 0)[0]
+        parts.append(f'<text x="{x:.0f}" y="{height - bottom + 16}" text-anchor="middle">{timestep}</text>')
+    parts.append(
+        f'<text x="{left}" y="{height - 4}">timestep: little noise at the left, pure noise at the right</text>'
+    )
+    return "".join(parts) + "</svg>"
+
+
+def block_chart(parameters: dict[str, dict]) -> str:
+    """Relative drift as a table with bars: of every part, and of the blocks of those that have moved."""
+    largest = max(block["relative"] for part in parameters.values() for block in part["blocks"].values()) or 1.0
+    rows = []
+    for part, values in parameters.items():
+        rows.append(f'<tr><th>{part}</th><th></th><th class="n">{100 * values["relative"]:.3g}%</th></tr>')
+        for name, block in values["blocks"].items() if values["drift"] > 0 else ():
+            share = 100 * block["relative"] / largest
+            bar = f'<div class="track" style="color:var(--bar)"><i style="width:{share:.0f}%"></i></div>'
+            number = f'<td class="n">{100 * block["relative"]:.3g}%</td>'
+            rows.append(f'<tr><td>{name}</td><td style="width:45%">{bar}</td>{number}</tr>')
+    return f'<table class="dense">{"".join(rows)}</table>'
+
+
+def write_report(
+    args: argparse.Namespace, metrics: dict[str, Any], photos: list[Path], strips: dict[str, list], path: Path
+) -> None:
+    """The page: answers first, then every number beside the base's with what it means, then pictures."""
+
+    def picture(image: Image.Image, caption: str) -> str:
+        file = io.BytesIO()
+        image.save(file, format="jpeg", quality=88)
+        data = base64.b64encode(file.getvalue()).decode()
+        text = html.escape(caption)
+        return (
+            f'<figure><figcaption>{text}</figcaption><img src="data:image/jpeg;base64,{data}" alt="{text}"></figure>'
+        )
+
+    summary, subject, other, drift = (metrics[name] for name in ("summary", "subject", "other", "drift"))
+    ours, base, own, unrelated = (subject[name] for name in ("personalized", "base", "photos", "unrelated"))
+    seeds, prediction = drift["between_seeds"], metrics["prediction_drift"]
+    cards = [
+        card(
+            "Was the subject learned?",
+            summary["learned"],
+            0.6,
+            0.3,
+            ("yes", "in part", "hardly"),
+            "By DINO: 0% is what the base draws, 100% as alike as the photos are among themselves.",
+        ),
+        card(
+            "Are prompts still obeyed?",
+            summary["obeyed"],
+            0.9,
+            0.7,
+            ("as the base does", "less than the base does", "often ignored"),
+            "By CLIP-T, on pictures of the subject: 0% as if text and picture were unrelated, 100% as the base does.",
+        ),
+        card(
+            "Has the rest moved?",
+            summary["moved"],
+            0.25,
+            0.6,
+            ("hardly", "visibly", "nearly as much as another seed, or more"),
+            "By DINO, on prompts that do not name the subject: 0% the base's very pictures, 100% as different as the"
+            " base's with another seed.",
+        ),
+        card(
+            "Are photos copied?",
+            summary["copies"],
+            0.1,
+            0.5,
+            ("hardly", "some pictures", "most pictures"),
+            "Pictures of the subject that are closer to a photo than any two photos are to each other.",
+        ),
+    ]
+    fidelity = [
+        ["DINO", show(ours["dino"]), show(base["dino"]), show(own["dino"]),
+         "Likeness to the photos: of this very subject. Higher is better, up to the photos' own."],
+        ["CLIP-I", show(ours["clip_i"]), show(base["clip_i"]), show(own["clip_i"]),
+         "Likeness to the photos in what they show: less strict about details. Higher is better."],
+        ["CLIP-T", show(ours["clip_t"]), show(base["clip_t"]), "–",
+         "Agreement of picture and prompt. Higher is better; falling below the base means prompts are ignored."
+         f" Unrelated texts get {show(unrelated['clip_t'])}."],
+        ["diversity", show(ours["diversity"]), show(base["diversity"]), "–",
+         "How different pictures of one prompt are (DINO distance). Much below the base: always the same picture."],
+        ["nearest photo", show(ours["nearest_photo"]), show(base["nearest_photo"]), show(own["nearest_photo"]),
+         "DINO likeness to the closest photo. Above that of the two closest photos, it is a copy."],
+        ["other prompts: CLIP-T", show(other["personalized"]["clip_t"]), show(other["base"]["clip_t"]), "–",
+         "The same agreement on prompts that do not name the subject. Should be the base's."],
+        ["other prompts: DINO", show(other["personalized"]["dino"]), show(other["base"]["dino"]), "–",
+         "Their likeness to the photos. Above the base: the subject leaks into pictures that were not to show it."],
+    ]  # fmt: skip
+    distance = [
+        ["CLIP distance", show(drift["clip_distance"], 4), show(seeds["clip_distance"], 4),
+         "Change of what is seen, picture by picture from the same seed. 0: unchanged."],
+        ["DINO distance", show(drift["dino_distance"], 4), show(seeds["dino_distance"], 4),
+         "The same by DINO, which minds details more."],
+        ["pixels, RMS", show(drift["pixel_rms"], 1), show(seeds["pixel_rms"], 1),
+         "Grey levels of 255. Sensitive to any shift of a thing, even a harmless one."],
+        ["CMMD", show(drift["cmmd"]), "–",
+         "Distance of all pictures as a whole, not one by one: has the kind of pictures changed? 0: no."],
+        ["Fréchet, CLIP", show(drift["frechet_clip"], 2), "–",
+         "The same question by mean and covariance. Only compare models drawn with the same prompts and judges."],
+        ["Fréchet, DINO", show(drift["frechet_dino"], 2), "–", "And in DINO's features."],
+        ["predictions", f"{100 * prediction['other']['mean']:.2f}%", "–",
+         "Change of the predicted noise relative to its size, on the base's pictures of other prompts;"
+         f" on the photos, where change was wanted, {100 * prediction['subject']['mean']:.2f}%."],
+    ]  # fmt: skip
+    pictures = {kind: "".join(picture(image, text) for text, image in rows) for kind, rows in strips.items()}
+    sides = '<div class="sides"><span>personalized</span><span>base, same seeds</span></div>'
+    name = html.escape(Path(args.pretrained_model_name_or_path).name)
+    base_name = html.escape(args.base_model_name_or_path)
+    subject_name = html.escape(f"{args.instance_token} {args.class_name}")
+    settings = html.escape(json.dumps(metrics["settings"], indent=1))
+    page = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name}: evaluation</title><style>{STYLE}</style></head><body><main>
+<h1>{name}</h1>
+<p class="soft">“{subject_name}” from {len(photos)} photo{"s" * (len(photos) > 1)}, against its base {base_name}:
+{metrics["images"]} pictures of each model, same prompts and seeds.</p>
+<div class="cards">{"".join(cards)}</div>
+<p><small>The words are rules of thumb, the numbers are measured. Look at the pictures too.</small></p>
+<h2>Subject and prompts</h2>
+{html_table(["", "personalized", "base", "photos", "what it means"], fidelity)}
+<h2>Drift from the base, on prompts that do not name the subject</h2>
+{html_table(["", "drift", "another seed", "what it means"], distance)}
+<div class="wide" style="margin-top:16px"><div class="panel"><b>Predictions, by timestep</b>
+{timestep_chart(prediction)}</div><div class="panel"><b>Weights, by block, relative to the base's norm</b>
+{block_chart(metrics["parameter_drift"])}</div></div>
+<h2>The photos</h2><div class="panel">{picture(strip_of([photos[:SHOWN_PROMPTS]]), "")}</div>
+<h2>The subject</h2><div class="panel">{sides}{pictures["subject"]}</div>
+<h2>Other prompts: the two sides should look alike</h2><div class="panel">{sides}{pictures["other"]}</div>
+<details><summary>Settings</summary><pre>{settings}</pre></details>
+</main></body></html>
+"""
+    path.write_text(page, encoding="utf-8")
+
+
+def flatten(metrics: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers by path, "drift/between_seeds/pixel_rms": what trackers take."""
+    flat = {}
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def write_results(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    metrics: dict[str, Any],
+    table: list[dict],
+    images: list[dict],
+    photos: list[Path],
+    folders: dict[str, Path],
+) -> None:
+    output_dir = Path(args.output_dir)
+    output_dir.joinpath("metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False))
+    with output_dir.joinpath("images.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    strips = {kind: build_strips(images, folders, kind) for kind in ("subject", "other")}
+    grids = {kind: stack_strips(rows) for kind, rows in strips.items()}
+    for kind, grid in grids.items():
+        grid.save(output_dir / f"{kind}.png")
+    write_report(args, metrics, photos, strips, output_dir / "report.html")
+    accelerator.log(flatten({name: value for name, value in metrics.items() if name != "settings"}), step=0)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            for kind, grid in grids.items():
+                tracker.writer.add_image(kind, np.asarray(grid), 0, dataformats="HWC")
+        if tracker.name == "wandb":
+            tracker.log({kind: wandb.Image(grid) for kind, grid in grids.items()}, step=0)
+    summary = {name: "–" if value is None else f"{100 * value:.0f}%" for name, value in metrics["summary"].items()}
+    logger.info(", ".join(f"{name} {value}" for name, value in summary.items()))
+    logger.info(f"The report: {output_dir / 'report.html'}")
+
+
+def main(args: argparse.Namespace) -> None:
+    # What can be wrong with the input is found before anything is drawn.
+    accelerator = build_accelerator(args)
+    photos = find_photos(args.instance_data_dir)
+    images = plan_images(args, build_prompts(args))
+    check_models(args)
+    check_judges(args)
+    settings = dict(vars(args))
+    folders = picture_folders(args)
+    parameters = None
+    if accelerator.is_main_process:
+        prepare_folders(args, images)
+        # First of all the work, as it is what finds that a LoRA belongs to another base.
+        parameters = parameter_drift(args)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("evaluation", config=settings)
+
+    # One model at a time: what the base predicts is kept, and the base makes room.
+    dtype, probes, predictions = PRECISIONS[args.precision], None, {}
+    for model in MODELS:
+        pipeline = load_pipeline(args, model, dtype).to(accelerator.device)
+        draw_images(args, accelerator, pipeline, model, images, folders[model])
+        if probes is None:
+            batches = in_batches(build_probes(args, pipeline, images, folders[model], photos), args.batch_size)
+            probes = [probe for batch in own_share(accelerator, batches) for probe in batch]
+        predictions[model] = predict_noise(args, accelerator, pipeline, model, probes)
+        del pipeline
+        gc.collect()
+        torch.cuda.empty_cache()
+    drifts = gather_object(prediction_drift(probes, predictions["base"], predictions["personalized"]))
+
+    files = {"photos": photos, **{model: [folders[model] / image["file"] for image in images] for model in MODELS}}
+    texts = [image["clip_text"] for image in images]
+    clip, text_features = encode(args, accelerator, "clip", files, texts)
+    dino, _ = encode(args, accelerator, "dino", files, texts)
+
+    if accelerator.is_main_process:
+        metrics, table = measure_images(images, photos, folders, clip, text_features, dino)
+        metrics |= {"prediction_drift": average_by_timestep(drifts), "parameter_drift": parameters}
+        metrics |= {"images": len(images), "photos": len(photos), "settings": settings}
+        write_results(args, accelerator, metrics, table, images, photos, folders)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())

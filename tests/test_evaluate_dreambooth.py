@@ -1,0 +1,761 @@
+# What evaluate_dreambooth.py promises: its arithmetic against independent references, its command as users run it.
+# Judges and weights are random here; how well the drawn world's own judges see is in test_tinyworld.py.
+import base64
+import csv
+import importlib.util
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "evaluate_dreambooth.py"
+DOCS = ROOT / "docs" / "evaluation.md"
+BASE = ROOT / "examples" / "tinyworld" / "sd"
+PHOTOS = ROOT / "examples" / "tinyworld" / "subjects" / "mug"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_device():
+    """Bit for bit: on the CPU, even where there is a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield
+
+
+@pytest.fixture(scope="session")
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate_dreambooth", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def judges(tmp_path_factory):
+    """Folders of a random CLIP and a random ViT."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("judges")
+    tokenizer = AutoTokenizer.from_pretrained(BASE / "tokenizer")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    picture = {**sizes, "image_size": 32, "patch_size": 8}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**sizes, **special, "vocab_size": len(tokenizer), "max_position_embeddings": 32}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=picture, projection_dim=16)).save_pretrained(folder / "clip")
+    tokenizer.save_pretrained(folder / "clip")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder / "clip"
+    )
+    ViTModel(ViTConfig(**picture), add_pooling_layer=False).save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
+    return folder
+
+
+def changed_copy(base, folder, file, change):
+    """A copy of a pipeline with other weights in one file."""
+    shutil.copytree(base, folder)
+    weights = load_file(folder / file)
+    save_file(change(weights), folder / file, metadata={"format": "pt"})
+    return folder
+
+
+def louder_middle(weights):
+    return {name: 1.5 * weight if name.startswith("mid_block") else weight for name, weight in weights.items()}
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="session")
+def personalized(tmp_path_factory):
+    return changed_copy(BASE, tmp_path_factory.mktemp("personalized") / "model", UNET, louder_middle)
+
+
+@pytest.fixture(scope="session")
+def flags(personalized, judges, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    folder.joinpath("subject.txt").write_text("a photo of a {token} {class} in the snow\na {token} {class} at night\n")
+    folder.joinpath("other.txt").write_text("a photo of a {class}\na blue fish on the beach\n")
+    return [
+        f"--pretrained_model_name_or_path={personalized}",
+        f"--base_model_name_or_path={BASE}",
+        f"--instance_data_dir={PHOTOS}",
+        "--instance_token=sks",
+        "--class_name=mug",
+        f"--prompts_file={folder / 'subject.txt'}",
+        f"--other_prompts_file={folder / 'other.txt'}",
+        "--num_images_per_prompt=2",
+        "--num_inference_steps=2",
+        "--batch_size=3",
+        "--probes=2",
+        "--probe_timesteps=2",
+        f"--clip_model={judges / 'clip'}",
+        f"--dino_model={judges / 'vit'}",
+    ]
+
+
+ACCELERATE = ["accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
+ACCELERATE += ["--dynamo_backend=no"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def launch(flags, launcher=ACCELERATE):
+    command = [sys.executable, "-m", *launcher, SCRIPT, *flags]
+    return subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=600)
+
+
+@pytest.fixture
+def evaluate(script, flags):
+    """Runs the script's `main` in this process and returns its metrics; flags given later win."""
+
+    def call(*more):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        args = script.parse_args([*flags, *map(str, more)])
+        script.main(args)
+        return read_metrics(args.output_dir)
+
+    return call
+
+
+@pytest.fixture
+def refused(evaluate, capsys):
+    """Runs it with flags that it must refuse, and returns the one line that it says."""
+
+    def call(*more):
+        with pytest.raises(SystemExit) as exit:
+            evaluate(*more)
+        assert exit.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if "evaluate_dreambooth.py: error" in line]
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return call
+
+
+def read_metrics(folder):
+    return json.loads(Path(folder, "metrics.json").read_text())
+
+
+def read_rows(folder):
+    with open(Path(folder, "images.csv"), newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="session")
+def evaluated(flags, tmp_path_factory):
+    """Output folder and stderr of the run that most claims below are about."""
+    output = tmp_path_factory.mktemp("evaluated") / "out"
+    result = launch([*flags, f"--output_dir={output}", "--report_to=tensorboard"])
+    assert result.returncode == 0, result.stderr
+    return output, result.stderr
+
+
+def numbers(metrics):
+    return {name: value for name, value in metrics.items() if name != "settings"}
+
+
+# The arithmetic
+
+
+def samples(seed, count, width=6):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) + rng.normal(size=width)
+
+
+def test_cmmd_is_the_mean_over_all_pairs_of_the_gaussian_kernel(script):
+    x, y = samples(0, 7), samples(1, 5)
+
+    def kernel(a, b):
+        a, b = a / math.sqrt(sum(a * a)), b / math.sqrt(sum(b * b))
+        return math.exp(-sum((a - b) ** 2) / (2 * 10**2))
+
+    def mean(a, b):
+        return sum(kernel(row, other) for row in a for other in b) / (len(a) * len(b))
+
+    expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+    assert script.cmmd(x, y) == pytest.approx(expected, rel=1e-9)
+
+
+def with_moments(mean, covariance, count, seed):
+    """Samples whose mean and covariance are exactly these."""
+    rows = np.random.default_rng(seed).normal(size=(count, len(mean)))
+    rows -= rows.mean(0)
+    whitened = rows @ np.linalg.inv(np.linalg.cholesky(np.cov(rows.T))).T
+    return whitened @ np.linalg.cholesky(covariance).T + mean
+
+
+def test_frechet_distance_of_gaussians_with_diagonal_covariances_is_the_closed_form(script):
+    means, deviations = np.array([[0.0, 1, 2], [1, 1, -1]]), np.array([[1.0, 2, 3], [2, 2, 0.5]])
+    x, y = (with_moments(m, np.diag(s**2), 40 + i, i) for i, (m, s) in enumerate(zip(means, deviations)))
+    expected = ((means[0] - means[1]) ** 2).sum() + ((deviations[0] - deviations[1]) ** 2).sum()
+    assert script.frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("counts", [(50, 40), (4, 5)], ids=["many samples", "fewer samples than dimensions"])
+def test_frechet_distance_is_that_of_torchmetrics(script, counts):
+    fid = pytest.importorskip("torchmetrics.image.fid")
+
+    class Features(torch.nn.Module):
+        num_features = 6
+
+        def forward(self, images):
+            return images.flatten(1)
+
+    x, y = (samples(seed, count) for seed, count in enumerate(counts))
+    metric = fid.FrechetInceptionDistance(feature=Features(), normalize=True, input_img_size=(1, 2, 3))
+    metric.set_dtype(torch.float64)
+    for rows, real in ((x, True), (y, False)):
+        metric.update(torch.from_numpy(rows).view(-1, 1, 2, 3), real=real)
+    assert script.frechet_distance(x, y) == pytest.approx(metric.compute().item(), rel=1e-4)
+
+
+def test_cosine_distance_is_that_of_torch(script):
+    x, y = samples(0, 5), samples(1, 5)
+    expected = 1 - torch.nn.functional.cosine_similarity(torch.from_numpy(x), torch.from_numpy(y))
+    assert script.cosine_distance(x, y) == pytest.approx(expected.numpy(), abs=1e-12)
+
+
+def test_distances_of_a_set_from_a_copy_of_it_are_exactly_zero(script):
+    x = samples(0, 30, width=64)
+    assert script.cmmd(x, x.copy()) == 0
+    assert script.frechet_distance(x, x.copy()) == 0
+    assert not script.cosine_distance(x, x.copy()).any()
+
+
+def test_distances_that_need_two_are_empty_with_one(script):
+    assert script.frechet_distance(samples(0, 1), samples(1, 4)) is None
+    assert script.mean_of_pairs([[0], [1]], lambda i, j: 1.0) is None
+
+
+def test_mean_of_pairs_weighs_groups_alike(script):
+    values = [0.0, 1.0, 5.0, 5.0, 8.0]
+    mean = script.mean_of_pairs([[0, 1], [2, 3, 4]], lambda i, j: abs(values[i] - values[j]))
+    assert mean == pytest.approx((1 + (0 + 3 + 3) / 3) / 2)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_predicted_noise_is_that_of_the_noisy_picture(script, prediction_type):
+    """Of a network whose answer is known: the truth in its own terms, so that the noise has to come out."""
+
+    class Truth(torch.nn.Module):
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def forward(self, noisy, timesteps, embeds, added_cond_kwargs):
+            if prediction_type == "epsilon":
+                return type("Output", (), {"sample": noise})
+            return type("Output", (), {"sample": scheduler.get_velocity(latents, noise, timesteps)})
+
+    class Pipeline:
+        unet = Truth()
+
+        def encode_prompt(self, **_):
+            return None, None
+
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    Pipeline.scheduler = scheduler
+    latents, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    probes = [{"latents": a, "noise": b, "timestep": t, "text": ""} for a, b, t in zip(latents, noise, (10, 500, 990))]
+    args = script.parse_args([f"--{name}=x" for name in REQUIRED])
+    args.batch_size = 3
+    predicted = script.predict_noise(args, script.Accelerator(cpu=True), Pipeline(), "base", probes)
+    assert torch.stack(predicted).numpy() == pytest.approx(noise.numpy(), abs=1e-4)
+
+
+REQUIRED = (
+    "pretrained_model_name_or_path",
+    "base_model_name_or_path",
+    "instance_data_dir",
+    "instance_token",
+    "class_name",
+)
+
+
+def test_the_script_takes_the_commands_of_the_documentation(script):
+    commands = re.findall(r"accelerate launch (evaluate_dreambooth.py.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(commands) == 2
+    for command in commands:
+        script.parse_args(shlex.split(command.replace("\\\n", ""))[1:])
+
+
+# Prompts
+
+
+def prompts_of(script, **options):
+    given = [f"--{name}=x" for name in REQUIRED[:3]] + ["--instance_token=sks", "--class_name=dog"]
+    return script.build_prompts(script.parse_args([*given, *(f"--{name}={value}" for name, value in options.items())]))
+
+
+@pytest.mark.parametrize("subject_type", ["object", "live"])
+def test_clip_compares_with_the_prompt_without_the_special_token(script, subject_type):
+    prompts = prompts_of(script, subject_type=subject_type)
+    assert len(prompts["subject"]) >= 16 and len(prompts["other"]) >= 16
+    assert {"text": "a photo of a sks dog", "clip_text": "a photo of a dog"} in prompts["subject"]
+    for prompt in prompts["subject"]:
+        assert prompt["text"].replace("sks ", "") == prompt["clip_text"]
+    assert all("sks" not in prompt["text"] for prompt in prompts["other"])
+
+
+DREAMBOOTH_FORMAT = """Classes
+
+subject_name,class
+backpack,backpack
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in a box'.format(unique_token, class_token),
+'a {0} {1} on a shelf'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} in a hat'.format(unique_token, class_token),
+"a {0} {1} on the king's sofa".format(unique_token, class_token)
+]
+"""
+
+
+def test_the_prompts_file_of_the_dreambooth_data_set_is_understood(script, tmp_path):
+    file = tmp_path / "prompts_and_classes.txt"
+    file.write_text(DREAMBOOTH_FORMAT)
+
+    def texts(subject_type):
+        prompts = prompts_of(script, prompts_file=file, subject_type=subject_type)
+        return [prompt["text"] for prompt in prompts["subject"]]
+
+    assert texts("object") == ["a sks dog in a box", "a sks dog on a shelf"]
+    assert texts("live") == ["a sks dog in a hat", "a sks dog on the king's sofa"]
+
+
+# What is written
+
+
+def test_every_picture_has_a_row_and_a_file(evaluated):
+    rows = read_rows(evaluated[0])
+    assert len(rows) == 2 * (2 + 2) * 2
+    assert len({row["file"] for row in rows}) == len(rows)
+    for row in rows:
+        assert Image.open(row["file"]).size == (64, 64)
+
+
+def test_pictures_are_those_of_the_pipeline_alone(evaluated):
+    """Drawn by hand, one by one: neither the batch nor the other pictures matter, but for rounding."""
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    for row in [row for row in read_rows(evaluated[0]) if row["model"] == "base"][::3]:
+        generator = torch.Generator().manual_seed(int(row["seed"]))
+        image = pipeline(row["prompt"], num_inference_steps=2, guidance_scale=7.5, generator=generator).images[0]
+        difference = np.abs(np.asarray(image, float) - np.asarray(Image.open(row["file"]), float))
+        assert difference.max() <= 1
+
+
+@pytest.fixture(scope="session")
+def by_hand(evaluated, judges):
+    """Unit features of the photos and of each row of the table, with nothing but transformers."""
+    rows = read_rows(evaluated[0])
+    clip, vit = CLIPModel.from_pretrained(judges / "clip").eval(), ViTModel.from_pretrained(judges / "vit").eval()
+    see = {name: AutoImageProcessor.from_pretrained(judges / name) for name in ("clip", "vit")}
+    tokenizer = AutoTokenizer.from_pretrained(judges / "clip")
+
+    @torch.no_grad()
+    def encode(path):
+        image = Image.open(path)
+        seen = clip.visual_projection(clip.vision_model(**see["clip"](image, return_tensors="pt")).pooler_output)
+        token = vit(**see["vit"](image, return_tensors="pt")).last_hidden_state[:, 0]
+        return [torch.nn.functional.normalize(features.double(), dim=1)[0].numpy() for features in (seen, token)]
+
+    @torch.no_grad()
+    def read(text):
+        output = clip.text_model(**tokenizer(text.replace("sks ", ""), return_tensors="pt")).pooler_output
+        return torch.nn.functional.normalize(clip.text_projection(output).double(), dim=1)[0].numpy()
+
+    photos = [encode(path) for path in sorted(PHOTOS.iterdir())]
+    return rows, photos, [encode(row["file"]) for row in rows], [read(row["prompt"]) for row in rows]
+
+
+def test_fidelity_and_alignment_are_mean_cosines_of_the_features(evaluated, by_hand):
+    rows, photos, pictures, texts = by_hand
+    measured = read_metrics(evaluated[0])["subject"]
+    for model in ("base", "personalized"):
+        chosen = [i for i, row in enumerate(rows) if (row["model"], row["kind"]) == (model, "subject")]
+        for name, judge in (("clip_i", 0), ("dino", 1)):
+            mean = np.mean([pictures[i][judge] @ photo[judge] for i in chosen for photo in photos])
+            assert measured[model][name] == pytest.approx(mean, abs=1e-5)
+        alignment = np.mean([pictures[i][0] @ texts[i] for i in chosen])
+        assert measured[model]["clip_t"] == pytest.approx(alignment, abs=1e-5)
+    among = [photos[i][1] @ photos[j][1] for i in range(5) for j in range(5) if i != j]
+    assert measured["photos"]["dino"] == pytest.approx(np.mean(among), abs=1e-5)
+
+
+def test_diversity_and_nearest_photo_are_in_dino_space(evaluated, by_hand):
+    rows, photos, pictures, _ = by_hand
+    measured = read_metrics(evaluated[0])["subject"]["personalized"]
+    chosen = [i for i, row in enumerate(rows) if (row["model"], row["kind"]) == ("personalized", "subject")]
+    a, b, c, d = (pictures[i][1] for i in chosen)
+    assert measured["diversity"] == pytest.approx(((1 - a @ b) + (1 - c @ d)) / 2, abs=1e-5)
+    nearest = [max(pictures[i][1] @ photo[1] for photo in photos) for i in chosen]
+    assert measured["nearest_photo"] == pytest.approx(np.mean(nearest), abs=1e-5)
+    closest = max(photos[i][1] @ photos[j][1] for i in range(5) for j in range(i))
+    assert measured["copies"] == np.mean(np.array(nearest) > closest)
+    for i, similarity in zip(chosen, nearest):
+        photo = sorted(path.name for path in PHOTOS.iterdir()).index(rows[i]["nearest_photo"])
+        assert pictures[i][1] @ photos[photo][1] == pytest.approx(similarity, abs=1e-9)
+
+
+def test_drift_of_pictures_pairs_those_of_one_prompt_and_seed(evaluated, by_hand):
+    rows, _, pictures, _ = by_hand
+    measured = read_metrics(evaluated[0])["drift"]
+    of = {(row["model"], row["prompt"], row["seed"]): i for i, row in enumerate(rows) if row["kind"] == "other"}
+    pairs = [(i, of["personalized", text, seed]) for (model, text, seed), i in of.items() if model == "base"]
+    for name, judge in (("clip_distance", 0), ("dino_distance", 1)):
+        mean = np.mean([1 - pictures[i][judge] @ pictures[j][judge] for i, j in pairs])
+        assert measured[name] == pytest.approx(mean, abs=1e-5) and mean > 0
+    pixels = [np.asarray(Image.open(row["file"]), float) for row in rows]
+    rms = np.mean([math.sqrt(((pixels[i] - pixels[j]) ** 2).mean()) for i, j in pairs])
+    assert measured["pixel_rms"] == pytest.approx(rms)
+    assert measured["cmmd"] > 0 and measured["frechet_clip"] > 0 and measured["frechet_dino"] > 0
+
+
+def test_parameters_have_drifted_where_they_were_changed(evaluated):
+    measured = read_metrics(evaluated[0])["parameter_drift"]
+    weights = load_file(BASE / UNET)
+    norm = math.sqrt(sum(w.double().square().sum() for n, w in weights.items() if n.startswith("mid_block")))
+    blocks = measured["unet"]["blocks"]
+    assert blocks.pop("mid_block") == pytest.approx({"drift": 0.5 * norm, "relative": 0.5}, rel=1e-3)
+    assert len(blocks) > 8 and all(block["drift"] == 0 for block in blocks.values())
+    assert measured["unet"]["drift"] == pytest.approx(0.5 * norm, rel=1e-3)
+    assert measured["text_encoder"]["drift"] == 0
+
+
+def test_prediction_drift_is_given_by_timestep(evaluated):
+    for curve in read_metrics(evaluated[0])["prediction_drift"].values():
+        assert list(curve["by_timestep"]) == ["250", "750"]
+        assert all(drift > 0 for drift in curve["by_timestep"].values())
+        assert curve["mean"] == pytest.approx(np.mean(list(curve["by_timestep"].values())))
+
+
+def test_the_report_needs_no_other_file(evaluated):
+    page = evaluated[0].joinpath("report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page) and "<script" not in page
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    assert len(pictures) == 1 + 2 + 2
+    for data in pictures:
+        Image.open(io.BytesIO(base64.b64decode(data))).load()
+
+
+def test_the_report_shows_the_numbers_beside_those_of_the_base(evaluated):
+    page, measured = evaluated[0].joinpath("report.html").read_text(), read_metrics(evaluated[0])
+    row = re.search(r"<td>CLIP-T</td>(.*?)</tr>", page, re.DOTALL)[1]
+    shown = re.findall(r'<td class="n">([^<]*)</td>', row)
+    assert shown[:2] == [f"{measured['subject'][model]['clip_t']:.3f}" for model in ("personalized", "base")]
+
+
+def test_tensorboard_gets_numbers_and_grids(evaluated):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(evaluated[0] / "logs" / "evaluation"))
+    log.Reload()
+    assert {"drift/dino_distance", "subject/personalized/dino", "prediction_drift/other/mean"} <= set(
+        log.Tags()["scalars"]
+    )
+    assert set(log.Tags()["images"]) == {"subject", "other"}
+
+
+def test_wandb_gets_numbers_and_grids(evaluate, monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    evaluate("--report_to=wandb", f"--output_dir={tmp_path / 'out'}", "--num_inference_steps=1")
+    pictures = {path.name.split("_")[0] for path in tmp_path.glob("wandb/offline-run-*/files/media/images/*.png")}
+    assert pictures == {"subject", "other"}
+    (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"prediction_drift/other/mean" in record.read_bytes()
+
+
+def test_the_report_looks_right_in_a_browser(evaluated, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    screenshot = tmp_path / "report.png"
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1600"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={screenshot}"]
+    subprocess.run([*command, evaluated[0].joinpath("report.html").as_uri()], capture_output=True, timeout=120)
+    pixels = np.asarray(Image.open(screenshot).convert("RGB"), dtype=int)
+    assert pixels.shape == (1600, 1200, 3)
+    # The paper of the cards on the grey page, and nothing that runs over the margin.
+    assert (pixels == 255).all(axis=2).mean() > 0.2
+    margin = pixels[:, -20:]
+    assert (margin == margin[0, 0]).all()
+
+
+# How it is run
+
+
+def test_two_processes_measure_what_one_does(evaluated, flags, tmp_path):
+    result = launch([*flags, f"--output_dir={tmp_path / 'out'}"], TORCHRUN)
+    assert result.returncode == 0, result.stderr
+    files = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png"))
+    assert len(files) == 16 + 2
+    for file in files:
+        assert np.array_equal(*(np.asarray(Image.open(folder / file)) for folder in (tmp_path / "out", evaluated[0])))
+    assert numbers(read_metrics(tmp_path / "out")) == numbers(read_metrics(evaluated[0]))
+
+
+def test_only_what_is_missing_is_drawn_again(evaluated, evaluate, tmp_path):
+    shutil.copytree(evaluated[0], tmp_path / "out")
+    pictures = sorted((tmp_path / "out" / "images").rglob("*.png"))
+    before = {path: path.stat().st_mtime_ns for path in pictures}
+    lost = tmp_path / "out" / "images" / "personalized" / "other" / "001-1.png"
+    lost.unlink()
+    metrics = evaluate(f"--output_dir={tmp_path / 'out'}")
+    drawn = {path for path in pictures if path.stat().st_mtime_ns != before[path]}
+    # Batches of three out of eight pictures: the last two come together.
+    assert drawn == {lost, lost.with_name("001-0.png")}
+    assert numbers(metrics) == numbers(read_metrics(evaluated[0]))
+
+
+def test_pictures_of_other_settings_are_refused_or_drawn_afresh(evaluated, evaluate, refused, tmp_path):
+    shutil.copytree(evaluated[0], tmp_path / "out")
+    line = refused(f"--output_dir={tmp_path / 'out'}", "--guidance_scale=2")
+    assert "guidance_scale" in line and "--overwrite" in line
+    assert numbers(read_metrics(tmp_path / "out")) == numbers(read_metrics(evaluated[0]))
+    fresh = evaluate(f"--output_dir={tmp_path / 'out'}", "--guidance_scale=2", "--overwrite")
+    assert fresh["subject"]["base"] != read_metrics(evaluated[0])["subject"]["base"]
+
+
+def test_pictures_of_a_model_that_was_trained_anew_are_refused(evaluated, refused, tmp_path):
+    shutil.copytree(evaluated[0], tmp_path / "out")
+    retrained = changed_copy(BASE, tmp_path / "model", UNET, lambda weights: {n: 0.9 * w for n, w in weights.items()})
+    line = refused(f"--output_dir={tmp_path / 'out'}", f"--pretrained_model_name_or_path={retrained}")
+    assert "personalized model" in line
+
+
+def test_a_folder_of_other_files_is_never_emptied(refused, tmp_path):
+    tmp_path.joinpath("thesis.txt").write_text("all of it")
+    assert "not written" in refused(f"--output_dir={tmp_path / 'out'}", f"--base_images_dir={tmp_path}", "--overwrite")
+    assert tmp_path.joinpath("thesis.txt").exists()
+
+
+def test_an_untrained_copy_of_the_base_has_exactly_no_drift(evaluated, evaluate, tmp_path):
+    """With the base's pictures taken from another evaluation."""
+    shutil.copytree(BASE, tmp_path / "copy")
+    base_images = evaluated[0] / "images" / "base"
+    before = {path: path.stat().st_mtime_ns for path in base_images.rglob("*")}
+    metrics = evaluate(
+        f"--pretrained_model_name_or_path={tmp_path / 'copy'}",
+        f"--output_dir={tmp_path / 'out'}",
+        f"--base_images_dir={base_images}",
+    )
+    assert before == {path: path.stat().st_mtime_ns for path in base_images.rglob("*")}
+    assert_no_drift(metrics)
+    assert metrics["summary"]["moved"] == 0
+    assert metrics["subject"]["base"] == metrics["subject"]["personalized"]
+
+
+def assert_no_drift(metrics):
+    drift = metrics["drift"]
+    assert all(value == 0 for name, value in drift.items() if name != "between_seeds"), drift
+    assert all(value > 0 for value in drift["between_seeds"].values())
+    assert all(d == 0 for curve in metrics["prediction_drift"].values() for d in curve["by_timestep"].values())
+    assert all(part["drift"] == 0 for part in metrics["parameter_drift"].values())
+
+
+def lora_of(pipeline, folder, scale):
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
+    for name, parameter in pipeline.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    layers = get_peft_model_state_dict(pipeline.unet)
+    type(pipeline).save_lora_weights(folder, unet_lora_layers=layers)
+    pairs = zip(*([w.double() for n, w in sorted(layers.items()) if part in n] for part in ("lora_A", "lora_B")))
+    return math.sqrt(sum((b @ a).square().sum() for a, b in pairs))
+
+
+def test_a_lora_is_measured_on_top_of_the_base(evaluate, tmp_path):
+    pytest.importorskip("peft")
+    expected = lora_of(StableDiffusionPipeline.from_pretrained(BASE), tmp_path / "lora", 0.05)
+    metrics = evaluate(f"--pretrained_model_name_or_path={tmp_path / 'lora'}", f"--output_dir={tmp_path / 'out'}")
+    assert metrics["parameter_drift"]["unet"]["drift"] == pytest.approx(expected, rel=1e-3) and expected > 0
+    assert metrics["drift"]["pixel_rms"] > 0 and metrics["prediction_drift"]["other"]["mean"] > 0
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """Folder of a random `StableDiffusionXLPipeline` of 32 x 32 pixels, with the tokenizer of the drawn world."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(BASE / "tokenizer")
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=32, projection_dim=16, **sizes, **special
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=32,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        sample_size=32,
+    )
+    folder = tmp_path_factory.mktemp("tiny-sdxl")
+    StableDiffusionXLPipeline(
+        vae=vae,
+        unet=unet,
+        text_encoder=CLIPTextModel(config),
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_sdxl_is_measured_too_and_a_copy_of_it_has_no_drift(evaluate, tiny_sdxl, tmp_path):
+    shutil.copytree(tiny_sdxl, tmp_path / "copy")
+    both = [f"--base_model_name_or_path={tiny_sdxl}", f"--pretrained_model_name_or_path={tmp_path / 'copy'}"]
+    metrics = evaluate(*both, f"--output_dir={tmp_path / 'out'}")
+    assert_no_drift(metrics)
+    assert set(metrics["parameter_drift"]) == {"unet", "text_encoder", "text_encoder_2"}
+
+
+def test_one_photo_and_one_picture_a_prompt_leave_empty_what_needs_two(evaluate, tmp_path):
+    tmp_path.joinpath("photos").mkdir()
+    shutil.copy(PHOTOS / "0.png", tmp_path / "photos")
+    one = [f"--instance_data_dir={tmp_path / 'photos'}", "--num_images_per_prompt=1", "--num_inference_steps=1"]
+    metrics = evaluate(*one, f"--output_dir={tmp_path / 'out'}")
+    subject = metrics["subject"]
+    assert subject["photos"] == {"dino": None, "clip_i": None, "nearest_photo": None}
+    assert subject["personalized"]["diversity"] is None and subject["personalized"]["copies"] is None
+    assert subject["personalized"]["dino"] is not None and metrics["drift"]["dino_distance"] > 0
+    assert metrics["summary"]["learned"] is None and metrics["summary"]["moved"] is None
+    assert "–" in tmp_path.joinpath("out", "report.html").read_text()
+
+
+# What is refused, each in one line, with exit code 2
+
+
+def test_refuses_a_folder_without_an_image(refused, tmp_path):
+    tmp_path.joinpath("notes.txt").write_text("none yet")
+    assert "no image" in refused(f"--instance_data_dir={tmp_path}")
+    assert "no folder" in refused(f"--instance_data_dir={tmp_path / 'missing'}")
+
+
+def test_refuses_a_broken_photo(refused, tmp_path):
+    tmp_path.joinpath("0.png").write_bytes(b"no picture")
+    assert "0.png" in refused(f"--instance_data_dir={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "flag, text, said",
+    [
+        ("--prompts_file", "a dog in the snow", "lacks {token}"),
+        ("--prompts_file", "a {token} in the snow", "lacks {class}"),
+        ("--prompts_file", "a {token} {class} {place}", "{place}"),
+        ("--prompts_file", "\n# nothing\n", "no prompt"),
+        ("--other_prompts_file", "a {token} {class}", "names the subject"),
+        ("--other_prompts_file", "a photo of SKS mug", "names the subject"),
+    ],
+)
+def test_refuses_prompts_that_cannot_be_meant(refused, tmp_path, flag, text, said):
+    tmp_path.joinpath("prompts.txt").write_text(text)
+    line = refused(f"{flag}={tmp_path / 'prompts.txt'}")
+    assert flag in line or "{place}" in line
+    assert said in line
+
+
+def test_refuses_a_folder_that_is_no_pipeline(refused, tmp_path):
+    line = refused(f"--pretrained_model_name_or_path={tmp_path}")
+    assert "--pretrained_model_name_or_path" in line and "no pipeline" in line
+    assert "--base_model_name_or_path" in refused(f"--base_model_name_or_path={tmp_path}")
+    assert "some/model" in refused("--base_model_name_or_path=some/model")
+
+
+def test_refuses_a_base_of_another_architecture(refused, tiny_sd, tiny_sdxl):
+    assert "another architecture" in refused(f"--base_model_name_or_path={tiny_sd}")
+    assert "another architecture" in refused(f"--base_model_name_or_path={tiny_sdxl}")
+
+
+def test_refuses_a_lora_of_another_architecture_before_anything_is_drawn(refused, tiny_sd, tmp_path):
+    pytest.importorskip("peft")
+    lora_of(StableDiffusionPipeline.from_pretrained(tiny_sd), tmp_path / "lora", 0.05)
+    refused(f"--pretrained_model_name_or_path={tmp_path / 'lora'}", f"--output_dir={tmp_path / 'out'}")
+    assert not list(tmp_path.joinpath("out").rglob("*.png"))
+
+
+def nan_in(name):
+    return lambda weights: {n: torch.full_like(w, math.nan) if n == name else w for n, w in weights.items()}
+
+
+def test_refuses_a_model_that_draws_nan(refused, tmp_path):
+    file = "vae/diffusion_pytorch_model.safetensors"
+    model = changed_copy(BASE, tmp_path / "model", file, nan_in("decoder.conv_out.bias"))
+    line = refused(f"--pretrained_model_name_or_path={model}", f"--output_dir={tmp_path / 'out'}")
+    assert "NaN" in line and "personalized" in line
+
+
+def test_refuses_weights_that_are_nan_before_anything_is_drawn(refused, tmp_path):
+    model = changed_copy(BASE, tmp_path / "model", UNET, nan_in("conv_in.bias"))
+    assert "NaN" in refused(f"--pretrained_model_name_or_path={model}", f"--output_dir={tmp_path / 'out'}")
+    assert not list(tmp_path.joinpath("out").rglob("*.png"))
+
+
+def test_refuses_judges_that_are_not_there_or_of_the_wrong_kind(refused, judges):
+    assert "some/clip" in refused("--clip_model=some/clip")
+    assert "--clip_model" in refused(f"--clip_model={judges / 'vit'}")
+    assert "--dino_model" in refused(f"--dino_model={judges / 'clip'}")
+
+
+def test_a_mistake_is_one_line_and_exit_code_2_under_accelerate(flags, tmp_path):
+    result = launch([*flags, f"--instance_data_dir={tmp_path}"])
+    (line,) = [line for line in result.stderr.splitlines() if "evaluate_dreambooth.py: error" in line]
+    assert "no image" in line and result.returncode != 0
+    alone = subprocess.run([sys.executable, SCRIPT, "--seed=1"], text=True, capture_output=True)
+    assert alone.returncode == 2 and len([x for x in alone.stderr.splitlines() if "error" in x]) == 1
