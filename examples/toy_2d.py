@@ -1,7 +1,7 @@
 """Figure 1 of "Preserve and Personalize" (arXiv 2505.19519) in two dimensions, with numbers: a model of five classes
 learns a sixth, and what becomes of the five is measured. Nothing here is about images.
 
-    python examples/toy_2d.py                                        # a minute and a half on one core
+    python examples/toy_2d.py                                        # about a minute on one core
     python examples/toy_2d.py --lipschitz_weight 50 500 5000         # several weights; the figure shows the first
 
 The classes are Gaussians at the corners of a pentagon, the new one lies at its centre. The model is a conditional
@@ -9,6 +9,10 @@ denoiser; a class embedding stands for the prompt. Learned naively, the new clas
 preservation replays samples of one old class, as DreamBooth does with the class of its subject; here it is the upper
 corner. The penalty pulls at every parameter but the embedding, and needs no samples. Learning rate and weight are
 those of the paper's authors.
+
+Read along the two rivals in the table, which cost nothing. A tenth of the learning rate, without a penalty, moves the
+old classes less still, though it blurs them more; at that rate no weight tried was better than none. The embedding of
+the new class trained alone moves no old class by construction, and in so small a world almost suffices.
 """
 
 import argparse
@@ -199,7 +203,7 @@ def main() -> None:
     parser.add_argument("--lipschitz_weight", type=float, nargs="+", default=[50.0], help="Weights of the penalty.")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="Of Adam, while the new class is learned.")
     parser.add_argument("--steps", type=int, default=1000, help="How long the new class is learned.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="The figure shows the first.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="The figure shows the first.")
     parser.add_argument("--output", type=Path, default=Path("toy_2d.png"), help="File of the figure.")
     args = parser.parse_args()
     torch.set_num_threads(1)  # faster at this size, and the same result on every number of cores
