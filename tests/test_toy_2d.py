@@ -1,5 +1,5 @@
 # The claim of examples/toy_2d.py, run as a reader runs it, on one seed.
-# How large the effect is over several seeds is the README's table, not a test.
+# How large the effect is, and how its rivals do, is in the README and not tested here.
 import os
 import re
 import subprocess
