@@ -37,7 +37,7 @@ COMMON = ["--resolution=64", "--train_batch_size=4", "--learning_rate=1e-3", "--
 COMMON += ["--lr_scheduler=linear", "--lr_warmup_steps=0"]
 METHODS = {
     "DreamBooth": ["--lipschitz_weight=0"],
-    "prior preservation": ["--lipschitz_weight=0", "--with_prior_preservation", "--num_class_images=64"],
+    "prior preservation": ["--lipschitz_weight=0", "--with_prior_preservation", "--num_class_images=32"],
     "with the penalty": ["--lipschitz_weight=450"],
 }
 
