@@ -11,7 +11,7 @@ corner. The penalty pulls at every parameter but the embedding, and needs no sam
 those of the paper's authors.
 
 Read along the two rivals in the table, which cost nothing. A tenth of the learning rate, without a penalty, moves the
-old classes less still, though it blurs them more; at that rate no weight tried was better than none. The embedding of
+old classes about as little; at that rate no weight tried was better than none. The embedding of
 the new class trained alone moves no old class by construction, and in so small a world almost suffices.
 """
 
