@@ -1,8 +1,9 @@
-"""Trains the tiny Stable Diffusion of the drawn world and saves it as an ordinary `StableDiffusionPipeline` folder.
+"""Trains the tiny Stable Diffusion of the drawn world, or its SDXL sibling; saves it as an ordinary pipeline folder.
 
-    python train_tinyworld.py --work_dir run --output_dir sd
+    python train_tinyworld.py           # sd/: autoencoder, its decoder, U-Net with text encoder
+    python train_tinyworld.py --sdxl    # sdxl/, from sd/: two text encoders, then U-Net with both of them
 
-Three trainings, resumable from `--work_dir`: autoencoder, its decoder, U-Net with text encoder. No judge is in here.
+All trainings are resumable from `--work_dir`. No judge is in here.
 """
 
 import argparse
@@ -17,16 +18,25 @@ from random import Random
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from world import CLASSES, COLOURS, PATTERNS, RARE_TOKENS, SCENES, Look, caption_of, random_picture
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from world import CLASSES, COLOURS, PATTERNS, RARE_TOKENS, SCENES, SIZE, Look, caption_of, random_look, random_picture
 
 
+HERE = Path(__file__).resolve().parent
 MAX_TOKENS = 32  # the longest caption has 15
 CHUNK = 1000  # pictures drawn from one seed
+WIDTH, WIDTH_2 = 128, 64  # of the text encoder, and of SDXL's second one
 
 
 def _draw_chunk(seed: int) -> tuple[np.ndarray, list]:
@@ -80,13 +90,14 @@ def build_autoencoder() -> AutoencoderKL:
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
+def build_text_encoder(tokenizer: CLIPTokenizer, kind=CLIPTextModel, width: int = WIDTH, layers: int = 2):
+    return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=2,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=MAX_TOKENS,
             bos_token_id=tokenizer.bos_token_id,
@@ -103,7 +114,7 @@ def build_unet() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=128,
+        cross_attention_dim=WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,
     )
@@ -203,21 +214,15 @@ def train_autoencoder(args, images: torch.Tensor, device: str) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode(args, vae: AutoencoderKL, images: torch.Tensor, device: str) -> torch.Tensor:
-    """Latents of unit variance, shape (n, 4, 16, 16); sets the scaling factor that makes them so."""
-    path = args.work_dir / "latents.pt"
-    if path.exists():
-        factor, latents = torch.load(path)
-    else:
+def encode(path: Path, vae: AutoencoderKL, images: torch.Tensor, device: str) -> torch.Tensor:
+    """Latents as the autoencoder gives them, unscaled, shape (n, 4, 16, 16); kept in the file."""
+    if not path.exists():
         torch.manual_seed(0)
         batches = tqdm(images.split(100), desc="encoding", mininterval=10)
         latents = torch.cat([vae.encode(to_unit(batch).to(device)).latent_dist.sample().cpu() for batch in batches])
-        factor = round(1 / latents.std().item(), 5)
-        latents *= factor
-        torch.save((factor, latents), path.with_suffix(".tmp"))
+        torch.save(latents, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
-    vae.register_to_config(scaling_factor=factor)
-    return latents
+    return torch.load(path)
 
 
 def train_decoder(args, vae: AutoencoderKL, images: torch.Tensor, latents: torch.Tensor, device: str) -> None:
@@ -238,18 +243,27 @@ def train_decoder(args, vae: AutoencoderKL, images: torch.Tensor, latents: torch
     run.train(loss_of_step, save_every=500)
 
 
-def train_unet(args, vae, latents: torch.Tensor, truths: list, tokenizer, device: str) -> None:
-    torch.manual_seed(0)
-    text_encoder = build_text_encoder(tokenizer).to(device).train()
-    unet = build_unet().to(device, memory_format=torch.channels_last)
-    scheduler = build_scheduler()
-    run = Run(args.work_dir / "unet.pt", [unet, text_encoder], args.steps, args.learning_rate, decay_from=0.7)
+def train_unet(args, path: Path, pipeline: DiffusionPipeline, condition, latents, truths: list, device: str) -> None:
+    """Trains the U-Net and all text encoders of a pipeline, and saves it in fp16.
+
+    Args:
+        path (`Path`): File of the resumable state.
+        condition (`Callable`):
+            Token ids, shape (n, 32), and indices of pictures, shape (n,), to what the U-Net takes beside them.
+        latents (`torch.Tensor`): Shape (pictures, 4, 16, 16), of unit variance.
+        truths (`list`): Look and scene of each picture.
+    """
+    encoders = [module for name, module in pipeline.components.items() if name.startswith("text_encoder")]
+    unet = pipeline.unet.to(device, memory_format=torch.channels_last).train()
+    modules = [unet, *(encoder.to(device).train() for encoder in encoders)]
+    scheduler = pipeline.scheduler
+    run = Run(path, modules, args.steps, args.learning_rate, decay_from=args.decay_from)
     autocast = torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda")
     tokens = {}
 
     def encode_caption(caption: str) -> list[int]:
         if caption not in tokens:
-            tokens[caption] = tokenizer(caption, padding="max_length", truncation=True).input_ids
+            tokens[caption] = pipeline.tokenizer(caption, padding="max_length", truncation=True).input_ids
         return tokens[caption]
 
     def loss_of_step() -> torch.Tensor:
@@ -265,37 +279,27 @@ def train_unet(args, vae, latents: torch.Tensor, truths: list, tokenizer, device
         timesteps = (draws * 1000).long().clamp(0, 999).to(device)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         with autocast:
-            prediction = unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample
+            prediction = unet(noisy, timesteps, **condition(ids, picked)).sample
         return F.mse_loss(prediction.float(), scheduler.get_velocity(clean, noise, timesteps))
 
     def on_save() -> None:
         run.ema.store(run.parameters)
         run.ema.copy_to(run.parameters)
-        save_pipeline(args, vae, text_encoder, tokenizer, unet, scheduler)
+        save_half(pipeline, args.output_dir)
         run.ema.restore(run.parameters)
 
     run.train(loss_of_step, save_every=args.save_every, on_save=on_save)
-    save_pipeline(args, vae, text_encoder, tokenizer, unet, scheduler)
+    save_half(pipeline, args.output_dir)
 
 
-def save_pipeline(args, vae, text_encoder, tokenizer, unet, scheduler) -> None:
-    """Saves fp16 copies of the modules, so that the training goes on undisturbed."""
-    pipeline = StableDiffusionPipeline(
-        vae=_half(vae),
-        text_encoder=_half(text_encoder),
-        tokenizer=tokenizer,
-        unet=_half(unet),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(args.output_dir)
-
-
-def _half(module: torch.nn.Module) -> torch.nn.Module:
+def save_half(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Saves an fp16 copy, so that the training goes on undisturbed."""
     # Not by `from_config`, which forgets values that were registered later: the scaling factor.
-    return copy.deepcopy(module).to(memory_format=torch.contiguous_format).half().eval()
+    pipeline = copy.deepcopy(pipeline)
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.to(memory_format=torch.contiguous_format).half().eval()
+    pipeline.save_pretrained(folder)
 
 
 def save_reconstructions(vae: AutoencoderKL, images: torch.Tensor, path: Path, device: str) -> None:
@@ -308,18 +312,168 @@ def save_reconstructions(vae: AutoencoderKL, images: torch.Tensor, path: Path, d
     Image.fromarray(grid.contiguous().numpy()).resize((1024, 256), Image.Resampling.NEAREST).save(path)
 
 
+def train_sd(args, device: str) -> None:
+    images, truths = draw_pictures(args.pictures)
+    tokenizer = load_tokenizer(args.work_dir / "tokenizer")
+    vae = train_autoencoder(args, images, device)
+    latents = encode(args.work_dir / "latents.pt", vae, images, device)
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    latents *= vae.config.scaling_factor
+    train_decoder(args, vae, images, latents, device)
+    save_reconstructions(vae, images, args.work_dir / "reconstructions.png", device)
+    torch.manual_seed(0)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=build_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=build_unet(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(device)
+
+    def condition(ids: torch.Tensor, picked: torch.Tensor) -> dict:
+        return {"encoder_hidden_states": pipeline.text_encoder(ids).last_hidden_state}
+
+    train_unet(args, args.work_dir / "unet.pt", pipeline, condition, latents, truths, device)
+
+
+# --- SDXL ---
+
+
+def random_view(picture: Image.Image, rng: Random) -> tuple[Image.Image, tuple[int, ...]]:
+    """The picture, or what a trainer of SDXL would make of a photo that is not square, or of another size.
+
+    Returns:
+        `tuple`: A picture of `SIZE` x `SIZE`, and SDXL's time ids, in pixels: height and width of the original, top
+        and left of the square cut from it once its shorter side was `SIZE`, height and width of that square.
+    """
+    if rng.random() < 0.6:
+        return picture, (SIZE, SIZE, 0, 0, SIZE, SIZE)
+    width, height = rng.sample([SIZE, round(SIZE * rng.uniform(0.6, 1))], 2)
+    left, top = (SIZE - width) // 2, (SIZE - height) // 2
+    photo = picture.crop((left, top, left + width, top + height))
+    # One half loses detail. The other shows what large photos show, so that their sizes are known, too.
+    scale = rng.uniform(0.25, 1) if rng.random() < 0.5 else 2 ** rng.uniform(0, 4)
+    original = round(width * scale), round(height * scale)
+    if scale < 1:
+        photo = photo.resize(original, Image.Resampling.BOX)
+    zoom = SIZE / min(width, height)
+    width, height = round(width * zoom), round(height * zoom)
+    left, top = rng.randint(0, width - SIZE), rng.randint(0, height - SIZE)
+    view = photo.resize((width, height), Image.Resampling.LANCZOS).crop((left, top, left + SIZE, top + SIZE))
+    return view, (original[1], original[0], top, left, SIZE, SIZE)
+
+
+def draw_views(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One `random_view` of each picture, uint8 of shape (n, 3, 64, 64), and the time ids, shape (n, 6)."""
+    rng = Random("views")
+    views = [random_view(Image.fromarray(image.permute(1, 2, 0).numpy()), rng) for image in images]
+    pixels = torch.from_numpy(np.stack([np.asarray(view) for view, _ in views]))
+    return pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor([time_ids for _, time_ids in views])
+
+
+def hidden_states(encoder, ids: torch.Tensor) -> torch.Tensor:
+    """What SDXL reads of a text encoder: the output of the last layer but one, without the final norm."""
+    return encoder(ids, output_hidden_states=True).hidden_states[-2]
+
+
+def train_text_encoders(args, sd: StableDiffusionPipeline, device: str) -> tuple:
+    """Two text encoders that say what that of `sd` says: the first as it is, the second through a linear map.
+
+    Returns:
+        `tuple`: The first, the second, and the weight of the map, shape (`WIDTH`, `WIDTH_2`).
+    """
+    torch.manual_seed(0)
+    encoders = [
+        build_text_encoder(sd.tokenizer, CLIPTextModel, WIDTH, layers=3),
+        build_text_encoder(sd.tokenizer, CLIPTextModelWithProjection, WIDTH_2, layers=3),
+    ]
+    first, second, linear = (m.to(device) for m in (*encoders, torch.nn.Linear(WIDTH_2, WIDTH, bias=False)))
+    path = args.work_dir / "sdxl_text_encoders.pt"
+    run = Run(path, [first, second, linear], args.text_encoder_steps, 2e-3, decay_from=0.3)
+
+    def loss_of_step() -> torch.Tensor:
+        rng = Random(run.step)
+        captions = ["", *(caption_of(random_look(rng), rng.choice(SCENES), rng) for _ in range(31))]
+        ids = torch.tensor(sd.tokenizer(captions, padding="max_length").input_ids, device=device)
+        with torch.no_grad():
+            target = sd.text_encoder(ids).last_hidden_state
+        return F.mse_loss(hidden_states(first, ids), target) + F.mse_loss(linear(hidden_states(second, ids)), target)
+
+    run.train(loss_of_step, save_every=500)
+    return first, second, linear.weight.detach()
+
+
+def build_sdxl_unet(sd_unet: UNet2DConditionModel, linear: torch.Tensor) -> UNet2DConditionModel:
+    """The U-Net of `sd` that reads two text encoders, and takes no notice of sizes and the pooled text as yet."""
+    unet = UNet2DConditionModel.from_config(
+        sd_unet.config,
+        cross_attention_dim=WIDTH + WIDTH_2,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=WIDTH_2 + 6 * 32,
+    )
+    weights = unet.state_dict()
+    for name, weight in sd_unet.state_dict().items():
+        if weight.shape != weights[name].shape:
+            # Keys and values: one half from each text encoder.
+            weight = torch.cat([weight, weight @ linear], dim=1) / 2
+        weights[name] = weight
+    unet.load_state_dict(weights)
+    torch.nn.init.zeros_(unet.add_embedding.linear_2.weight)
+    torch.nn.init.zeros_(unet.add_embedding.linear_2.bias)
+    return unet
+
+
+def train_sdxl(args, device: str) -> None:
+    sd = StableDiffusionPipeline.from_pretrained(HERE / "sd", dtype=torch.float32).to(device)
+    images, truths = draw_pictures(args.pictures)
+    images, time_ids = draw_views(images)
+    latents = encode(args.work_dir / "sdxl_latents.pt", sd.vae, images, device) * sd.vae.config.scaling_factor
+    first, second, linear = train_text_encoders(args, sd, device)
+    torch.manual_seed(0)
+    pipeline = StableDiffusionXLPipeline(
+        vae=sd.vae,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=sd.tokenizer,
+        tokenizer_2=sd.tokenizer,
+        unet=build_sdxl_unet(sd.unet, linear),
+        scheduler=sd.scheduler,
+        # Without a prompt: the empty caption, as in `sd`, and no zeros.
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+    def condition(ids: torch.Tensor, picked: torch.Tensor) -> dict:
+        pooled = second(ids, output_hidden_states=True)
+        hidden = torch.cat([hidden_states(first, ids), pooled.hidden_states[-2]], dim=-1)
+        added = {"text_embeds": pooled.text_embeds, "time_ids": time_ids[picked].to(device)}
+        return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
+
+    train_unet(args, args.work_dir / "sdxl_unet.pt", pipeline, condition, latents, truths, device)
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train the tiny Stable Diffusion of the drawn world.")
-    here = Path(__file__).parent
-    parser.add_argument("--output_dir", type=Path, default=here / "sd", help="Folder of the finished pipeline.")
-    parser.add_argument("--work_dir", type=Path, default=here / "run", help="Folder of logs and resumable states.")
+    parser = argparse.ArgumentParser(description="Train the tiny Stable Diffusion, or SDXL, of the drawn world.")
+    parser.add_argument("--sdxl", action="store_true", help="Train SDXL, from the finished sd/ beside this file.")
+    parser.add_argument("--output_dir", type=Path, default=HERE / "sd", help="Folder of the finished pipeline.")
+    parser.add_argument("--work_dir", type=Path, default=HERE / "run", help="Folder of logs and resumable states.")
     parser.add_argument("--pictures", type=int, default=60_000, help="How many pictures to draw and learn from.")
     parser.add_argument("--autoencoder_steps", type=int, default=2500)
     parser.add_argument("--decoder_steps", type=int, default=3000, help="More steps of the decoder alone.")
-    parser.add_argument("--steps", type=int, default=12_000, help="Steps of the U-Net and text encoder.")
+    parser.add_argument("--text_encoder_steps", type=int, default=1000, help="Steps of SDXL's text encoders alone.")
+    parser.add_argument("--steps", type=int, default=12_000, help="Steps of the U-Net with its text encoders.")
     parser.add_argument("--batch_size", type=int, default=32, help="Pictures a step of the U-Net.")
     parser.add_argument("--learning_rate", type=float, default=8e-4)
+    parser.add_argument("--decay_from", type=float, default=0.7, help="Share of --steps at the full learning rate.")
     parser.add_argument("--save_every", type=int, default=1000, help="Steps between two resumable states.")
+    if parser.parse_known_args()[0].sdxl:
+        # It starts where sd/ ended.
+        parser.set_defaults(output_dir=HERE / "sdxl", pictures=30_000, steps=2000, learning_rate=4e-4)
+        parser.set_defaults(decay_from=0.3, save_every=250)
     return parser.parse_args()
 
 
@@ -327,13 +481,7 @@ def main() -> None:
     args = parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    images, truths = draw_pictures(args.pictures)
-    tokenizer = load_tokenizer(args.work_dir / "tokenizer")
-    vae = train_autoencoder(args, images, device)
-    latents = encode(args, vae, images, device)
-    train_decoder(args, vae, images, latents, device)
-    save_reconstructions(vae, images, args.work_dir / "reconstructions.png", device)
-    train_unet(args, vae, latents, truths, tokenizer, device)
+    (train_sdxl if args.sdxl else train_sd)(args, device)
 
 
 if __name__ == "__main__":
