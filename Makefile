@@ -1,4 +1,5 @@
 # Everything runs in an environment of its own, .venv, made from requirements.txt. PYTHON=python3.12 make test: another one.
+# make demo SDXL=1: the demo on the tiny SDXL.
 PYTHON ?= python3
 BIN = .venv/bin
 export HF_HUB_OFFLINE = 1
@@ -6,7 +7,7 @@ export HF_HUB_OFFLINE = 1
 .PHONY: demo test style quality
 
 demo: .venv/ready
-	$(BIN)/python examples/tinyworld/demo.py
+	$(BIN)/python examples/tinyworld/demo.py $(if $(SDXL),--sdxl)
 
 test: .venv/ready
 	$(BIN)/python -m pytest

@@ -1,5 +1,5 @@
-# Claims about the drawn world of examples/tinyworld: its pictures and their truth, judge, encoders, base.
-# How well the base and the demo do in figures is measured by examine.py and demo.py, not here.
+# Claims about the drawn world of examples/tinyworld: its pictures and their truth, judge, encoders, bases.
+# How well the bases and the demo do in figures is measured by examine.py and demo.py, not here.
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -79,20 +80,64 @@ def test_vit_knows_the_subjects_again_in_new_scenes():
     assert all(share >= 0.95 for share in train_encoders.examine_vit(drawings=20).values())
 
 
-def test_the_base_is_a_small_stable_diffusion_pipeline_in_fp16_safetensors():
-    files = [path for path in examine.BASE.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 25e6
+@pytest.mark.parametrize("name, megabytes, models", [("sd", 25, 3), ("sdxl", 30, 4)])
+def test_the_bases_are_small_and_in_fp16_safetensors(name, megabytes, models):
+    files = [path for path in (TINYWORLD / name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= megabytes * 1e6
     weights = [path for path in files if path.suffix not in (".json", ".txt")]
-    assert len(weights) == 3 and all(path.suffix == ".safetensors" for path in weights)
+    assert len(weights) == models and all(path.suffix == ".safetensors" for path in weights)
+    assert {weight.dtype for path in weights for weight in load_file(path).values()} == {torch.float16}
 
 
-def test_the_base_draws_what_prompts_ask_for(base):
+@pytest.mark.parametrize("name, kind", [("sd", StableDiffusionPipeline), ("sdxl", StableDiffusionXLPipeline)])
+def test_the_bases_draw_what_prompts_ask_for(name, kind):
+    pipeline = examine.load(TINYWORLD / name)
+    assert type(pipeline) is kind
     others = examine.other_things(24)
-    pictures = examine.generate(base, [world.caption_of(*other) for other in others], list(range(24)))
+    pictures = examine.generate(pipeline, [world.caption_of(*other) for other in others], list(range(24)))
     read, truths = judges.Judge.from_pretrained().read(pictures), [judges.traits_of(*other) for other in others]
     for name in examine.NAMED_TRAITS:
         # The README has more, measured on 400 prompts: with 24, one error is four points.
         assert examine.share_right(read, truths, (name,)) >= 0.85, name
+
+
+def test_sdxl_draws_softer_pictures_where_the_original_was_small():
+    pipeline = examine.load(TINYWORLD / "sdxl")
+    prompts = [world.caption_of(*other) for other in examine.other_things(8)]
+
+    def edges(original: int) -> float:
+        torch.manual_seed(0)
+        pixels = pipeline(
+            prompts, num_inference_steps=15, original_size=(original, original), target_size=(64, 64), output_type="np"
+        ).images
+        return float(np.abs(np.diff(pixels, axis=1)).mean() + np.abs(np.diff(pixels, axis=2)).mean())
+
+    # Pictures drawn at 16 x 16 have less than half of the edges of whole ones; those from large originals have all.
+    whole = edges(64)
+    assert edges(16) < 0.8 * whole
+    assert edges(512) > 0.9 * whole
+
+
+def test_a_view_shows_the_part_that_its_time_ids_name():
+    # The colour of a pixel tells its place: red from left to right, green from top to bottom.
+    places = np.arange(64, dtype=np.uint8)[None].repeat(64, axis=0)
+    picture = Image.fromarray(np.stack([places, places.T, places], axis=-1))
+    views = [train_tinyworld.random_view(picture, Random(seed)) for seed in range(200)]
+    whole = (64, 64, 0, 0, 64, 64)
+    assert 0.5 < np.mean([time_ids == whole for _, time_ids in views]) < 0.7
+    for view, time_ids in views:
+        height, width, top, left, *target = time_ids
+        assert target == [64, 64] and view.size == (64, 64)
+        # Rounding to whole pixels of a small original is too coarse to tell places from it.
+        if min(height, width) >= 64:
+            red, green, _ = np.asarray(view, float).mean(axis=(0, 1))
+            # The cut is central: along the shorter side it begins at half of what it lacks.
+            short = 64 * min(height, width) / max(height, width)
+            zoom = 64 / short
+            x = (64 - short) / 2 * (width < height) + (left + 32) / zoom
+            y = (64 - short) / 2 * (height < width) + (top + 32) / zoom
+            # A pixel's value is the place of its left and upper edge.
+            assert (red + 0.5, green + 0.5) == pytest.approx((x, y), abs=1)
 
 
 def test_latents_of_the_saved_base_have_unit_variance(base):
@@ -140,15 +185,22 @@ def test_a_stopped_training_resumes_bit_identically(tmp_path):
     assert torch.equal(train("stopped"), straight)
 
 
-def test_one_command_trains_a_pipeline_that_draws(tmp_path):
-    command = [
-        sys.executable,
-        TINYWORLD / "train_tinyworld.py",
-        "--work_dir",
-        tmp_path,
-        "--output_dir",
-        tmp_path / "sd",
-    ]
-    sizes = ["--pictures=1000", "--autoencoder_steps=2", "--decoder_steps=2", "--steps=2", "--batch_size=2"]
-    subprocess.run([*command, *sizes], check=True, capture_output=True)
-    assert examine.generate(examine.load(tmp_path / "sd"), ["a photo of a mug"], [0])[0].size == (64, 64)
+def test_sdxl_starts_from_the_predictions_of_sd(base):
+    torch.manual_seed(0)
+    linear, second = torch.randn(128, 64) / 8, torch.randn(2, 32, 64)
+    first = second @ linear.T
+    unet = train_tinyworld.build_sdxl_unet(base.unet, linear)
+    noisy, added = torch.randn(2, 4, 16, 16), {"text_embeds": torch.randn(2, 64), "time_ids": torch.rand(2, 6)}
+    with torch.no_grad():
+        expected = base.unet(noisy, 500, first).sample
+        predicted = unet(noisy, 500, torch.cat([first, second], dim=-1), added_cond_kwargs=added).sample
+    assert torch.allclose(predicted, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [[], ["--sdxl"]])
+def test_one_command_trains_a_pipeline_that_draws(flags, tmp_path):
+    command = [sys.executable, TINYWORLD / "train_tinyworld.py", *flags]
+    command += [f"--work_dir={tmp_path}", f"--output_dir={tmp_path / 'base'}", "--pictures=1000", "--batch_size=2"]
+    steps = [f"--{model}steps=2" for model in ("", "autoencoder_", "decoder_", "text_encoder_")]
+    subprocess.run([*command, *steps], check=True, capture_output=True)
+    assert examine.generate(examine.load(tmp_path / "base"), ["a photo of a mug"], [0])[0].size == (64, 64)

@@ -2,8 +2,9 @@
 
     python examples/tinyworld/demo.py                                # one subject, a few minutes on two cores
     python examples/tinyworld/demo.py --subjects all --seeds 0 1     # the figures of the README
+    python examples/tinyworld/demo.py --sdxl                         # the same on the tiny SDXL
 
-Trains the tiny model with `train_dreambooth_lipschitz.py` and measures it; how it trains is that script's business.
+Trains the tiny model with the script for it and measures it; how it trains is that script's business.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -27,8 +29,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-HERE = Path(__file__).resolve().parent
-SCRIPT = HERE.parents[1] / "train_dreambooth_lipschitz.py"
+ROOT = Path(__file__).resolve().parents[2]
 BASE_NAME = "base, untrained"
 
 # The settings that the README recommends for the tiny model; everything not named differs in nothing between methods.
@@ -41,30 +42,53 @@ METHODS = {
     "with the penalty": ["--lipschitz_weight=450"],
 }
 
+SDXL_COMMON = ["--method=full", "--resolution=64", "--train_batch_size=4", "--learning_rate=1e-3"]
+SDXL_COMMON += ["--max_train_steps=250", "--lr_scheduler=linear", "--lr_warmup_steps=0"]
+SDXL_METHODS = {
+    "DreamBooth": ["--lipschitz_weight=0"],
+    "prior preservation": ["--lipschitz_weight=0", "--with_prior_preservation", "--num_class_images=32"],
+    "with the penalty": ["--lipschitz_weight=450"],
+}
 
-def train(subject: str, method: str, seed: int, folder: Path) -> float:
+
+@dataclass(frozen=True)
+class Setup:
+    """What is personalized, and how."""
+
+    base: Path
+    script: Path
+    common: list[str]
+    methods: dict[str, list[str]]
+
+
+SD = Setup(BASE, ROOT / "train_dreambooth_lipschitz.py", COMMON, METHODS)
+SDXL = Setup(BASE.with_name("sdxl"), ROOT / "train_dreambooth_lipschitz_sdxl.py", SDXL_COMMON, SDXL_METHODS)
+
+
+def train(setup: Setup, subject: str, method: str, seed: int, folder: Path) -> float:
     """Personalizes the base by running the script as users do; returns the seconds that it took, start included."""
     photos = folder / "photos"
     photos.mkdir(parents=True, exist_ok=True)
     for i, photo in enumerate(subject_photos(subject)):
         photo.save(photos / f"{i}.png")
     kind = SUBJECTS[subject].kind
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", str(SCRIPT)]
-    command += [f"--pretrained_model_name_or_path={BASE}", f"--instance_data_dir={photos}", f"--seed={seed}"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", str(setup.script)]
+    command += [f"--pretrained_model_name_or_path={setup.base}", f"--instance_data_dir={photos}", f"--seed={seed}"]
     command += [f"--instance_prompt={subject_prompt(SUBJECTS[subject], '')}", f"--output_dir={folder / method}"]
     command += [f"--class_prompt=a photo of a {kind}", f"--class_data_dir={folder / 'class pictures'}"]
+    command += [*setup.common, *setup.methods[method]]
     started = time.time()
     log = folder / f"{method}.log"
     with log.open("w") as file:
-        code = subprocess.run([*command, *COMMON, *METHODS[method]], stdout=file, stderr=subprocess.STDOUT).returncode
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
     if code != 0:
         sys.exit(f"The training of {subject!r} by {method!r} failed; the reason is at the end of {log}.")
     return time.time() - started
 
 
-def hash_of_base() -> str:
+def hash_of(base: Path) -> str:
     """Tells one base from another: results of an earlier one are no results of this one."""
-    return hashlib.sha256((BASE / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:8]
+    return hashlib.sha256((base / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:8]
 
 
 def save_picture(subject: str, seed: int, models: dict[str, Path], path: Path) -> None:
@@ -126,36 +150,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Train with and without the penalty; draw and measure the difference."
     )
+    parser.add_argument("--sdxl", action="store_true", help="Personalize the tiny SDXL.")
     parser.add_argument("--subjects", nargs="+", default=["mug"], choices=[*SUBJECTS, "all"], metavar="NAME")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="Seeds of the trainings and of the pictures."
     )
     parser.add_argument("--others", type=int, default=32, help="How many prompts that do not name the subject.")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path("demo"), help="Folder of the picture and results.jsonl."
+        "--output_dir", type=Path, help="Folder of the picture and results.jsonl; default: demo, or demo/sdxl."
     )
     args = parser.parse_args()
+    setup = SDXL if args.sdxl else SD
+    args.output_dir = args.output_dir or Path("demo", "sdxl" if args.sdxl else "")
     subjects = list(SUBJECTS) if "all" in args.subjects else args.subjects
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "results.jsonl"
-    settings = {"base": hash_of_base(), "common": COMMON, "methods": METHODS, "others": args.others}
+    settings = {"base": hash_of(setup.base), "common": setup.common, "methods": setup.methods, "others": args.others}
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     # What was measured in another way is measured again; its line stays in the file.
     results = [result for result in results if result["settings"] == settings]
     done = {(result["subject"], result["seed"], result["method"]) for result in results}
-    bar = tqdm(total=len(subjects) * len(args.seeds) * (1 + len(METHODS)), desc="models")
+    bar = tqdm(total=len(subjects) * len(args.seeds) * (1 + len(setup.methods)), desc="models")
     for seed in args.seeds:
         examiner = Examiner(args.others, per_scene=4, seed=seed)
         for subject in subjects:
             folder = args.output_dir / f"{subject}-{seed}"
-            models = {name: folder / name for name in METHODS}
-            if {(subject, seed, name) for name in (BASE_NAME, *METHODS)} <= done:
-                bar.update(1 + len(METHODS))
+            models = {name: folder / name for name in setup.methods}
+            if {(subject, seed, name) for name in (BASE_NAME, *setup.methods)} <= done:
+                bar.update(1 + len(setup.methods))
                 continue
             shutil.rmtree(folder, ignore_errors=True)
-            for name in (BASE_NAME, *METHODS):
-                seconds = 0.0 if name == BASE_NAME else train(subject, name, seed, folder)
-                measured = examiner.examine(load(models.get(name, BASE)), subject)
+            for name in (BASE_NAME, *setup.methods):
+                seconds = 0.0 if name == BASE_NAME else train(setup, subject, name, seed, folder)
+                measured = examiner.examine(load(models.get(name, setup.base)), subject)
                 bar.update()
                 if (subject, seed, name) not in done:
                     result = {"subject": subject, "seed": seed, "method": name, **measured, "seconds": seconds}
@@ -163,7 +190,7 @@ def main() -> None:
                     with path.open("a") as file:
                         print(json.dumps(results[-1]), file=file)
             picture = args.output_dir / f"{subject}-{seed}.png"
-            save_picture(subject, seed, {BASE_NAME: BASE, **models}, picture)
+            save_picture(subject, seed, {BASE_NAME: setup.base, **models}, picture)
             shutil.rmtree(folder)
             bar.write(f"the picture: {picture}")
     bar.close()

@@ -13,7 +13,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from judge import SUBJECT_TRAITS, Judge, traits_of
 from PIL import Image
 from tqdm.auto import tqdm
@@ -25,7 +25,7 @@ NAMED_TRAITS = ("scene", "class", "colour", "pattern")  # what prompts can ask f
 NEW_SCENES = [scene for scene in SCENES if scene not in SUBJECT_SCENES]
 
 
-def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
+def generate(pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
     """One picture a prompt, 25 DDIM steps, guidance 4; the same seed starts from the same noise in every model."""
     pictures = []
     for start in tqdm(range(0, len(prompts), 20), desc="generating", leave=False):
@@ -35,10 +35,10 @@ def generate(pipeline: StableDiffusionPipeline, prompts: list[str], seeds: list[
     return pictures
 
 
-def load(folder: Path) -> StableDiffusionPipeline:
+def load(folder: Path) -> DiffusionPipeline:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.set_progress_bar_config(disable=True)
@@ -78,7 +78,7 @@ class Examiner:
         self.others = other_things(others)
         self.base = None
 
-    def examine(self, pipeline: StableDiffusionPipeline, subject: str) -> dict[str, float]:
+    def examine(self, pipeline: DiffusionPipeline, subject: str) -> dict[str, float]:
         """Shares (0 to 1), and drift: the root mean square difference from the base's pictures (0 to 255)."""
         first = 1000 * self.seed
         prompts = [caption_of(look, scene) for look, scene in self.others]
