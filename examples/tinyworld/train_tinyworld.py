@@ -429,6 +429,10 @@ def build_sdxl_unet(sd_unet: UNet2DConditionModel, linear: torch.Tensor) -> UNet
 
 def train_sdxl(args, device: str) -> None:
     sd = StableDiffusionPipeline.from_pretrained(HERE / "sd", dtype=torch.float32).to(device)
+    for model in (sd.vae, sd.unet):
+        # Goes into the saved configuration, where a path of this machine has no place.
+        model.register_to_config(_name_or_path="sd")
+    tokenizer = load_tokenizer(HERE / "sd" / "tokenizer")
     images, truths = draw_pictures(args.pictures)
     images, time_ids = draw_views(images)
     latents = encode(args.work_dir / "sdxl_latents.pt", sd.vae, images, device) * sd.vae.config.scaling_factor
@@ -438,8 +442,8 @@ def train_sdxl(args, device: str) -> None:
         vae=sd.vae,
         text_encoder=first,
         text_encoder_2=second,
-        tokenizer=sd.tokenizer,
-        tokenizer_2=sd.tokenizer,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
         unet=build_sdxl_unet(sd.unet, linear),
         scheduler=sd.scheduler,
         # Without a prompt: the empty caption, as in `sd`, and no zeros.
