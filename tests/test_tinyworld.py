@@ -112,7 +112,7 @@ def test_sdxl_draws_softer_pictures_where_the_original_was_small():
         ).images
         return float(np.abs(np.diff(pixels, axis=1)).mean() + np.abs(np.diff(pixels, axis=2)).mean())
 
-    # Pictures drawn at 16 x 16 have less than half of the edges of whole ones; those from large originals have all.
+    # Drawings reduced to 16 x 16 have half of the edges of whole ones; those from large originals have all.
     whole = edges(64)
     assert edges(16) < 0.8 * whole
     assert edges(512) > 0.9 * whole
