@@ -1,6 +1,6 @@
 # DreamBooth for Stable Diffusion 1.x and 2.x with the Lipschitz penalty: full fine-tuning, LoRA or Custom Diffusion.
 # Flags and outputs of diffusers' train_dreambooth.py, train_dreambooth_lora.py and train_custom_diffusion.py, less
-# what serves DeepFloyd IF and what changes the photos. Holds no SDXL.
+# what serves DeepFloyd IF; photos and captions as train_dreambooth_lora_sdxl.py reads them. Holds no SDXL.
 """
 Teaches Stable Diffusion a subject from 3-6 photos, and keeps the rest of the model where it was, by the penalty of
 "Preserve and Personalize" (arXiv 2505.19519, Algorithm 1):
@@ -20,6 +20,7 @@ import argparse
 import gc
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -78,6 +79,7 @@ LORA_TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
 }
+INTERPOLATION = {mode.name.lower(): mode for mode in Image.Resampling}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
 
@@ -146,6 +148,20 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--instance_data_dir", help="Folder with the photos of the subject.")
     add("--instance_prompt", help='What they show, a rare word included: "a photo of sks dog".')
     add(
+        "--dataset_name",
+        help="Photos that may have captions of their own, instead of --instance_data_dir: a data set on the Hub, or a"
+        " folder with photos and metadata.jsonl, whose lines are as"
+        ' {"file_name": "1.jpg", "text": "a photo of sks dog in the snow"}. Its part train is read, or its only one.',
+    )
+    add("--dataset_config_name", help="Configuration of the data set, where it has several.")
+    add("--image_column", default="image", help="Its column of photos; in a folder, image.")
+    add(
+        "--caption_column",
+        help="Its column of captions, above text. A photo's caption is its prompt; one without a caption, and all"
+        " photos where this is not given, have --instance_prompt.",
+    )
+    add("--cache_dir", help="Folder for what of the data set is downloaded.")
+    add(
         "--concepts_list",
         help="Several subjects instead of one: a JSON list of objects with instance_data_dir and instance_prompt, and"
         " for prior preservation class_data_dir and class_prompt.",
@@ -156,6 +172,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Crop the middle of an image; otherwise a new random part each time.",
     )
+    add("--random_flip", action="store_true", help="Mirror an image left to right, or not, by chance each time.")
+    add(
+        "--image_interpolation_mode",
+        choices=list(INTERPOLATION),
+        default="lanczos",
+        help="How images are scaled to the resolution.",
+    )
+    add("--repeats", type=positive_int, default=1, help="Times that each photo comes in an epoch.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that read images; 0: the main one.")
 
     add = parser.add_argument_group("Lipschitz penalty").add_argument
@@ -292,11 +316,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.adam_weight_decay is None:
         args.adam_weight_decay = 0.0 if args.lipschitz_weight > 0 else 1e-2
     if args.concepts_list is not None:
-        for flag in ("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt"):
+        for flag in ("instance_data_dir", "dataset_name", "instance_prompt", "class_data_dir", "class_prompt"):
             if getattr(args, flag) is not None:
-                parser.error(f"--concepts_list has a {flag} for each concept: leave out --{flag}")
-    elif args.instance_data_dir is None or args.instance_prompt is None:
-        parser.error("--instance_data_dir and --instance_prompt are needed, or --concepts_list")
+                parser.error(f"--concepts_list has photos and prompts of its own: leave out --{flag}")
+    elif args.instance_data_dir is None and args.dataset_name is None:
+        parser.error("--instance_data_dir is needed, or --dataset_name, or --concepts_list")
+    elif args.instance_data_dir is not None and args.dataset_name is not None:
+        parser.error("--instance_data_dir and --dataset_name both give photos: leave out one")
+    elif args.instance_prompt is None:
+        parser.error("--instance_prompt is needed, what the photos show")
     elif args.with_prior_preservation:
         if args.class_data_dir is None:
             parser.error("--with_prior_preservation needs --class_data_dir, a folder for the class images")
@@ -304,6 +332,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             parser.error("--with_prior_preservation needs --class_prompt, what the class images show")
     elif args.class_data_dir is not None or args.class_prompt is not None:
         warnings.warn("--class_data_dir and --class_prompt do nothing without --with_prior_preservation")
+    for flag in ("dataset_config_name", "caption_column"):
+        if getattr(args, flag) is not None and args.dataset_name is None:
+            parser.error(f"--{flag} is about a data set: add --dataset_name")
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         parser.error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
     return args
@@ -354,7 +385,7 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
 
 
 class Concept(NamedTuple):
-    instance_data_dir: str
+    instance_data_dir: str | None
     instance_prompt: str
     class_data_dir: str | None
     class_prompt: str | None
@@ -375,11 +406,7 @@ def read_concepts(args: argparse.Namespace) -> list[Concept]:
             missing = [name for name in needed if not (isinstance(row, dict) and isinstance(row.get(name), str))]
             if missing:
                 stop(f"--concepts_list: concept {index} of {args.concepts_list} lacks {', '.join(missing)}")
-    concepts = [Concept(*(row.get(name) for name in Concept._fields)) for row in rows]
-    for token in args.modifier_token.split("+") if args.modifier_token else []:
-        if not any(token in concept.instance_prompt for concept in concepts):
-            stop(f"--modifier_token: {token} is in no instance prompt, so that it would not be learned")
-    return concepts
+    return [Concept(*(row.get(name) for name in Concept._fields)) for row in rows]
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -404,6 +431,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         stop("--report_to wandb needs wandb: pip install wandb")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         stop("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+    if args.dataset_name is not None and importlib.util.find_spec("datasets") is None:
+        stop("--dataset_name needs datasets: pip install datasets")
     if args.method == "lora" and importlib.util.find_spec("peft") is None:
         stop("--method lora needs peft: pip install peft")
     if args.enable_xformers_memory_efficient_attention:
@@ -425,6 +454,26 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+class Example(NamedTuple):
+    """An image to train on, a file or what is in one, and its prompt."""
+
+    image: Path | bytes
+    prompt: str
+
+
+def open_image(source: Path | bytes) -> Image.Image:
+    """The image upright, as a camera meant it, and in RGB."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return exif_transpose(image).convert("RGB")
+
+
+def check_image(flag: str, source: Path | bytes, name: str | Path) -> None:
+    try:
+        open_image(source)
+    except Exception as error:  # Pillow's decoders raise almost anything
+        stop(f"{flag}: {name} is broken or no image: {error}")
+
+
 def find_images(flag: str, folder: str | Path) -> list[Path]:
     """The images of a folder, sorted by name and known to open; other things in it are named in a warning, once."""
     folder = Path(folder)
@@ -436,29 +485,72 @@ def find_images(flag: str, folder: str | Path) -> list[Path]:
         is_image = path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
         (images if is_image else others).append(path)
     for path in images:
-        try:
-            with Image.open(path) as image:
-                image.load()
-        except Exception as error:  # Pillow's decoders raise almost anything
-            stop(f"{flag}: {path} is broken or no image: {error}")
+        check_image(flag, path, path)
     if others:
         logger.warning(f"{flag}: ignored, as they are no images: {', '.join(path.name for path in others)}")
     return images
 
 
-def find_concept_images(
-    args: argparse.Namespace, concepts: list[Concept]
-) -> tuple[list[list[Path]], list[list[Path]]]:
-    """The photos of each concept, and the class images that it has already."""
+def read_dataset(args: argparse.Namespace) -> list[Example]:
+    """The photos of `dataset_name`, known to open, each with its caption or else the instance prompt."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    name = args.dataset_name
+    try:
+        parts = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir)
+    except Exception as error:  # as many kinds as there are formats and ways to fail on a network
+        place = "" if os.path.isdir(name) else "there is no such folder, and from the Hub: "
+        stop(f"--dataset_name: cannot load {name}: {place}{error}")
+    if "train" not in parts and len(parts) > 1:
+        stop(f"--dataset_name: {name} has no part train, but {', '.join(parts)}")
+    # A part gets its name from whatever stands in a path: photos below a folder "test" are the part test.
+    dataset = parts["train"] if "train" in parts else next(iter(parts.values()))
+    columns = {flag: getattr(args, flag) for flag in ("image_column", "caption_column") if getattr(args, flag)}
+    for flag, column in columns.items():
+        if column not in dataset.column_names:
+            stop(f"--{flag}: {name} has no column {column}; it has {', '.join(dataset.column_names)}")
+    if not isinstance(dataset.features[args.image_column], datasets.Image):
+        stop(f"--image_column: {args.image_column} of {name} holds no images")
+    # Files as they are: the data set would decode each one anew, and cannot say which is broken.
+    dataset = dataset.select_columns(list(set(columns.values())))
+    dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+    examples = []
+    for number, row in enumerate(dataset):
+        file, caption = row[args.image_column], row.get(args.caption_column)
+        if file is None:
+            stop(f"--image_column: row {number} of {name} has no image")
+        source, label = file["bytes"] or Path(file["path"]), file["path"] or f"row {number} of {name}"
+        check_image("--dataset_name", source, label)
+        if caption is not None and not isinstance(caption, str):
+            stop(f"--caption_column: that of {label} is {caption!r}, which is no text")
+        examples.append(Example(source, caption or args.instance_prompt))
+    return examples
+
+
+def find_examples(args: argparse.Namespace, concepts: list[Concept]) -> tuple[list[list[Example]], list[list[Path]]]:
+    """The photos of each concept with their prompts, and the class images that it has already."""
     photos, class_images = [], []
     for concept in concepts:
         flags = ["--concepts_list"] * 2 if args.concepts_list else ["--instance_data_dir", "--class_data_dir"]
-        photos.append(find_images(flags[0], concept.instance_data_dir))
-        if not photos[-1]:
-            stop(f"{flags[0]}: there is no image in {concept.instance_data_dir}")
+        if args.dataset_name is not None:
+            photos.append(read_dataset(args))
+        else:
+            paths = find_images(flags[0], concept.instance_data_dir)
+            if not paths:
+                stop(f"{flags[0]}: there is no image in {concept.instance_data_dir}")
+            photos.append([Example(path, concept.instance_prompt) for path in paths])
         found = args.with_prior_preservation and os.path.exists(concept.class_data_dir)
         class_images.append(find_images(flags[1], concept.class_data_dir) if found else [])
+    prompts = distinct_prompts(photos)
+    for token in args.modifier_token.split("+") if args.modifier_token else []:
+        if not any(token in prompt for prompt in prompts):
+            stop(f"--modifier_token: {token} is in no prompt of a photo, so that it would not be learned")
     return photos, class_images
+
+
+def distinct_prompts(examples: list[list[Example]]) -> list[str]:
+    return list(dict.fromkeys(example.prompt for group in examples for example in group))
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -545,11 +637,11 @@ def load_pipeline(
 
 def sample_class_images(
     args: argparse.Namespace, accelerator: Accelerator, concept: Concept, images: list[Path]
-) -> list[Path]:
+) -> list[Example]:
     """As many class images as asked for: those in `class_data_dir`, and by the base those that are missing."""
     folder, missing = Path(concept.class_data_dir), args.num_class_images - len(images)
     if missing <= 0:
-        return images[: args.num_class_images]
+        return [Example(path, concept.class_prompt) for path in images[: args.num_class_images]]
 
     accelerator.wait_for_everyone()
     logger.info(f"Drawing {missing} class images.")
@@ -573,7 +665,8 @@ def sample_class_images(
                 image.save(folder / f".{name}")
                 os.replace(folder / f".{name}", folder / name)
     accelerator.wait_for_everyone()
-    return images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
+    images = images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
+    return [Example(path, concept.class_prompt) for path in images]
 
 
 class NewTokenEmbedding(torch.nn.Module):
@@ -685,55 +778,49 @@ def load_models(
 
 class DreamBoothDataset(Dataset):
     """
-    Photos of the subject, each paired with a class image if there are any. An item is asked for by its index and the
-    seed of its crop, and is a float tensor (1 or 2, 3, size, size) in [-1, 1].
+    The photos of all concepts, each paired with a class image of its concept if there are any. An item is asked for by
+    its index and the seed of its crops and flips; it is the prompts of the one or two images, and the images as a
+    float tensor (1 or 2, 3, size, size) in [-1, 1].
     """
 
-    def __init__(self, instance_images, class_images, size, center_crop):
-        self.sources = [images for images in (instance_images, class_images) if images]
+    def __init__(self, photos, class_images, size, center_crop=False, random_flip=False, interpolation="lanczos"):
         self.size = size
         self.center_crop = center_crop
+        self.random_flip = random_flip
+        self.interpolation = INTERPOLATION[interpolation]
+        self.rows = []
+        for kinds in zip(photos, class_images):
+            kinds = [examples for examples in kinds if examples]
+            self.rows += [
+                [examples[index % len(examples)] for examples in kinds] for index in range(max(map(len, kinds)))
+            ]
 
     def __len__(self):
-        return max(len(images) for images in self.sources)
+        return len(self.rows)
 
     def __getitem__(self, draw):
         index, seed = draw
         rng = random.Random(seed)
-        return torch.stack([self.load(images[index % len(images)], rng) for images in self.sources])
+        examples = self.rows[index]
+        return [example.prompt for example in examples], torch.stack([self.load(e.image, rng) for e in examples])
 
-    def load(self, path, rng):
-        with Image.open(path) as file:
-            image = exif_transpose(file).convert("RGB")
+    def load(self, source, rng):
+        image = open_image(source)
         scale = self.size / min(image.size)
         width, height = (max(self.size, int(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = image.resize((width, height), self.interpolation)
+        if self.random_flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         free = (width - self.size, height - self.size)
         left, top = (side // 2 if self.center_crop else rng.randint(0, side) for side in free)
         image = image.crop((left, top, left + self.size, top + self.size))
         return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-class ConceptsDataset(Dataset):
-    """The photos of all concepts. An item is the number of its concept, and what its `DreamBoothDataset` gives."""
-
-    def __init__(self, datasets):
-        self.datasets = datasets
-        self.rows = [(number, index) for number, dataset in enumerate(datasets) for index in range(len(dataset))]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, draw):
-        row, seed = draw
-        number, index = self.rows[row]
-        return number, self.datasets[number][index, seed]
-
-
 class EpochSampler(Sampler):
     """
-    Shuffled (index, crop seed) pairs that depend on nothing but `seed` and `epoch`. A resumed run, which knows its
-    epoch and how far it had come, therefore goes on with the very images and crops that were next.
+    Shuffled pairs of an index and a seed for crops and flips. They depend on nothing but `seed` and `epoch`: a resumed
+    run, which knows its epoch and how far it had come, goes on with the very images and crops that were next.
     """
 
     def __init__(self, length, seed):
@@ -751,10 +838,15 @@ class EpochSampler(Sampler):
 
 
 def build_dataloader(
-    args: argparse.Namespace, accelerator: Accelerator, photos: list[list[Path]], class_images: list[list[Path]]
+    args: argparse.Namespace, accelerator: Accelerator, photos: list[list[Example]], class_images: list[list[Example]]
 ) -> tuple[DataLoader, EpochSampler]:
-    dataset = ConceptsDataset(
-        [DreamBoothDataset(*images, args.resolution, args.center_crop) for images in zip(photos, class_images)]
+    dataset = DreamBoothDataset(
+        [examples * args.repeats for examples in photos],
+        class_images,
+        args.resolution,
+        args.center_crop,
+        args.random_flip,
+        args.image_interpolation_mode,
     )
     sampler = EpochSampler(len(dataset), seed=args.seed or 0)
     dataloader = DataLoader(
@@ -836,11 +928,13 @@ def attach_lipschitz(
 def encode_prompts(
     prompts: list[str], tokenizer: PreTrainedTokenizerBase, text_encoder: torch.nn.Module
 ) -> torch.Tensor:
-    """Embeddings (prompts, tokens, width) of a few prompts."""
+    """Embeddings (prompts, tokens, width) of the prompts."""
     tokens = tokenizer(
         prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
-    return text_encoder(tokens.input_ids.to(next(text_encoder.parameters()).device), return_dict=False)[0]
+    ids = tokens.input_ids.to(next(text_encoder.parameters()).device)
+    # In parts: a data set may have thousands of captions.
+    return torch.cat([text_encoder(part, return_dict=False)[0] for part in ids.split(64)])
 
 
 def compute_loss(
@@ -855,8 +949,7 @@ def compute_loss(
     The denoising loss of a batch.
 
     Args:
-        prompt_embeds: (1, tokens, width), or (2, tokens, width) with that of the class prompt second; or one for each
-            image, first of all photos, then of all class images.
+        prompt_embeds: (images, tokens, width), first of all photos, then of all class images.
         images: (batch, 1 or 2, 3, height, width), as the dataset gives them.
 
     Returns:
@@ -865,7 +958,6 @@ def compute_loss(
     batch_size, kinds = images.shape[:2]
     # All photos come first, then all class images: one pass through the models for both.
     images = images.transpose(0, 1).flatten(0, 1)
-    prompt_embeds = prompt_embeds.repeat_interleave(len(images) // len(prompt_embeds), dim=0)
     with torch.no_grad():
         latents = vae.encode(images.to(vae.dtype)).latent_dist.sample().float() * vae.config.scaling_factor
     noise = torch.randn_like(latents)
@@ -1138,7 +1230,7 @@ def main(args: argparse.Namespace) -> None:
     concepts = read_concepts(args)
     args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
     checkpoint = find_checkpoint(args, accelerator)
-    photos, class_images = find_concept_images(args, concepts)
+    photos, class_images = find_examples(args, concepts)
     check_base(args)
     if args.lipschitz_anchor_model is not None:
         check_base(args, "--lipschitz_anchor_model")
@@ -1179,12 +1271,10 @@ def main(args: argparse.Namespace) -> None:
     pipeline.vae.to(accelerator.device)
     if weight_dtype != torch.float32:  # diffusers warns of every cast
         pipeline.vae.to(weight_dtype)
-    prompts = [concept.instance_prompt for concept in concepts]
-    if args.with_prior_preservation:
-        prompts += [concept.class_prompt for concept in concepts]
+    prompts = distinct_prompts(photos + class_images)
     validation_embeds = None
     if "text_encoder" not in trained:
-        # A few prompts in the whole run: they are encoded once, and the text encoder makes room.
+        # Each prompt is encoded once in the whole run, and the text encoder makes room.
         pipeline.text_encoder.to(accelerator.device, dtype=weight_dtype)
         with torch.no_grad():
             prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, pipeline.text_encoder)
@@ -1212,14 +1302,15 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(first_epoch, math.ceil(max_train_steps / steps_per_epoch)):
         sampler.epoch = epoch
         skipped = done * args.gradient_accumulation_steps if epoch == first_epoch else 0
-        for numbers, batch in accelerator.skip_first_batches(dataloader, skipped):
+        for batch_prompts, batch in accelerator.skip_first_batches(dataloader, skipped):
             if global_step >= max_train_steps:
                 break
             with accelerator.accumulate(*prepared):
+                batch_prompts = [prompt for kind in batch_prompts for prompt in kind]  # photos, then class images
                 if "text_encoder" in trained:
+                    prompts = list(dict.fromkeys(batch_prompts))
                     prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, models["text_encoder"])
-                # The prompt of each photo, then the class prompt of each class image.
-                rows = torch.cat([numbers, numbers + len(concepts)])[: batch.shape[0] * batch.shape[1]]
+                rows = [prompts.index(prompt) for prompt in batch_prompts]
                 instance_loss, prior_loss = compute_loss(
                     args, noise_scheduler, pipeline.vae, models["unet"], prompt_embeds[rows], batch
                 )

@@ -263,29 +263,28 @@ def test_each_photo_of_several_concepts_comes_with_its_prompt(concepts, run_scri
     compute_loss, encode_prompts = script.compute_loss, script.encode_prompts
 
     def spy_on_loss(args, scheduler, vae, unet, prompt_embeds, images):
-        seen.append((prompt_embeds.detach(), encoded[-1][1], images))
+        seen.append((prompt_embeds.detach(), encoded[-1], images))
         return compute_loss(args, scheduler, vae, unet, prompt_embeds, images)
 
     def spy_on_prompts(prompts, *rest):
-        encoded.append((prompts, encode_prompts(prompts, *rest)))
-        return encoded[-1][1]
+        embeds = encode_prompts(prompts, *rest)
+        encoded.append(dict(zip(prompts, embeds, strict=True)))
+        return embeds
 
     monkeypatch.setattr(script, "compute_loss", spy_on_loss)
     monkeypatch.setattr(script, "encode_prompts", spy_on_prompts)
     flags = [f"--pretrained_model_name_or_path={BASE}", f"--concepts_list={concepts}", *SEVERAL, *PRIOR, "--seed=3"]
     flags += ["--resolution=64", "--train_batch_size=2", "--max_train_steps=6", f"--output_dir={tmp_path / 'model'}"]
     run_script(*flags, "--learning_rate=1e-3")
-    prompts = ["a <dark> mug", "a <light> mug", "a dark mug", "a light mug"]
-    assert encoded[0][0] == prompts
-    shades = {40: 0, 200: 1, 60: 2, 220: 3}
+    prompts = {40: "a <dark> mug", 200: "a <light> mug", 60: "a dark mug", 220: "a light mug"}
     found = set()
     for rows, table, images in seen:
         in_order = images.transpose(0, 1).flatten(0, 1)
         for row, image in zip(rows, in_order, strict=True):
-            prompt = shades[round((image.mean().item() + 1) * 127.5)]
+            prompt = prompts[round((image.mean().item() + 1) * 127.5)]
             assert torch.equal(row, table[prompt])
             found.add(prompt)
-    assert found == {0, 1, 2, 3}
+    assert found == {*prompts.values()}
     tokens = load_file(tmp_path / "model" / "learned_embeds.safetensors")
     assert "a <dark> mug; a <light> mug" in (tmp_path / "model" / "README.md").read_text()
     assert tokens.keys() == {"<dark>", "<light>"}
@@ -354,7 +353,7 @@ MISTAKES = {
     ),
     "new word twice": (f"{CUSTOM} --modifier_token=<a>+<a>", "none of them empty or twice"),
     "empty new word": (f"{CUSTOM} --modifier_token=<a>+", "none of them empty or twice"),
-    "new word in no prompt": (f"{CUSTOM} --modifier_token=<a>", "<a> is in no instance prompt"),
+    "new word in no prompt": (f"{CUSTOM} --modifier_token=<a>", "<a> is in no prompt of a photo"),
     "dropout of everything": ("--method=lora --lora_dropout=1", "--lora_dropout must be below 1"),
     "rank of zero": ("--method=lora --rank=0", "--rank: must be a finite number at least 1"),
     "unknown method": ("--method=hypernetwork", "--method: invalid choice"),
