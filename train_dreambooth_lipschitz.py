@@ -31,8 +31,10 @@ import random
 import re
 import shutil
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -80,6 +82,18 @@ LORA_TARGETS = {
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
 }
 INTERPOLATION = {mode.name.lower(): mode for mode in Image.Resampling}
+# Where drift is measured unless --drift_prompts_file says otherwise: no subject is named. Guidance needs the last.
+DRIFT_PROMPTS = [
+    "a photo of a dog",
+    "a portrait of a woman with grey hair",
+    "two bicycles leaning on a fence",
+    "a bowl of fruit on a table",
+    "a harbour at sunset",
+    "a busy street in the rain",
+    "a watercolor of a mountain village",
+    "",
+]
+DRIFT_TIMESTEPS = 5
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
 
@@ -297,6 +311,20 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--validation_prompt", help="Draw images of this prompt during training and at its end.")
     add("--num_validation_images", type=positive_int, default=4, help="Images drawn each time.")
     add("--validation_steps", type=positive_int, default=100, help="Optimizer steps from one time to the next.")
+    add(
+        "--drift_every",
+        type=positive_int,
+        help="Optimizer steps from one measurement of drift to the next; default: never. Before training, the base"
+        " draws a picture for each of a few prompts that do not name the subject; what it predicts on them, noised to"
+        f" {DRIFT_TIMESTEPS} timesteps, is kept. Logged are drift/prediction, the mean change of that relative to its"
+        " norm; with the penalty, drift/lipschitz, the largest change over lipschitz/drift; and drift/seconds. The"
+        " base is --lipschitz_anchor_model, if there is one. Training goes the same way with and without.",
+    )
+    add(
+        "--drift_prompts_file",
+        help=f"Prompts for it, one a line; default: {len(DRIFT_PROMPTS)} of everyday things. Each costs 25 steps of"
+        f" drawing once, and {DRIFT_TIMESTEPS} predictions in each measurement.",
+    )
     samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
     add("--validation_scheduler", choices=samplers, default=samplers[0], help="What draws them, in 25 steps.")
     add("--report_to", default="tensorboard", help='"tensorboard", "wandb", "comet_ml", or "all" that are installed.')
@@ -335,6 +363,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     for flag in ("dataset_config_name", "caption_column"):
         if getattr(args, flag) is not None and args.dataset_name is None:
             parser.error(f"--{flag} is about a data set: add --dataset_name")
+    if args.drift_prompts_file is not None and args.drift_every is None:
+        parser.error("--drift_prompts_file does nothing without --drift_every")
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         parser.error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
     return args
@@ -551,6 +581,19 @@ def find_examples(args: argparse.Namespace, concepts: list[Concept]) -> tuple[li
 
 def distinct_prompts(examples: list[list[Example]]) -> list[str]:
     return list(dict.fromkeys(example.prompt for group in examples for example in group))
+
+
+def read_drift_prompts(args: argparse.Namespace) -> list[str]:
+    if args.drift_prompts_file is None:
+        return DRIFT_PROMPTS
+    try:
+        lines = Path(args.drift_prompts_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        stop(f"--drift_prompts_file: cannot read {args.drift_prompts_file}: {error}")
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        stop(f"--drift_prompts_file: {args.drift_prompts_file} holds no prompts")
+    return prompts
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -979,6 +1022,119 @@ def compute_loss(
     return instance_loss, losses[batch_size:].mean() if kinds == 2 else torch.zeros_like(instance_loss)
 
 
+@contextmanager
+def evaluating(pipeline: StableDiffusionPipeline) -> Iterator[None]:
+    """No dropout, and no gradients, in the models of the pipeline that may be in training."""
+    models = [model for model in (pipeline.unet, pipeline.text_encoder) if model is not None]
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    with torch.no_grad():
+        yield
+    for model, mode in zip(models, modes):
+        model.train(mode)
+
+
+class Probes(NamedTuple):
+    """
+    The points at which predictions are compared with the base's: a latent for each prompt, noised to each timestep.
+
+    Args:
+        prompt_embeds: (prompts, tokens, width), from the text encoder as it was before training.
+        timesteps: (prompts * timesteps), those of the first prompt first.
+        noisy_latents: (prompts * timesteps, channels, height, width), float32.
+        base_noise: The noise that the base sees in them.
+    """
+
+    prompts: list[str]
+    prompt_embeds: torch.Tensor
+    timesteps: torch.Tensor
+    noisy_latents: torch.Tensor
+    base_noise: torch.Tensor | None = None
+
+
+def build_probes(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionPipeline,
+    noise_scheduler: DDPMScheduler,
+    prompts: list[str],
+) -> Probes:
+    """
+    The probes, on latents that the base itself draws for the prompts: they are as it meets them, and away from the
+    photos. They are the same in all runs from this base. Call it while the weights are those of the base.
+    """
+    began = time.perf_counter()
+    base = pipeline
+    if args.lipschitz_anchor_model is not None:
+        base = load_pipeline(args, "--lipschitz_anchor_model", safety_checker=None, requires_safety_checker=False)
+        base.scheduler = pipeline.scheduler
+        base.to(accelerator.device)
+    # A generator of its own: training goes the same way with and without probes.
+    generator = torch.Generator().manual_seed(0)
+    with evaluating(base), accelerator.autocast():
+        *embeds, unconditional = encode_prompts([*prompts, ""], base.tokenizer, base.text_encoder).split(1)
+        options = {"negative_prompt_embeds": unconditional, "generator": generator, "output_type": "latent"}
+        latents = [base(prompt_embeds=row, num_inference_steps=25, **options).images.float() for row in embeds]
+    latents = torch.cat(latents).repeat_interleave(DRIFT_TIMESTEPS, dim=0)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    steps = noise_scheduler.config.num_train_timesteps
+    timesteps = [int((i + 0.5) * steps / DRIFT_TIMESTEPS) for i in range(DRIFT_TIMESTEPS)] * len(prompts)
+    timesteps = torch.tensor(timesteps, device=latents.device)
+    with evaluating(pipeline), accelerator.autocast():
+        prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, pipeline.text_encoder)
+    probes = Probes(prompts, prompt_embeds, timesteps, noise_scheduler.add_noise(latents, noise, timesteps))
+    probes = probes._replace(base_noise=predict_noise(args, accelerator, base, noise_scheduler, probes))
+    logger.info(f"The base's predictions on {len(latents)} probes took {time.perf_counter() - began:.1f} s.")
+    return probes
+
+
+def predict_noise(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionPipeline,
+    noise_scheduler: DDPMScheduler,
+    probes: Probes,
+) -> torch.Tensor:
+    """The noise that the pipeline sees in the noisy latents of the probes: of their shape, float64, on the CPU."""
+    prompt_embeds, noisy, timesteps = probes.prompt_embeds, probes.noisy_latents, probes.timesteps
+    with evaluating(pipeline), accelerator.autocast():
+        if pipeline.text_encoder is not None:
+            prompt_embeds = encode_prompts(probes.prompts, pipeline.tokenizer, pipeline.text_encoder)
+        prompt_embeds = prompt_embeds.repeat_interleave(DRIFT_TIMESTEPS, dim=0)
+        # No more at a time than in training, which the memory is known to hold.
+        batches = zip(*(rows.split(args.train_batch_size) for rows in (noisy, timesteps, prompt_embeds)))
+        output = torch.cat([pipeline.unet(*batch, return_dict=False)[0].float() for batch in batches])
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        # v = sqrt(a) noise - sqrt(1 - a) latents (arXiv 2202.00512), noisy = sqrt(a) latents + sqrt(1 - a) noise.
+        a = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+        output = a.sqrt() * output + (1 - a).sqrt() * noisy
+    return output.cpu().double()
+
+
+def measure_drift(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionPipeline,
+    noise_scheduler: DDPMScheduler,
+    probes: Probes,
+    lipschitz: LipschitzRegularizer | None,
+) -> dict[str, float]:
+    """
+    How far predictions have moved from the base's: `drift/prediction`, the mean of ||eps - eps_base|| / ||eps_base||
+    over the probes; with the penalty `drift/lipschitz`, the largest ||eps - eps_base|| / ||theta - theta_base||, which
+    the denoiser's Lipschitz constant in its parameters (arXiv 2505.19519) cannot be below; `drift/seconds` it took.
+    """
+    began = time.perf_counter()
+    noise = predict_noise(args, accelerator, pipeline, noise_scheduler, probes)
+    change, size = (row.flatten(1).norm(dim=1) for row in (noise - probes.base_noise, probes.base_noise))
+    logs = {"drift/prediction": (change / size).mean().item()}
+    lipschitz_drift = lipschitz.metrics()["lipschitz/drift"] if lipschitz else 0.0
+    if lipschitz_drift > 0:
+        logs["drift/lipschitz"] = change.max().item() / lipschitz_drift
+    return {**logs, "drift/seconds": time.perf_counter() - began}
+
+
 def trained_keys_values(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
@@ -1109,24 +1265,19 @@ def log_validation(
     # A generator of its own: training goes the same way with and without validation.
     generator = torch.Generator(accelerator.device)
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
-    models = [model for model in (pipeline.unet, pipeline.text_encoder) if model is not None]
-    for model in models:
-        model.eval()
-    if pipeline.text_encoder is not None:
-        with torch.no_grad():
+    with evaluating(pipeline):
+        if pipeline.text_encoder is not None:
             prompt_embeds = encode_prompts(validation_prompts(args), pipeline.tokenizer, pipeline.text_encoder)
-    with accelerator.autocast():
-        images = [
-            pipeline(
-                prompt_embeds=prompt_embeds[:1],
-                negative_prompt_embeds=prompt_embeds[1:],
-                num_inference_steps=25,
-                generator=generator,
-            ).images[0]
-            for _ in range(args.num_validation_images)
-        ]
-    for model in models:
-        model.train()
+        with accelerator.autocast():
+            images = [
+                pipeline(
+                    prompt_embeds=prompt_embeds[:1],
+                    negative_prompt_embeds=prompt_embeds[1:],
+                    num_inference_steps=25,
+                    generator=generator,
+                ).images[0]
+                for _ in range(args.num_validation_images)
+            ]
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", np.stack(images), global_step, dataformats="NHWC")
@@ -1231,6 +1382,7 @@ def main(args: argparse.Namespace) -> None:
     args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
     checkpoint = find_checkpoint(args, accelerator)
     photos, class_images = find_examples(args, concepts)
+    drift_prompts = read_drift_prompts(args)
     check_base(args)
     if args.lipschitz_anchor_model is not None:
         check_base(args, "--lipschitz_anchor_model")
@@ -1271,11 +1423,16 @@ def main(args: argparse.Namespace) -> None:
     pipeline.vae.to(accelerator.device)
     if weight_dtype != torch.float32:  # diffusers warns of every cast
         pipeline.vae.to(weight_dtype)
+    if "text_encoder" not in trained:
+        pipeline.text_encoder.to(accelerator.device, dtype=weight_dtype)
+    probes = None
+    if args.drift_every is not None and accelerator.is_main_process:
+        # Before the checkpoint is loaded, as the lipschitz anchors: predictions of the pretrained weights.
+        probes = build_probes(args, accelerator, pipeline, noise_scheduler, drift_prompts)
     prompts = distinct_prompts(photos + class_images)
     validation_embeds = None
     if "text_encoder" not in trained:
         # Each prompt is encoded once in the whole run, and the text encoder makes room.
-        pipeline.text_encoder.to(accelerator.device, dtype=weight_dtype)
         with torch.no_grad():
             prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, pipeline.text_encoder)
             validation_embeds = encode_prompts(validation_prompts(args), pipeline.tokenizer, pipeline.text_encoder)
@@ -1347,6 +1504,9 @@ def main(args: argparse.Namespace) -> None:
                     accelerator.log(lipschitz_drift, step=global_step)
                 if args.validation_prompt is not None and accelerator.is_main_process:
                     images = log_validation(args, accelerator, pipeline, validation_embeds, global_step)
+            if probes and (global_step % args.drift_every == 0 or global_step == max_train_steps):
+                drift = measure_drift(args, accelerator, pipeline, noise_scheduler, probes, lipschitz)
+                accelerator.log(drift, step=global_step)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

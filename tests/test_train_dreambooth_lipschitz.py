@@ -284,6 +284,40 @@ def test_text_encoder_is_trained_and_penalized(train, tiny_sd, tmp_path):
     assert 0 < held < free
 
 
+@pytest.fixture(scope="session")
+def drift_flags(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("a photo of a cat\n\na red house\n")
+    return [f"--drift_prompts_file={file}", "--drift_every=1"]
+
+
+LORA = ["--method=lora", "--train_text_encoder", "--lora_dropout=0.3"]
+
+
+@pytest.mark.parametrize("method", [[], LORA], ids=["full", "lora"])
+def test_untrained_model_has_no_drift_at_all(method, train, drift_flags, tmp_path):
+    """In mixed precision, with dropout; and nothing is divided by a distance of zero."""
+    flags = ["--mixed_precision=bf16", "--learning_rate=0", "--max_train_steps=2", f"--output_dir={tmp_path}"]
+    train(*method, *drift_flags, *flags)
+    values, _ = scalars(tmp_path)
+    assert values["drift/prediction"] == {1: 0, 2: 0}
+    assert "drift/lipschitz" not in values
+
+
+@pytest.mark.parametrize("method", [[], LORA], ids=["full", "lora"])
+def test_training_goes_the_same_way_with_drift_measured_and_without(method, train, drift_flags, tmp_path):
+    flags = [*method, "--lipschitz_weight=0", "--max_train_steps=3", "--checkpointing_steps=3"]
+    train(*flags, f"--output_dir={tmp_path / 'without'}")
+    train(*flags, *drift_flags, f"--output_dir={tmp_path / 'with'}")
+    files = [*(tmp_path / "with" / "checkpoint-3").rglob("*.safetensors")]
+    assert files
+    for file in files:
+        assert same_bits(load_file(file), load_file(tmp_path / "without" / file.relative_to(tmp_path / "with")))
+    values, _ = scalars(tmp_path / "with")
+    assert list(values["drift/prediction"]) == [1, 2, 3] and 0 < values["drift/prediction"][3]
+    assert "drift/lipschitz" not in values  # without the penalty nobody knows how far the parameters are
+
+
 def test_weight_decay_towards_zero_is_for_plain_dreambooth(script):
     flags = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x"]
     assert script.parse_args(flags).adam_weight_decay == 0
@@ -639,6 +673,7 @@ def world(tmp_path, tiny_sd, photos, trained):
     tmp_path.joinpath("empty").mkdir()
     tmp_path.joinpath("strays").mkdir()
     tmp_path.joinpath("strays", "notes.txt").write_text("No image.")
+    tmp_path.joinpath("strays", "blank.txt").write_text("\n\n")
     shutil.copytree(photos, tmp_path / "broken")
     tmp_path.joinpath("broken", "1.png").write_bytes((photos / "1.png").read_bytes()[:90])
     torn = tmp_path / "torn" / "checkpoint-4"
@@ -697,6 +732,18 @@ MISTAKES = {
     "folder and data set": ("--dataset_name={world}/broken", "--instance_data_dir and --dataset_name both give"),
     "captions without a data set": ("--caption_column=text", "--caption_column is about a data set"),
     "unknown interpolation": ("--image_interpolation_mode=magic", "--image_interpolation_mode: invalid choice"),
+    "drift prompts that are not there": (
+        "--drift_every=1 --drift_prompts_file={world}/absent.txt",
+        "--drift_prompts_file: cannot read",
+    ),
+    "no drift prompts": (
+        "--drift_every=1 --drift_prompts_file={world}/strays/blank.txt",
+        "--drift_prompts_file: {world}/strays/blank.txt holds no prompts",
+    ),
+    "drift prompts for nothing": (
+        "--drift_prompts_file={world}/strays/blank.txt",
+        "does nothing without --drift_every",
+    ),
     "push without the Hub": ("--push_to_hub", "--push_to_hub: cannot create"),
 }
 
