@@ -1,6 +1,6 @@
 # DreamBooth for Stable Diffusion 1.x and 2.x with the Lipschitz penalty: full fine-tuning, LoRA or Custom Diffusion.
 # Flags and outputs of diffusers' train_dreambooth.py, train_dreambooth_lora.py and train_custom_diffusion.py, less
-# what serves DeepFloyd IF and what changes the photos. Holds no SDXL.
+# what serves DeepFloyd IF; photos and captions as train_dreambooth_lora_sdxl.py reads them. Holds no SDXL.
 """
 Teaches Stable Diffusion a subject from 3-6 photos, and keeps the rest of the model where it was, by the penalty of
 "Preserve and Personalize" (arXiv 2505.19519, Algorithm 1):
@@ -20,6 +20,7 @@ import argparse
 import gc
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -30,8 +31,10 @@ import random
 import re
 import shutil
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -78,6 +81,19 @@ LORA_TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
 }
+INTERPOLATION = {mode.name.lower(): mode for mode in Image.Resampling}
+# Where drift is measured unless --drift_prompts_file says otherwise: no subject is named. Guidance needs the last.
+DRIFT_PROMPTS = [
+    "a photo of a dog",
+    "a portrait of a woman with grey hair",
+    "two bicycles leaning on a fence",
+    "a bowl of fruit on a table",
+    "a harbour at sunset",
+    "a busy street in the rain",
+    "a watercolor of a mountain village",
+    "",
+]
+DRIFT_TIMESTEPS = 5
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
 
@@ -146,6 +162,20 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--instance_data_dir", help="Folder with the photos of the subject.")
     add("--instance_prompt", help='What they show, a rare word included: "a photo of sks dog".')
     add(
+        "--dataset_name",
+        help="Photos that may have captions of their own, instead of --instance_data_dir: a data set on the Hub, or a"
+        " folder with photos and metadata.jsonl, whose lines are as"
+        ' {"file_name": "1.jpg", "text": "a photo of sks dog in the snow"}. Its part train is read, or its only one.',
+    )
+    add("--dataset_config_name", help="Configuration of the data set, where it has several.")
+    add("--image_column", default="image", help="Its column of photos; in a folder, image.")
+    add(
+        "--caption_column",
+        help="Its column of captions, above text. A photo's caption is its prompt; one without a caption, and all"
+        " photos where this is not given, have --instance_prompt.",
+    )
+    add("--cache_dir", help="Folder for what of the data set is downloaded.")
+    add(
         "--concepts_list",
         help="Several subjects instead of one: a JSON list of objects with instance_data_dir and instance_prompt, and"
         " for prior preservation class_data_dir and class_prompt.",
@@ -156,6 +186,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Crop the middle of an image; otherwise a new random part each time.",
     )
+    add("--random_flip", action="store_true", help="Mirror an image left to right, or not, by chance each time.")
+    add(
+        "--image_interpolation_mode",
+        choices=list(INTERPOLATION),
+        default="lanczos",
+        help="How images are scaled to the resolution.",
+    )
+    add("--repeats", type=positive_int, default=1, help="Times that each photo comes in an epoch.")
     add("--dataloader_num_workers", type=int, default=0, help="Processes that read images; 0: the main one.")
 
     add = parser.add_argument_group("Lipschitz penalty").add_argument
@@ -273,6 +311,20 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--validation_prompt", help="Draw images of this prompt during training and at its end.")
     add("--num_validation_images", type=positive_int, default=4, help="Images drawn each time.")
     add("--validation_steps", type=positive_int, default=100, help="Optimizer steps from one time to the next.")
+    add(
+        "--drift_every",
+        type=positive_int,
+        help="Optimizer steps from one measurement of drift to the next; default: never. Before training, the base"
+        " draws a picture for each of a few prompts that do not name the subject; what it predicts on them, noised to"
+        f" {DRIFT_TIMESTEPS} timesteps, is kept. Logged are drift/prediction, the mean change of that relative to its"
+        " norm; with the penalty, drift/lipschitz, the largest change over lipschitz/drift; and drift/seconds. The"
+        " base is --lipschitz_anchor_model, if there is one. Training goes the same way with and without.",
+    )
+    add(
+        "--drift_prompts_file",
+        help=f"Prompts for it, one a line; default: {len(DRIFT_PROMPTS)} of everyday things. Each costs 25 steps of"
+        f" drawing once, and {DRIFT_TIMESTEPS} predictions in each measurement.",
+    )
     samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
     add("--validation_scheduler", choices=samplers, default=samplers[0], help="What draws them, in 25 steps.")
     add("--report_to", default="tensorboard", help='"tensorboard", "wandb", "comet_ml", or "all" that are installed.')
@@ -292,11 +344,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.adam_weight_decay is None:
         args.adam_weight_decay = 0.0 if args.lipschitz_weight > 0 else 1e-2
     if args.concepts_list is not None:
-        for flag in ("instance_data_dir", "instance_prompt", "class_data_dir", "class_prompt"):
+        for flag in ("instance_data_dir", "dataset_name", "instance_prompt", "class_data_dir", "class_prompt"):
             if getattr(args, flag) is not None:
-                parser.error(f"--concepts_list has a {flag} for each concept: leave out --{flag}")
-    elif args.instance_data_dir is None or args.instance_prompt is None:
-        parser.error("--instance_data_dir and --instance_prompt are needed, or --concepts_list")
+                parser.error(f"--concepts_list has photos and prompts of its own: leave out --{flag}")
+    elif args.instance_data_dir is None and args.dataset_name is None:
+        parser.error("--instance_data_dir is needed, or --dataset_name, or --concepts_list")
+    elif args.instance_data_dir is not None and args.dataset_name is not None:
+        parser.error("--instance_data_dir and --dataset_name both give photos: leave out one")
+    elif args.instance_prompt is None:
+        parser.error("--instance_prompt is needed, what the photos show")
     elif args.with_prior_preservation:
         if args.class_data_dir is None:
             parser.error("--with_prior_preservation needs --class_data_dir, a folder for the class images")
@@ -304,6 +360,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             parser.error("--with_prior_preservation needs --class_prompt, what the class images show")
     elif args.class_data_dir is not None or args.class_prompt is not None:
         warnings.warn("--class_data_dir and --class_prompt do nothing without --with_prior_preservation")
+    for flag in ("dataset_config_name", "caption_column"):
+        if getattr(args, flag) is not None and args.dataset_name is None:
+            parser.error(f"--{flag} is about a data set: add --dataset_name")
+    if args.drift_prompts_file is not None and args.drift_every is None:
+        parser.error("--drift_prompts_file does nothing without --drift_every")
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         parser.error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
     return args
@@ -354,7 +415,7 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
 
 
 class Concept(NamedTuple):
-    instance_data_dir: str
+    instance_data_dir: str | None
     instance_prompt: str
     class_data_dir: str | None
     class_prompt: str | None
@@ -375,11 +436,7 @@ def read_concepts(args: argparse.Namespace) -> list[Concept]:
             missing = [name for name in needed if not (isinstance(row, dict) and isinstance(row.get(name), str))]
             if missing:
                 stop(f"--concepts_list: concept {index} of {args.concepts_list} lacks {', '.join(missing)}")
-    concepts = [Concept(*(row.get(name) for name in Concept._fields)) for row in rows]
-    for token in args.modifier_token.split("+") if args.modifier_token else []:
-        if not any(token in concept.instance_prompt for concept in concepts):
-            stop(f"--modifier_token: {token} is in no instance prompt, so that it would not be learned")
-    return concepts
+    return [Concept(*(row.get(name) for name in Concept._fields)) for row in rows]
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -404,6 +461,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         stop("--report_to wandb needs wandb: pip install wandb")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         stop("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+    if args.dataset_name is not None and importlib.util.find_spec("datasets") is None:
+        stop("--dataset_name needs datasets: pip install datasets")
     if args.method == "lora" and importlib.util.find_spec("peft") is None:
         stop("--method lora needs peft: pip install peft")
     if args.enable_xformers_memory_efficient_attention:
@@ -425,6 +484,26 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     return accelerator
 
 
+class Example(NamedTuple):
+    """An image to train on, a file or what is in one, and its prompt."""
+
+    image: Path | bytes
+    prompt: str
+
+
+def open_image(source: Path | bytes) -> Image.Image:
+    """The image upright, as a camera meant it, and in RGB."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return exif_transpose(image).convert("RGB")
+
+
+def check_image(flag: str, source: Path | bytes, name: str | Path) -> None:
+    try:
+        open_image(source)
+    except Exception as error:  # Pillow's decoders raise almost anything
+        stop(f"{flag}: {name} is broken or no image: {error}")
+
+
 def find_images(flag: str, folder: str | Path) -> list[Path]:
     """The images of a folder, sorted by name and known to open; other things in it are named in a warning, once."""
     folder = Path(folder)
@@ -436,29 +515,85 @@ def find_images(flag: str, folder: str | Path) -> list[Path]:
         is_image = path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
         (images if is_image else others).append(path)
     for path in images:
-        try:
-            with Image.open(path) as image:
-                image.load()
-        except Exception as error:  # Pillow's decoders raise almost anything
-            stop(f"{flag}: {path} is broken or no image: {error}")
+        check_image(flag, path, path)
     if others:
         logger.warning(f"{flag}: ignored, as they are no images: {', '.join(path.name for path in others)}")
     return images
 
 
-def find_concept_images(
-    args: argparse.Namespace, concepts: list[Concept]
-) -> tuple[list[list[Path]], list[list[Path]]]:
-    """The photos of each concept, and the class images that it has already."""
+def read_dataset(args: argparse.Namespace) -> list[Example]:
+    """The photos of `dataset_name`, known to open, each with its caption or else the instance prompt."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    name = args.dataset_name
+    try:
+        parts = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir)
+    except Exception as error:  # as many kinds as there are formats and ways to fail on a network
+        place = "" if os.path.isdir(name) else "there is no such folder, and from the Hub: "
+        stop(f"--dataset_name: cannot load {name}: {place}{error}")
+    if "train" not in parts and len(parts) > 1:
+        stop(f"--dataset_name: {name} has no part train, but {', '.join(parts)}")
+    # A part gets its name from whatever stands in a path: photos below a folder "test" are the part test.
+    dataset = parts["train"] if "train" in parts else next(iter(parts.values()))
+    columns = {flag: getattr(args, flag) for flag in ("image_column", "caption_column") if getattr(args, flag)}
+    for flag, column in columns.items():
+        if column not in dataset.column_names:
+            stop(f"--{flag}: {name} has no column {column}; it has {', '.join(dataset.column_names)}")
+    if not isinstance(dataset.features[args.image_column], datasets.Image):
+        stop(f"--image_column: {args.image_column} of {name} holds no images")
+    # Files as they are: the data set would decode each one anew, and cannot say which is broken.
+    dataset = dataset.select_columns(list(set(columns.values())))
+    dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+    examples = []
+    for number, row in enumerate(dataset):
+        file, caption = row[args.image_column], row.get(args.caption_column)
+        if file is None:
+            stop(f"--image_column: row {number} of {name} has no image")
+        source, label = file["bytes"] or Path(file["path"]), file["path"] or f"row {number} of {name}"
+        check_image("--dataset_name", source, label)
+        if caption is not None and not isinstance(caption, str):
+            stop(f"--caption_column: that of {label} is {caption!r}, which is no text")
+        examples.append(Example(source, caption or args.instance_prompt))
+    return examples
+
+
+def find_examples(args: argparse.Namespace, concepts: list[Concept]) -> tuple[list[list[Example]], list[list[Path]]]:
+    """The photos of each concept with their prompts, and the class images that it has already."""
     photos, class_images = [], []
     for concept in concepts:
         flags = ["--concepts_list"] * 2 if args.concepts_list else ["--instance_data_dir", "--class_data_dir"]
-        photos.append(find_images(flags[0], concept.instance_data_dir))
-        if not photos[-1]:
-            stop(f"{flags[0]}: there is no image in {concept.instance_data_dir}")
+        if args.dataset_name is not None:
+            photos.append(read_dataset(args))
+        else:
+            paths = find_images(flags[0], concept.instance_data_dir)
+            if not paths:
+                stop(f"{flags[0]}: there is no image in {concept.instance_data_dir}")
+            photos.append([Example(path, concept.instance_prompt) for path in paths])
         found = args.with_prior_preservation and os.path.exists(concept.class_data_dir)
         class_images.append(find_images(flags[1], concept.class_data_dir) if found else [])
+    prompts = distinct_prompts(photos)
+    for token in args.modifier_token.split("+") if args.modifier_token else []:
+        if not any(token in prompt for prompt in prompts):
+            stop(f"--modifier_token: {token} is in no prompt of a photo, so that it would not be learned")
     return photos, class_images
+
+
+def distinct_prompts(examples: list[list[Example]]) -> list[str]:
+    return list(dict.fromkeys(example.prompt for group in examples for example in group))
+
+
+def read_drift_prompts(args: argparse.Namespace) -> list[str]:
+    if args.drift_prompts_file is None:
+        return DRIFT_PROMPTS
+    try:
+        lines = Path(args.drift_prompts_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        stop(f"--drift_prompts_file: cannot read {args.drift_prompts_file}: {error}")
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        stop(f"--drift_prompts_file: {args.drift_prompts_file} holds no prompts")
+    return prompts
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -545,11 +680,11 @@ def load_pipeline(
 
 def sample_class_images(
     args: argparse.Namespace, accelerator: Accelerator, concept: Concept, images: list[Path]
-) -> list[Path]:
+) -> list[Example]:
     """As many class images as asked for: those in `class_data_dir`, and by the base those that are missing."""
     folder, missing = Path(concept.class_data_dir), args.num_class_images - len(images)
     if missing <= 0:
-        return images[: args.num_class_images]
+        return [Example(path, concept.class_prompt) for path in images[: args.num_class_images]]
 
     accelerator.wait_for_everyone()
     logger.info(f"Drawing {missing} class images.")
@@ -573,7 +708,8 @@ def sample_class_images(
                 image.save(folder / f".{name}")
                 os.replace(folder / f".{name}", folder / name)
     accelerator.wait_for_everyone()
-    return images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
+    images = images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
+    return [Example(path, concept.class_prompt) for path in images]
 
 
 class NewTokenEmbedding(torch.nn.Module):
@@ -685,55 +821,49 @@ def load_models(
 
 class DreamBoothDataset(Dataset):
     """
-    Photos of the subject, each paired with a class image if there are any. An item is asked for by its index and the
-    seed of its crop, and is a float tensor (1 or 2, 3, size, size) in [-1, 1].
+    The photos of all concepts, each paired with a class image of its concept if there are any. An item is asked for by
+    its index and the seed of its crops and flips; it is the prompts of the one or two images, and the images as a
+    float tensor (1 or 2, 3, size, size) in [-1, 1].
     """
 
-    def __init__(self, instance_images, class_images, size, center_crop):
-        self.sources = [images for images in (instance_images, class_images) if images]
+    def __init__(self, photos, class_images, size, center_crop=False, random_flip=False, interpolation="lanczos"):
         self.size = size
         self.center_crop = center_crop
+        self.random_flip = random_flip
+        self.interpolation = INTERPOLATION[interpolation]
+        self.rows = []
+        for kinds in zip(photos, class_images):
+            kinds = [examples for examples in kinds if examples]
+            self.rows += [
+                [examples[index % len(examples)] for examples in kinds] for index in range(max(map(len, kinds)))
+            ]
 
     def __len__(self):
-        return max(len(images) for images in self.sources)
+        return len(self.rows)
 
     def __getitem__(self, draw):
         index, seed = draw
         rng = random.Random(seed)
-        return torch.stack([self.load(images[index % len(images)], rng) for images in self.sources])
+        examples = self.rows[index]
+        return [example.prompt for example in examples], torch.stack([self.load(e.image, rng) for e in examples])
 
-    def load(self, path, rng):
-        with Image.open(path) as file:
-            image = exif_transpose(file).convert("RGB")
+    def load(self, source, rng):
+        image = open_image(source)
         scale = self.size / min(image.size)
         width, height = (max(self.size, int(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = image.resize((width, height), self.interpolation)
+        if self.random_flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         free = (width - self.size, height - self.size)
         left, top = (side // 2 if self.center_crop else rng.randint(0, side) for side in free)
         image = image.crop((left, top, left + self.size, top + self.size))
         return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-class ConceptsDataset(Dataset):
-    """The photos of all concepts. An item is the number of its concept, and what its `DreamBoothDataset` gives."""
-
-    def __init__(self, datasets):
-        self.datasets = datasets
-        self.rows = [(number, index) for number, dataset in enumerate(datasets) for index in range(len(dataset))]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, draw):
-        row, seed = draw
-        number, index = self.rows[row]
-        return number, self.datasets[number][index, seed]
-
-
 class EpochSampler(Sampler):
     """
-    Shuffled (index, crop seed) pairs that depend on nothing but `seed` and `epoch`. A resumed run, which knows its
-    epoch and how far it had come, therefore goes on with the very images and crops that were next.
+    Shuffled pairs of an index and a seed for crops and flips. They depend on nothing but `seed` and `epoch`: a resumed
+    run, which knows its epoch and how far it had come, goes on with the very images and crops that were next.
     """
 
     def __init__(self, length, seed):
@@ -751,10 +881,15 @@ class EpochSampler(Sampler):
 
 
 def build_dataloader(
-    args: argparse.Namespace, accelerator: Accelerator, photos: list[list[Path]], class_images: list[list[Path]]
+    args: argparse.Namespace, accelerator: Accelerator, photos: list[list[Example]], class_images: list[list[Example]]
 ) -> tuple[DataLoader, EpochSampler]:
-    dataset = ConceptsDataset(
-        [DreamBoothDataset(*images, args.resolution, args.center_crop) for images in zip(photos, class_images)]
+    dataset = DreamBoothDataset(
+        [examples * args.repeats for examples in photos],
+        class_images,
+        args.resolution,
+        args.center_crop,
+        args.random_flip,
+        args.image_interpolation_mode,
     )
     sampler = EpochSampler(len(dataset), seed=args.seed or 0)
     dataloader = DataLoader(
@@ -836,11 +971,13 @@ def attach_lipschitz(
 def encode_prompts(
     prompts: list[str], tokenizer: PreTrainedTokenizerBase, text_encoder: torch.nn.Module
 ) -> torch.Tensor:
-    """Embeddings (prompts, tokens, width) of a few prompts."""
+    """Embeddings (prompts, tokens, width) of the prompts."""
     tokens = tokenizer(
         prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
-    return text_encoder(tokens.input_ids.to(next(text_encoder.parameters()).device), return_dict=False)[0]
+    ids = tokens.input_ids.to(next(text_encoder.parameters()).device)
+    # In parts: a data set may have thousands of captions.
+    return torch.cat([text_encoder(part, return_dict=False)[0] for part in ids.split(64)])
 
 
 def compute_loss(
@@ -855,8 +992,7 @@ def compute_loss(
     The denoising loss of a batch.
 
     Args:
-        prompt_embeds: (1, tokens, width), or (2, tokens, width) with that of the class prompt second; or one for each
-            image, first of all photos, then of all class images.
+        prompt_embeds: (images, tokens, width), first of all photos, then of all class images.
         images: (batch, 1 or 2, 3, height, width), as the dataset gives them.
 
     Returns:
@@ -865,7 +1001,6 @@ def compute_loss(
     batch_size, kinds = images.shape[:2]
     # All photos come first, then all class images: one pass through the models for both.
     images = images.transpose(0, 1).flatten(0, 1)
-    prompt_embeds = prompt_embeds.repeat_interleave(len(images) // len(prompt_embeds), dim=0)
     with torch.no_grad():
         latents = vae.encode(images.to(vae.dtype)).latent_dist.sample().float() * vae.config.scaling_factor
     noise = torch.randn_like(latents)
@@ -885,6 +1020,119 @@ def compute_loss(
         losses = losses * snr.clamp(max=args.snr_gamma) / (snr + 1 if v_prediction else snr)
     instance_loss = losses[:batch_size].mean()
     return instance_loss, losses[batch_size:].mean() if kinds == 2 else torch.zeros_like(instance_loss)
+
+
+@contextmanager
+def evaluating(pipeline: StableDiffusionPipeline) -> Iterator[None]:
+    """No dropout, and no gradients, in the models of the pipeline that may be in training."""
+    models = [model for model in (pipeline.unet, pipeline.text_encoder) if model is not None]
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    with torch.no_grad():
+        yield
+    for model, mode in zip(models, modes):
+        model.train(mode)
+
+
+class Probes(NamedTuple):
+    """
+    The points at which predictions are compared with the base's: a latent for each prompt, noised to each timestep.
+
+    Args:
+        prompt_embeds: (prompts, tokens, width), from the text encoder as it was before training.
+        timesteps: (prompts * timesteps), those of the first prompt first.
+        noisy_latents: (prompts * timesteps, channels, height, width), float32.
+        base_noise: The noise that the base sees in them.
+    """
+
+    prompts: list[str]
+    prompt_embeds: torch.Tensor
+    timesteps: torch.Tensor
+    noisy_latents: torch.Tensor
+    base_noise: torch.Tensor | None = None
+
+
+def build_probes(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionPipeline,
+    noise_scheduler: DDPMScheduler,
+    prompts: list[str],
+) -> Probes:
+    """
+    The probes, on latents that the base itself draws for the prompts: they are as it meets them, and away from the
+    photos. They are the same in all runs from this base. Call it while the weights are those of the base.
+    """
+    began = time.perf_counter()
+    base = pipeline
+    if args.lipschitz_anchor_model is not None:
+        base = load_pipeline(args, "--lipschitz_anchor_model", safety_checker=None, requires_safety_checker=False)
+        base.scheduler = pipeline.scheduler
+        base.to(accelerator.device)
+    # A generator of its own: training goes the same way with and without probes.
+    generator = torch.Generator().manual_seed(0)
+    with evaluating(base), accelerator.autocast():
+        *embeds, unconditional = encode_prompts([*prompts, ""], base.tokenizer, base.text_encoder).split(1)
+        options = {"negative_prompt_embeds": unconditional, "generator": generator, "output_type": "latent"}
+        latents = [base(prompt_embeds=row, num_inference_steps=25, **options).images.float() for row in embeds]
+    latents = torch.cat(latents).repeat_interleave(DRIFT_TIMESTEPS, dim=0)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    steps = noise_scheduler.config.num_train_timesteps
+    timesteps = [int((i + 0.5) * steps / DRIFT_TIMESTEPS) for i in range(DRIFT_TIMESTEPS)] * len(prompts)
+    timesteps = torch.tensor(timesteps, device=latents.device)
+    with evaluating(pipeline), accelerator.autocast():
+        prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, pipeline.text_encoder)
+    probes = Probes(prompts, prompt_embeds, timesteps, noise_scheduler.add_noise(latents, noise, timesteps))
+    probes = probes._replace(base_noise=predict_noise(args, accelerator, base, noise_scheduler, probes))
+    logger.info(f"The base's predictions on {len(latents)} probes took {time.perf_counter() - began:.1f} s.")
+    return probes
+
+
+def predict_noise(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionPipeline,
+    noise_scheduler: DDPMScheduler,
+    probes: Probes,
+) -> torch.Tensor:
+    """The noise that the pipeline sees in the noisy latents of the probes: of their shape, float64, on the CPU."""
+    prompt_embeds, noisy, timesteps = probes.prompt_embeds, probes.noisy_latents, probes.timesteps
+    with evaluating(pipeline), accelerator.autocast():
+        if pipeline.text_encoder is not None:
+            prompt_embeds = encode_prompts(probes.prompts, pipeline.tokenizer, pipeline.text_encoder)
+        prompt_embeds = prompt_embeds.repeat_interleave(DRIFT_TIMESTEPS, dim=0)
+        # No more at a time than in training, which the memory is known to hold.
+        batches = zip(*(rows.split(args.train_batch_size) for rows in (noisy, timesteps, prompt_embeds)))
+        output = torch.cat([pipeline.unet(*batch, return_dict=False)[0].float() for batch in batches])
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        # v = sqrt(a) noise - sqrt(1 - a) latents (arXiv 2202.00512), noisy = sqrt(a) latents + sqrt(1 - a) noise.
+        a = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+        output = a.sqrt() * output + (1 - a).sqrt() * noisy
+    return output.cpu().double()
+
+
+def measure_drift(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionPipeline,
+    noise_scheduler: DDPMScheduler,
+    probes: Probes,
+    lipschitz: LipschitzRegularizer | None,
+) -> dict[str, float]:
+    """
+    How far predictions have moved from the base's: `drift/prediction`, the mean of ||eps - eps_base|| / ||eps_base||
+    over the probes; with the penalty `drift/lipschitz`, the largest ||eps - eps_base|| / ||theta - theta_base||, which
+    the denoiser's Lipschitz constant in its parameters (arXiv 2505.19519) cannot be below; `drift/seconds` it took.
+    """
+    began = time.perf_counter()
+    noise = predict_noise(args, accelerator, pipeline, noise_scheduler, probes)
+    change, size = (row.flatten(1).norm(dim=1) for row in (noise - probes.base_noise, probes.base_noise))
+    logs = {"drift/prediction": (change / size).mean().item()}
+    lipschitz_drift = lipschitz.metrics()["lipschitz/drift"] if lipschitz else 0.0
+    if lipschitz_drift > 0:
+        logs["drift/lipschitz"] = change.max().item() / lipschitz_drift
+    return {**logs, "drift/seconds": time.perf_counter() - began}
 
 
 def trained_keys_values(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -1017,24 +1265,19 @@ def log_validation(
     # A generator of its own: training goes the same way with and without validation.
     generator = torch.Generator(accelerator.device)
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
-    models = [model for model in (pipeline.unet, pipeline.text_encoder) if model is not None]
-    for model in models:
-        model.eval()
-    if pipeline.text_encoder is not None:
-        with torch.no_grad():
+    with evaluating(pipeline):
+        if pipeline.text_encoder is not None:
             prompt_embeds = encode_prompts(validation_prompts(args), pipeline.tokenizer, pipeline.text_encoder)
-    with accelerator.autocast():
-        images = [
-            pipeline(
-                prompt_embeds=prompt_embeds[:1],
-                negative_prompt_embeds=prompt_embeds[1:],
-                num_inference_steps=25,
-                generator=generator,
-            ).images[0]
-            for _ in range(args.num_validation_images)
-        ]
-    for model in models:
-        model.train()
+        with accelerator.autocast():
+            images = [
+                pipeline(
+                    prompt_embeds=prompt_embeds[:1],
+                    negative_prompt_embeds=prompt_embeds[1:],
+                    num_inference_steps=25,
+                    generator=generator,
+                ).images[0]
+                for _ in range(args.num_validation_images)
+            ]
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", np.stack(images), global_step, dataformats="NHWC")
@@ -1138,7 +1381,8 @@ def main(args: argparse.Namespace) -> None:
     concepts = read_concepts(args)
     args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
     checkpoint = find_checkpoint(args, accelerator)
-    photos, class_images = find_concept_images(args, concepts)
+    photos, class_images = find_examples(args, concepts)
+    drift_prompts = read_drift_prompts(args)
     check_base(args)
     if args.lipschitz_anchor_model is not None:
         check_base(args, "--lipschitz_anchor_model")
@@ -1179,13 +1423,16 @@ def main(args: argparse.Namespace) -> None:
     pipeline.vae.to(accelerator.device)
     if weight_dtype != torch.float32:  # diffusers warns of every cast
         pipeline.vae.to(weight_dtype)
-    prompts = [concept.instance_prompt for concept in concepts]
-    if args.with_prior_preservation:
-        prompts += [concept.class_prompt for concept in concepts]
+    if "text_encoder" not in trained:
+        pipeline.text_encoder.to(accelerator.device, dtype=weight_dtype)
+    probes = None
+    if args.drift_every is not None and accelerator.is_main_process:
+        # Before the checkpoint is loaded, as the lipschitz anchors: predictions of the pretrained weights.
+        probes = build_probes(args, accelerator, pipeline, noise_scheduler, drift_prompts)
+    prompts = distinct_prompts(photos + class_images)
     validation_embeds = None
     if "text_encoder" not in trained:
-        # A few prompts in the whole run: they are encoded once, and the text encoder makes room.
-        pipeline.text_encoder.to(accelerator.device, dtype=weight_dtype)
+        # Each prompt is encoded once in the whole run, and the text encoder makes room.
         with torch.no_grad():
             prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, pipeline.text_encoder)
             validation_embeds = encode_prompts(validation_prompts(args), pipeline.tokenizer, pipeline.text_encoder)
@@ -1212,14 +1459,15 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(first_epoch, math.ceil(max_train_steps / steps_per_epoch)):
         sampler.epoch = epoch
         skipped = done * args.gradient_accumulation_steps if epoch == first_epoch else 0
-        for numbers, batch in accelerator.skip_first_batches(dataloader, skipped):
+        for batch_prompts, batch in accelerator.skip_first_batches(dataloader, skipped):
             if global_step >= max_train_steps:
                 break
             with accelerator.accumulate(*prepared):
+                batch_prompts = [prompt for kind in batch_prompts for prompt in kind]  # photos, then class images
                 if "text_encoder" in trained:
+                    prompts = list(dict.fromkeys(batch_prompts))
                     prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, models["text_encoder"])
-                # The prompt of each photo, then the class prompt of each class image.
-                rows = torch.cat([numbers, numbers + len(concepts)])[: batch.shape[0] * batch.shape[1]]
+                rows = [prompts.index(prompt) for prompt in batch_prompts]
                 instance_loss, prior_loss = compute_loss(
                     args, noise_scheduler, pipeline.vae, models["unet"], prompt_embeds[rows], batch
                 )
@@ -1256,6 +1504,9 @@ def main(args: argparse.Namespace) -> None:
                     accelerator.log(lipschitz_drift, step=global_step)
                 if args.validation_prompt is not None and accelerator.is_main_process:
                     images = log_validation(args, accelerator, pipeline, validation_embeds, global_step)
+            if probes and (global_step % args.drift_every == 0 or global_step == max_train_steps):
+                drift = measure_drift(args, accelerator, pipeline, noise_scheduler, probes, lipschitz)
+                accelerator.log(drift, step=global_step)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from test_train_dreambooth_lipschitz import assert_one_clear_line, distance, same_bits, scalars, weights
@@ -17,6 +17,7 @@ from test_train_dreambooth_lipschitz import assert_one_clear_line, distance, sam
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "examples" / "tinyworld" / "sd"
+DRIFT_PROMPT = "a photo of a grey striped fish on a wooden floor"
 SUBJECTS = ROOT / "examples" / "tinyworld" / "subjects"
 METHODS = {
     "full": ["--method=full", "--learning_rate=1e-4"],
@@ -44,7 +45,14 @@ def train(run_script):
 
 
 @pytest.fixture(scope="session")
-def trained(train, tmp_path_factory):
+def drift_flags(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text(DRIFT_PROMPT)
+    return [f"--drift_prompts_file={file}", "--drift_every=2"]
+
+
+@pytest.fixture(scope="session")
+def trained(train, drift_flags, tmp_path_factory):
     """Gives the output folder of a method; each is trained once."""
     folders = {}
 
@@ -53,7 +61,7 @@ def trained(train, tmp_path_factory):
             folders[method] = tmp_path_factory.mktemp("trained") / "model"
             flags = ["--max_train_steps=4", "--checkpointing_steps=2", "--lipschitz_weight=50"]
             flags += ["--validation_prompt=a photo of a <new1> mug", "--num_validation_images=1"]
-            train(*METHODS[method], *flags, f"--output_dir={folders[method]}")
+            train(*METHODS[method], *flags, *drift_flags, f"--output_dir={folders[method]}")
         return folders[method]
 
     return call
@@ -112,12 +120,15 @@ def test_validation_image_is_not_that_of_the_base(trained):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resume_is_bit_identical(method, trained, train, tmp_path):
-    flags = ["--max_train_steps=4", "--lipschitz_weight=50", f"--output_dir={tmp_path}"]
+def test_resume_is_bit_identical(method, trained, train, drift_flags, tmp_path):
+    """And its drift is that from the base, not from the checkpoint."""
+    flags = ["--max_train_steps=4", "--lipschitz_weight=50", *drift_flags, f"--output_dir={tmp_path}"]
     train(*METHODS[method], *flags, f"--resume_from_checkpoint={trained(method) / 'checkpoint-2'}")
     again, whole = result(tmp_path), result(trained(method))
     assert whole and same_bits(again, whole)
     assert not same_bits(result(trained(method) / "checkpoint-2"), whole)
+    drifts = [scalars(folder)[0]["drift/prediction"] for folder in (tmp_path, trained(method))]
+    assert drifts[0] == {4: drifts[1][4]}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -131,6 +142,46 @@ def test_logged_drift_of_lora_is_that_of_the_saved_products(trained):
     pairs = [(saved[key.replace("lora_B", "lora_A")], saved[key]) for key in saved if "lora_B" in key]
     squares = sum((6 / 3 * up.double() @ down.double()).square().sum().item() for down, up in pairs)
     assert scalars(trained("lora"))[0]["lipschitz/drift"][4] == pytest.approx(squares**0.5, rel=1e-5)
+
+
+@torch.no_grad()
+def prediction_changes(pipeline, base):
+    """
+    ||eps - eps_base|| and ||eps_base|| on the probes that the script documents, five timesteps of one picture that the
+    base draws, from the formulas.
+    """
+    scheduler = base.scheduler
+    base.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 25, "generator": generator, "output_type": "latent"}
+    latents = base(DRIFT_PROMPT, **options).images
+    noise = torch.randn(5, *latents.shape[1:], generator=generator)
+    changes, sizes = [], []
+    for timestep, row in zip((100, 300, 500, 700, 900), noise):
+        a = DDPMScheduler.from_config(scheduler.config).alphas_cumprod[timestep]
+        noisy = a.sqrt() * latents + (1 - a).sqrt() * row
+        seen = []
+        for model in (pipeline, base):
+            embeds, _ = model.encode_prompt(DRIFT_PROMPT, "cpu", 1, do_classifier_free_guidance=False)
+            velocity = model.unet(noisy, timestep, embeds).sample
+            seen.append(((a.sqrt() * velocity) + (1 - a).sqrt() * noisy).double())
+        changes.append((seen[0] - seen[1]).norm().item())
+        sizes.append(seen[1].norm().item())
+    assert scheduler.config.prediction_type == "v_prediction"
+    return np.array(changes), np.array(sizes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logged_drift_of_predictions_is_that_of_the_loaded_model(method, trained):
+    base = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
+    changes, sizes = prediction_changes(load(trained(method)), base)
+    values, _ = scalars(trained(method))
+    assert (
+        list(values["drift/prediction"]) == list(values["drift/lipschitz"]) == list(values["drift/seconds"]) == [2, 4]
+    )
+    assert values["drift/prediction"][4] == pytest.approx((changes / sizes).mean(), rel=1e-3)
+    expected = changes.max() / values["lipschitz/drift"][4]
+    assert values["drift/lipschitz"][4] == pytest.approx(expected, rel=1e-3)
 
 
 STRONG = {
@@ -263,29 +314,28 @@ def test_each_photo_of_several_concepts_comes_with_its_prompt(concepts, run_scri
     compute_loss, encode_prompts = script.compute_loss, script.encode_prompts
 
     def spy_on_loss(args, scheduler, vae, unet, prompt_embeds, images):
-        seen.append((prompt_embeds.detach(), encoded[-1][1], images))
+        seen.append((prompt_embeds.detach(), encoded[-1], images))
         return compute_loss(args, scheduler, vae, unet, prompt_embeds, images)
 
     def spy_on_prompts(prompts, *rest):
-        encoded.append((prompts, encode_prompts(prompts, *rest)))
-        return encoded[-1][1]
+        embeds = encode_prompts(prompts, *rest)
+        encoded.append(dict(zip(prompts, embeds, strict=True)))
+        return embeds
 
     monkeypatch.setattr(script, "compute_loss", spy_on_loss)
     monkeypatch.setattr(script, "encode_prompts", spy_on_prompts)
     flags = [f"--pretrained_model_name_or_path={BASE}", f"--concepts_list={concepts}", *SEVERAL, *PRIOR, "--seed=3"]
     flags += ["--resolution=64", "--train_batch_size=2", "--max_train_steps=6", f"--output_dir={tmp_path / 'model'}"]
     run_script(*flags, "--learning_rate=1e-3")
-    prompts = ["a <dark> mug", "a <light> mug", "a dark mug", "a light mug"]
-    assert encoded[0][0] == prompts
-    shades = {40: 0, 200: 1, 60: 2, 220: 3}
+    prompts = {40: "a <dark> mug", 200: "a <light> mug", 60: "a dark mug", 220: "a light mug"}
     found = set()
     for rows, table, images in seen:
         in_order = images.transpose(0, 1).flatten(0, 1)
         for row, image in zip(rows, in_order, strict=True):
-            prompt = shades[round((image.mean().item() + 1) * 127.5)]
+            prompt = prompts[round((image.mean().item() + 1) * 127.5)]
             assert torch.equal(row, table[prompt])
             found.add(prompt)
-    assert found == {0, 1, 2, 3}
+    assert found == {*prompts.values()}
     tokens = load_file(tmp_path / "model" / "learned_embeds.safetensors")
     assert "a <dark> mug; a <light> mug" in (tmp_path / "model" / "README.md").read_text()
     assert tokens.keys() == {"<dark>", "<light>"}
@@ -317,6 +367,14 @@ def test_penalty_counts_from_the_anchor_model(method, personalized, train, tmp_p
     flags = [f"--pretrained_model_name_or_path={personalized}", "--max_train_steps=1", f"--output_dir={tmp_path}"]
     train(*METHODS[method], *flags, f"--lipschitz_anchor_model={BASE}", "--lipschitz_weight=7")
     assert scalars(tmp_path)[0]["lipschitz/penalty"][1] == pytest.approx(7 * expected, rel=1e-4)
+
+
+def test_drift_of_predictions_counts_from_the_anchor_model(personalized, train, drift_flags, tmp_path):
+    flags = [f"--pretrained_model_name_or_path={personalized}", f"--lipschitz_anchor_model={BASE}", *drift_flags]
+    train(*METHODS["full"], *flags, "--learning_rate=0", "--max_train_steps=1", f"--output_dir={tmp_path}")
+    models = [StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32) for folder in (personalized, BASE)]
+    changes, sizes = prediction_changes(*models)
+    assert scalars(tmp_path)[0]["drift/prediction"][1] == pytest.approx((changes / sizes).mean(), rel=1e-3)
 
 
 def test_personalized_model_is_pulled_back_to_the_anchor_model(personalized, train, tmp_path):
@@ -354,7 +412,7 @@ MISTAKES = {
     ),
     "new word twice": (f"{CUSTOM} --modifier_token=<a>+<a>", "none of them empty or twice"),
     "empty new word": (f"{CUSTOM} --modifier_token=<a>+", "none of them empty or twice"),
-    "new word in no prompt": (f"{CUSTOM} --modifier_token=<a>", "<a> is in no instance prompt"),
+    "new word in no prompt": (f"{CUSTOM} --modifier_token=<a>", "<a> is in no prompt of a photo"),
     "dropout of everything": ("--method=lora --lora_dropout=1", "--lora_dropout must be below 1"),
     "rank of zero": ("--method=lora --rank=0", "--rank: must be a finite number at least 1"),
     "unknown method": ("--method=hypernetwork", "--method: invalid choice"),

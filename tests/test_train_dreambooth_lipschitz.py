@@ -232,7 +232,7 @@ def test_weight_zero_is_plain_dreambooth_bit_for_bit(train, script, tiny_sd, pho
     with torch.no_grad():
         embeds = pipeline.text_encoder(tokens.input_ids)[0]
     images = sorted(path for path in photos.iterdir() if path.suffix != ".txt")
-    dataset, sampler = script.DreamBoothDataset(images, [], 16, False), script.EpochSampler(5, seed=7)
+    dataset, sampler = photo_dataset(script, images, 16), script.EpochSampler(5, seed=7)
     torch.manual_seed(7)
     step = 0
     for sampler.epoch in range(2):
@@ -241,7 +241,7 @@ def test_weight_zero_is_plain_dreambooth_bit_for_bit(train, script, tiny_sd, pho
             if step == 4:
                 break
             step += 1
-            pixels = torch.stack([dataset[draw][0] for draw in batch])
+            pixels = torch.stack([dataset[draw][1][0] for draw in batch])
             latents = vae.encode(pixels).latent_dist.sample().detach() * vae.config.scaling_factor
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, 1000, (len(batch),))
@@ -284,6 +284,40 @@ def test_text_encoder_is_trained_and_penalized(train, tiny_sd, tmp_path):
     assert 0 < held < free
 
 
+@pytest.fixture(scope="session")
+def drift_flags(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("a photo of a cat\n\na red house\n")
+    return [f"--drift_prompts_file={file}", "--drift_every=1"]
+
+
+LORA = ["--method=lora", "--train_text_encoder", "--lora_dropout=0.3"]
+
+
+@pytest.mark.parametrize("method", [[], LORA], ids=["full", "lora"])
+def test_untrained_model_has_no_drift_at_all(method, train, drift_flags, tmp_path):
+    """In mixed precision, with dropout; and nothing is divided by a distance of zero."""
+    flags = ["--mixed_precision=bf16", "--learning_rate=0", "--max_train_steps=2", f"--output_dir={tmp_path}"]
+    train(*method, *drift_flags, *flags)
+    values, _ = scalars(tmp_path)
+    assert values["drift/prediction"] == {1: 0, 2: 0}
+    assert "drift/lipschitz" not in values
+
+
+@pytest.mark.parametrize("method", [[], LORA], ids=["full", "lora"])
+def test_training_goes_the_same_way_with_drift_measured_and_without(method, train, drift_flags, tmp_path):
+    flags = [*method, "--lipschitz_weight=0", "--max_train_steps=3", "--checkpointing_steps=3"]
+    train(*flags, f"--output_dir={tmp_path / 'without'}")
+    train(*flags, *drift_flags, f"--output_dir={tmp_path / 'with'}")
+    files = [*(tmp_path / "with" / "checkpoint-3").rglob("*.safetensors")]
+    assert files
+    for file in files:
+        assert same_bits(load_file(file), load_file(tmp_path / "without" / file.relative_to(tmp_path / "with")))
+    values, _ = scalars(tmp_path / "with")
+    assert list(values["drift/prediction"]) == [1, 2, 3] and 0 < values["drift/prediction"][3]
+    assert "drift/lipschitz" not in values  # without the penalty nobody knows how far the parameters are
+
+
 def test_weight_decay_towards_zero_is_for_plain_dreambooth(script):
     flags = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x"]
     assert script.parse_args(flags).adam_weight_decay == 0
@@ -299,10 +333,10 @@ def test_min_snr_weighs_each_sample_by_its_own_timestep(script, tiny_sd, predict
     args = script.parse_args(
         ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x", "--snr_gamma=0.5"]
     )
-    batch, embeds = torch.rand(3, 2, 3, 16, 16) * 2 - 1, torch.randn(2, 32, 16)
+    batch, rows = torch.rand(3, 2, 3, 16, 16) * 2 - 1, torch.randn(6, 32, 16)
     torch.manual_seed(1)
     with torch.no_grad():
-        losses = script.compute_loss(args, noise_scheduler, pipeline.vae, pipeline.unet, embeds, batch)
+        losses = script.compute_loss(args, noise_scheduler, pipeline.vae, pipeline.unet, rows, batch)
 
         torch.manual_seed(1)
         latents = pipeline.vae.encode(torch.cat([batch[:, 0], batch[:, 1]])).latent_dist.sample()
@@ -310,7 +344,6 @@ def test_min_snr_weighs_each_sample_by_its_own_timestep(script, tiny_sd, predict
         noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (6,))
         alpha = noise_scheduler.alphas_cumprod[timesteps]
         a, s = alpha.sqrt()[:, None, None, None], (1 - alpha).sqrt()[:, None, None, None]
-        rows = torch.cat([embeds[:1]] * 3 + [embeds[1:]] * 3)
         prediction = pipeline.unet(a * latents + s * noise, timesteps, rows).sample
         target = noise if prediction_type == "epsilon" else a * noise - s * latents
         snr = alpha / (1 - alpha)
@@ -324,16 +357,108 @@ def test_min_snr_weighs_each_sample_by_its_own_timestep(script, tiny_sd, predict
 # Photos and class images
 
 
+def photo_dataset(script, paths, size, **options):
+    """The script's data set, of these photos and without class images."""
+    return script.DreamBoothDataset([[script.Example(path, "") for path in paths]], [[]], size, **options)
+
+
+def epochs_of(script, dataset, epochs):
+    """The only image of a data set, as it comes in each of the epochs."""
+    sampler, images = script.EpochSampler(1, seed=3), []
+    for sampler.epoch in epochs:
+        images += [dataset[draw][1][0] for draw in sampler]
+    return images
+
+
 def test_crops_differ_from_epoch_to_epoch_and_repeat_with_the_seed(script, photos):
-    dataset = script.DreamBoothDataset([photos / "1.png"], [], 16, center_crop=False)
-    sampler = script.EpochSampler(1, seed=3)
-    epochs = []
-    for sampler.epoch in range(8):
-        epochs.append([dataset[draw] for draw in sampler][0])
+    dataset = photo_dataset(script, [photos / "1.png"], 16)
+    epochs = epochs_of(script, dataset, range(8))
     assert len({epoch.numpy().tobytes() for epoch in epochs}) > 1
-    again = script.EpochSampler(1, seed=3)
-    again.epoch = 5
-    assert torch.equal(dataset[next(iter(again))], epochs[5])
+    assert torch.equal(epochs_of(script, dataset, [5])[0], epochs[5])
+
+
+def test_flips_differ_from_epoch_to_epoch_and_repeat_with_the_seed(script, photos):
+    paths = [photos / "1.png"]
+    (image,) = epochs_of(script, photo_dataset(script, paths, 16, center_crop=True), [0])
+    dataset = photo_dataset(script, paths, 16, center_crop=True, random_flip=True)
+    epochs = epochs_of(script, dataset, range(8))
+    mirrored = [torch.equal(epoch, image.flip(-1)) for epoch in epochs]
+    assert not torch.equal(image, image.flip(-1)) and 0 < sum(mirrored) < 8
+    assert all(torch.equal(epoch, image) for epoch, is_mirrored in zip(epochs, mirrored) if not is_mirrored)
+    assert torch.equal(epochs_of(script, dataset, [5])[0], epochs[5])
+
+
+def test_images_are_scaled_as_the_interpolation_mode_says(script, tmp_path):
+    Image.fromarray(np.arange(36, dtype=np.uint8).reshape(6, 6) * 7).save(tmp_path / "0.png")
+    for mode in ("nearest", "bilinear", "lanczos"):
+        (image,) = epochs_of(script, photo_dataset(script, [tmp_path / "0.png"], 4, interpolation=mode), [0])
+        with Image.open(tmp_path / "0.png") as file:
+            expected = np.asarray(file.convert("RGB").resize((4, 4), Image.Resampling[mode.upper()]))
+        np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), expected / 127.5 - 1, atol=1e-6)
+
+
+CAPTIONS = {0: "a dog at night", 80: "a dog on grass", 160: "", 240: "a dog in the snow"}
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory):
+    """A folder of grey photos and their captions by shade, of which one is empty."""
+    folder = tmp_path_factory.mktemp("captioned")
+    lines = []
+    for shade, caption in CAPTIONS.items():
+        Image.new("RGB", (24, 16), (shade,) * 3).save(folder / f"shade-{shade}.png")
+        lines.append(json.dumps({"file_name": f"shade-{shade}.png", "text": caption, "stars": 5}))
+    # In another order than that of the names.
+    folder.joinpath("metadata.jsonl").write_text("\n".join(lines[::-1]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset_flags(tiny_sd, tmp_path_factory):
+    flags = [f"--pretrained_model_name_or_path={tiny_sd}", f"--cache_dir={tmp_path_factory.mktemp('cache')}"]
+    return [*flags, "--instance_prompt=a photo of sks dog", "--resolution=16", "--train_batch_size=2", "--seed=7"]
+
+
+def shade_of(image):
+    return round((image.mean().item() + 1) * 127.5)
+
+
+def test_each_photo_comes_with_its_caption(
+    run_script, dataset_flags, captioned, tiny_sd, script, tmp_path, monkeypatch
+):
+    """And as often as `--repeats` says; where there is no caption, with the instance prompt."""
+    seen, compute_loss = [], script.compute_loss
+
+    def spy(args, scheduler, vae, unet, prompt_embeds, images):
+        seen.extend((shade_of(image[0]), embeds) for image, embeds in zip(images, prompt_embeds, strict=True))
+        return compute_loss(args, scheduler, vae, unet, prompt_embeds, images)
+
+    monkeypatch.setattr(script, "compute_loss", spy)
+    flags = [f"--dataset_name={captioned}", "--caption_column=text", "--repeats=2", "--random_flip"]
+    run_script(*dataset_flags, *flags, f"--output_dir={tmp_path}")
+    assert sorted(shade for shade, _ in seen) == sorted([*CAPTIONS] * 2)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    for shade, embeds in seen:
+        prompt = CAPTIONS[shade] or "a photo of sks dog"
+        expected, _ = pipeline.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False)
+        torch.testing.assert_close(embeds, expected[0])
+
+
+def test_data_set_that_holds_its_images_reads_as_a_folder_does(script, dataset_flags, captioned, tmp_path):
+    """As data sets on the Hub do; with columns of other names, and without captions."""
+    import datasets
+
+    images = [Image.open(captioned / f"shade-{shade}.png") for shade in CAPTIONS]
+    columns = {"picture": images, "caption": [*CAPTIONS.values()]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    for flags in (["--caption_column=caption"], []):
+        args = script.parse_args(
+            [*dataset_flags, f"--dataset_name={tmp_path}", "--image_column=picture", *flags, f"--cache_dir={tmp_path}"]
+        )
+        examples = script.read_dataset(args)
+        assert [np.asarray(script.open_image(example.image))[0, 0, 0] for example in examples] == [*CAPTIONS]
+        expected = CAPTIONS.values() if flags else [""] * 4
+        assert [example.prompt for example in examples] == [text or "a photo of sks dog" for text in expected]
 
 
 def test_images_come_upright_square_and_in_range(script, tmp_path):
@@ -342,8 +467,7 @@ def test_images_come_upright_square_and_in_range(script, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    dataset = script.DreamBoothDataset([tmp_path / "turned.png"], [], 20, center_crop=True)
-    (image,) = dataset[0, 0]
+    _, (image,) = photo_dataset(script, [tmp_path / "turned.png"], 20, center_crop=True)[0, 0]
     assert image.shape == (3, 20, 20) and image.dtype == torch.float32
     assert image[:, :, 0].eq(1).all() and image[:, :, -1].eq(-1).all()
 
@@ -439,9 +563,10 @@ def test_resume_after_a_kill_is_bit_identical(alone, base_flags, trained, train,
 
 
 def test_resume_is_bit_identical_in_the_middle_of_an_epoch(train, tmp_path):
-    """With all that has a state: text encoder, class images, random crops, accumulation and a schedule."""
+    """With all that has a state: text encoder, class images, random crops, flips, accumulation and a schedule."""
     flags = [
         "--train_text_encoder",
+        "--random_flip",
         *PRIOR,
         f"--class_data_dir={tmp_path / 'class'}",
         "--gradient_accumulation_steps=2",
@@ -548,6 +673,7 @@ def world(tmp_path, tiny_sd, photos, trained):
     tmp_path.joinpath("empty").mkdir()
     tmp_path.joinpath("strays").mkdir()
     tmp_path.joinpath("strays", "notes.txt").write_text("No image.")
+    tmp_path.joinpath("strays", "blank.txt").write_text("\n\n")
     shutil.copytree(photos, tmp_path / "broken")
     tmp_path.joinpath("broken", "1.png").write_bytes((photos / "1.png").read_bytes()[:90])
     torn = tmp_path / "torn" / "checkpoint-4"
@@ -603,6 +729,21 @@ MISTAKES = {
         "--resume_from_checkpoint={world}/checkpoint-4 --lipschitz_weight=0",
         "trained with the penalty",
     ),
+    "folder and data set": ("--dataset_name={world}/broken", "--instance_data_dir and --dataset_name both give"),
+    "captions without a data set": ("--caption_column=text", "--caption_column is about a data set"),
+    "unknown interpolation": ("--image_interpolation_mode=magic", "--image_interpolation_mode: invalid choice"),
+    "drift prompts that are not there": (
+        "--drift_every=1 --drift_prompts_file={world}/absent.txt",
+        "--drift_prompts_file: cannot read",
+    ),
+    "no drift prompts": (
+        "--drift_every=1 --drift_prompts_file={world}/strays/blank.txt",
+        "--drift_prompts_file: {world}/strays/blank.txt holds no prompts",
+    ),
+    "drift prompts for nothing": (
+        "--drift_prompts_file={world}/strays/blank.txt",
+        "does nothing without --drift_every",
+    ),
     "push without the Hub": ("--push_to_hub", "--push_to_hub: cannot create"),
 }
 
@@ -625,6 +766,48 @@ def test_mistake_ends_in_one_line_before_anything_is_loaded_or_written(mistake, 
     assert end.value.code == 2
     assert_one_clear_line(capsys.readouterr().err, message)
     assert files_below(world) == before
+
+
+DATASET_MISTAKES = {
+    "no such data set": ("{world}/absent", "", "there is no such folder, and from the Hub: "),
+    "empty folder": ("{world}/empty", "", "--dataset_name: cannot load {world}/empty"),
+    "no rows": ("{world}/none", "", "--dataset_name: cannot load {world}/none"),
+    "row without an image": ("{world}/gap", "", "--image_column: row 1 of {world}/gap has no image"),
+    "parts, and none to train on": ("{world}/parts", "", "{world}/parts has no part train, but validation, test"),
+    "unknown caption column": (
+        "{captioned}",
+        "--caption_column=caption",
+        "no column caption; it has image, text, stars",
+    ),
+    "unknown image column": ("{captioned}", "--image_column=img", "--image_column: {captioned} has no column img"),
+    "image column without images": ("{captioned}", "--image_column=text", "text of {captioned} holds no images"),
+    "captions that are numbers": ("{captioned}", "--caption_column=stars", "is 5, which is no text"),
+    "broken photo": ("{world}/broken", "", "--dataset_name: {world}/broken/1.png is broken"),
+    "new word in no caption": (
+        "{captioned}",
+        "--caption_column=text --method=custom_diffusion --modifier_token=<dog>",
+        "--modifier_token: <dog> is in no prompt of a photo",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", DATASET_MISTAKES)
+def test_bad_data_set_ends_in_one_line(mistake, run_script, dataset_flags, captioned, world, capsys):
+    import datasets
+
+    for name in ("none", "gap", "parts"):
+        (world / name).mkdir()
+    for part in ("validation", "test"):
+        shutil.copy(captioned / "shade-0.png", world / "parts" / f"{part}.png")
+    features = datasets.Features({"image": datasets.Image()})
+    for name, images in {"none": [], "gap": [str(captioned / "shade-0.png"), None]}.items():
+        datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(world / name / "train.parquet")
+    name, flags, message = (text.format(world=world, captioned=captioned) for text in DATASET_MISTAKES[mistake])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run_script(*dataset_flags, f"--dataset_name={name}", *flags.split(), f"--output_dir={world / 'new'}")
+    assert end.value.code == 2 and not (world / "new").exists()
+    assert_one_clear_line(capsys.readouterr().err, message)
 
 
 def test_checkpoint_of_another_base_is_refused(train, world, tiny_sd, capsys):
