@@ -7,9 +7,9 @@ Was the subject learned, are prompts still obeyed, and how far has the rest of t
         --pretrained_model_name_or_path=sks-dog --base_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --instance_data_dir=photos --instance_token=sks --class_name=dog
 
-The personalized model is a pipeline or a LoRA. Both models draw the same prompts from the same noise. `--output_dir`
-gets report.html, metrics.json, images.csv, two picture grids and the pictures; a stopped run goes on where it was.
-What the numbers mean: docs/evaluation.md.
+The personalized model is a pipeline, a LoRA or a Custom Diffusion. Both models draw the same prompts from the same
+noise. `--output_dir` gets report.html, metrics.json, images.csv, two picture grids and the pictures; a stopped run
+goes on where it was. What the numbers mean: docs/evaluation.md.
 """
 
 import argparse
@@ -43,6 +43,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, ImageDraw, ImageFont
 from PIL.ImageOps import exif_transpose, fit
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -58,6 +60,9 @@ logger = get_logger(__name__)
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+KEYS_VALUES, NEW_TOKENS = "custom_diffusion.safetensors", "learned_embeds.safetensors"
+# A personalized model is what the first of these files that it has says.
+KINDS = {"model_index.json": "pipeline", LORA_WEIGHTS: "lora", KEYS_VALUES: "custom_diffusion"}
 MODELS = ("base", "personalized")
 
 # What is asked of the subject, when no --prompts_file is given. The first part is for all.
@@ -155,7 +160,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add(
         "--pretrained_model_name_or_path",
         required=True,
-        help=f"Personalized model: folder or Hub name of an SD or SDXL pipeline, or of a LoRA ({LORA_WEIGHTS}).",
+        help="Personalized model: folder or Hub name of an SD or SDXL pipeline, or of what goes onto the base: a LoRA"
+        f" ({LORA_WEIGHTS}) or a Custom Diffusion ({KEYS_VALUES}, {NEW_TOKENS}).",
     )
     add("--base_model_name_or_path", required=True, help="The pipeline that it was made from: a folder or Hub name.")
     add("--revision", help="Git revision of the base on the Hub.")
@@ -336,8 +342,8 @@ def find_file(flag: str, source: str, name: str, revision: str | None = None) ->
 
 def check_models(args: argparse.Namespace) -> None:
     """
-    Stops unless both are pipelines of one architecture, or the personalized one is a LoRA; reads configurations only.
-    Sets `args.pipeline_class`, `args.scheduler_class` and `args.is_lora`.
+    Stops unless both are pipelines of one architecture, or the personalized one goes onto the base; reads
+    configurations only. Sets `args.pipeline_class`, `args.scheduler_class` and `args.kind`, one of `KINDS`.
     """
     flags = {"base": "--base_model_name_or_path", "personalized": "--pretrained_model_name_or_path"}
     sources = {
@@ -353,19 +359,19 @@ def check_models(args: argparse.Namespace) -> None:
             stop(f"{flags[model]}: {path} is broken: {error}")
 
     classes = {model: (read(model, "model_index.json") or {}).get("_class_name") for model in MODELS}
-    lora = find_file(flags["personalized"], args.pretrained_model_name_or_path, LORA_WEIGHTS)
-    args.is_lora = classes["personalized"] is None and lora is not None
-    for model in MODELS[: 1 if args.is_lora else 2]:
+    found = (file for file in KINDS if find_file(flags["personalized"], args.pretrained_model_name_or_path, file))
+    args.kind = KINDS[next(found, "model_index.json")]
+    for model in MODELS if args.kind == "pipeline" else MODELS[:1]:
         if classes[model] is None:
-            what = f"model_index.json{f' and no {LORA_WEIGHTS}' if model == 'personalized' else ''}"
-            stop(f"{flags[model]}: {sources[model][0]} is no pipeline: it has no {what}")
+            files = KINDS if model == "personalized" else ["model_index.json"]
+            stop(f"{flags[model]}: {sources[model][0]} is no pipeline: it has no {' and no '.join(files)}")
         if classes[model] not in PIPELINES:
             stop(f"{flags[model]}: {sources[model][0]} is a {classes[model]}, not one of {', '.join(PIPELINES)}")
     args.pipeline_class, args.scheduler_class = classes["base"], read("base", "model_index.json")["scheduler"][1]
     prediction_type = read("base", "scheduler/scheduler_config.json").get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         stop(f"--base_model_name_or_path: it predicts {prediction_type}, not epsilon or v_prediction")
-    if args.is_lora:
+    if args.kind != "pipeline":
         return
 
     another = f"--base_model_name_or_path: {args.base_model_name_or_path} is of another architecture than the model"
@@ -407,24 +413,55 @@ def load_pipeline(args: argparse.Namespace, model: str, dtype: torch.dtype) -> A
     """One of the two models, "base" or "personalized", on the CPU. The base's sampler draws for both."""
     base = {"pretrained_model_name_or_path": args.base_model_name_or_path, "revision": args.revision}
     base["variant"] = args.variant
-    whole = model == "personalized" and not args.is_lora
-    source = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path} if whole else base
+    kind = args.kind if model == "personalized" else "base"
+    own = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path}
     options = {"safety_checker": None, "requires_safety_checker": False}
     if args.pipeline_class == "StableDiffusionXLPipeline":
         options = {"add_watermarker": False}
     try:
+        source = own if kind == "pipeline" else base
         pipeline = PIPELINES[args.pipeline_class].from_pretrained(**source, dtype=dtype, **options)
-        if whole:
+        if kind == "pipeline":
             pipeline.scheduler = getattr(diffusers, args.scheduler_class).from_pretrained(
                 args.base_model_name_or_path, subfolder="scheduler", revision=args.revision
             )
-        elif model == "personalized":
+        elif kind == "lora":
             pipeline.load_lora_weights(args.pretrained_model_name_or_path, weight_name=LORA_WEIGHTS)
+        elif kind == "custom_diffusion":
+            load_custom_diffusion(args, pipeline)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         name = args.base_model_name_or_path if model == "base" else args.pretrained_model_name_or_path
         stop(f"cannot load the {model} model {name}: {error}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_custom_diffusion(args: argparse.Namespace, pipeline: Any) -> None:
+    """
+    Puts keys, values and new words in their places, by the calls that the model's card shows. Of SDXL, the file of the
+    words has rows for both encoders, `clip_l` and `clip_g`, (words, width).
+    """
+    keys_values, tokens = (
+        find_file("--pretrained_model_name_or_path", args.pretrained_model_name_or_path, file)
+        for file in (KEYS_VALUES, NEW_TOKENS)
+    )
+    unknown = pipeline.unet.load_state_dict(load_file(keys_values), strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"its base has another architecture, as this one has no {unknown[0]}")
+    if tokens is None:
+        return
+    rows = load_file(tokens)
+    if "clip_l" not in rows:
+        words = list(rows)
+        pipeline.load_textual_inversion(list(rows.values()), token=words)
+    else:
+        with safe_open(tokens, framework="pt") as file:
+            words = (file.metadata() or {}).get("tokens", args.instance_token).split("+")
+        for name, suffix in (("clip_l", ""), ("clip_g", "_2")):
+            encoder, tokenizer = (getattr(pipeline, part + suffix) for part in ("text_encoder", "tokenizer"))
+            pipeline.load_textual_inversion(list(rows[name]), token=words, text_encoder=encoder, tokenizer=tokenizer)
+    if not set(words) & set(args.instance_token.split()):
+        raise ValueError(f"--instance_token {args.instance_token} is none of its new words, {', '.join(words)}")
 
 
 def plan_images(args: argparse.Namespace, prompts: dict[str, list[dict[str, str]]]) -> list[dict[str, Any]]:
@@ -443,14 +480,16 @@ def digest_weights(args: argparse.Namespace, model: str) -> str:
     """Tells a model from another one written to the same place later: a hash of its files, or its Hub commit."""
     source = args.base_model_name_or_path if model == "base" else args.pretrained_model_name_or_path
     revision = args.revision if model == "base" else None
-    lora = model == "personalized" and args.is_lora
-    entry = find_file(model, source, LORA_WEIGHTS if lora else "model_index.json", revision)
+    kind = args.kind if model == "personalized" else "pipeline"
+    entry = find_file(model, source, next(file for file in KINDS if KINDS[file] == kind), revision)
     if not os.path.isdir(source):
         return entry.parent.name
-    parts = [] if lora else [Path(source, name) for name in sorted(json.loads(entry.read_text()))]
-    files = [path for part in parts if part.is_dir() for path in sorted(part.iterdir())]
+    files = [entry, *Path(source).glob(NEW_TOKENS)] if kind == "custom_diffusion" else [entry]
+    if kind == "pipeline":
+        parts = [Path(source, name) for name in sorted(json.loads(entry.read_text()))]
+        files = [path for part in parts if part.is_dir() for path in sorted(part.iterdir())]
     digest = hashlib.sha256()
-    for path in [path for path in files if path.suffix in (".safetensors", ".bin", ".json")] or [entry]:
+    for path in [path for path in files if path.suffix in (".safetensors", ".bin", ".json")]:
         with path.open("rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
@@ -549,20 +588,27 @@ def draw_images(
 # Drift of predictions and parameters
 
 
-def build_probes(
-    args: argparse.Namespace, base: Any, images: list[dict], folder: Path, photos: list[Path]
-) -> list[dict]:
+def probe_pictures(
+    args: argparse.Namespace, images: list[dict], folder: Path, photos: list[Path]
+) -> list[tuple[str, Image.Image, str]]:
     """
-    The points at which the two models' predictions are compared: latents of the base's own pictures of other prompts
-    ("other": what was to stay) and of the photos ("subject": what was to change), each with its prompt, its noise and
-    all timesteps. Latents and noise are float32, (channels, height, width), encoded by the base's autoencoder.
+    Kind, picture and prompt of what the probes are made of: the base's own pictures of other prompts ("other": what
+    was to stay) and the photos ("subject": what was to change).
     """
     others = [image for image in images if image["kind"] == "other"]
     count = min(args.probes, len(others))
     chosen = [others[i * len(others) // count] for i in range(count)]
-    sources = [("other", Image.open(folder / image["file"]), image["text"]) for image in chosen]
     prompt = f"a photo of a {args.instance_token} {args.class_name}"
-    sources += [("subject", open_photo(path), prompt) for path in photos[: args.probes]]
+    pictures = [("other", Image.open(folder / image["file"]), image["text"]) for image in chosen]
+    return pictures + [("subject", open_photo(path), prompt) for path in photos[: args.probes]]
+
+
+def build_probes(args: argparse.Namespace, base: Any, pictures: list[tuple[str, Image.Image, str]]) -> list[dict]:
+    """
+    The points at which the two models' predictions are compared: latents of the pictures, each with its prompt, its
+    noise and all timesteps. Latents and noise are float32, (channels, height, width), encoded by the base's
+    autoencoder.
+    """
     # Never in half precision: SDXL's autoencoder overflows in it.
     vae = base.vae.float()
     side = args.resolution or base.unet.config.sample_size * base.vae_scale_factor
@@ -570,7 +616,7 @@ def build_probes(
     steps = base.scheduler.config.num_train_timesteps
     timesteps = [int((i + 0.5) * steps / args.probe_timesteps) for i in range(args.probe_timesteps)]
     probes = []
-    for kind, picture, text in sources:
+    for kind, picture, text in pictures:
         picture = picture.resize((side, side), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
         with torch.no_grad():
@@ -642,11 +688,11 @@ def block_of(name: str) -> str:
 
 def parameter_drift(args: argparse.Namespace) -> dict[str, dict]:
     """
-    How far the weights of U-Net and text encoders have moved: for each part and each block of it `drift`, the L2
-    distance, and `relative`, the distance over the base's norm. In float32 on the CPU, a LoRA merged into the base.
+    How far the weights of U-Net and text encoders have moved, as `compare_parameters` has it. In float32 on the CPU, a
+    LoRA merged into the base; new words, of which the base knows nothing, do not count.
     """
     pipeline = load_pipeline(args, "personalized", torch.float32)
-    if args.is_lora:
+    if args.kind == "lora":
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     result = {}
@@ -656,21 +702,28 @@ def parameter_drift(args: argparse.Namespace) -> dict[str, dict]:
             continue
         # One part of the base at a time, as host memory is short too.
         source = {"subfolder": part, "revision": args.revision, "variant": args.variant}
-        base = dict(type(model).from_pretrained(args.base_model_name_or_path, **source).float().named_parameters())
-        moved = dict(model.named_parameters())
+        base = type(model).from_pretrained(args.base_model_name_or_path, **source).float()
+        if args.kind == "custom_diffusion" and part != "unet":
+            model.resize_token_embeddings(base.get_input_embeddings().num_embeddings)
+        base, moved = (dict(model.named_parameters()) for model in (base, model))
         if {name: p.shape for name, p in base.items()} != {name: p.shape for name, p in moved.items()}:
             stop(f"--base_model_name_or_path: its {part} is of another architecture than the personalized model's")
-        squares = {}
-        for name, parameter in moved.items():
-            anchor = base[name].detach().double()
-            totals = squares.setdefault(block_of(name), [0.0, 0.0])
-            totals[0] += (parameter.detach().double() - anchor).square().sum().item()
-            totals[1] += anchor.square().sum().item()
-        blocks = {name: distances(*totals) for name, totals in squares.items()}
-        result[part] = {**distances(*map(sum, zip(*squares.values()))), "blocks": blocks}
+        result[part] = compare_parameters(base, moved)
         if not math.isfinite(result[part]["drift"]):
             stop(f"the {part} of one of the models holds weights that are NaN or infinite")
     return result
+
+
+def compare_parameters(base: dict[str, torch.Tensor], moved: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """`drift`, the L2 distance, and `relative`, the distance over the base's norm; the same by block in `blocks`."""
+    squares = {}
+    for name, parameter in moved.items():
+        anchor = base[name].detach().double()
+        totals = squares.setdefault(block_of(name), [0.0, 0.0])
+        totals[0] += (parameter.detach().double() - anchor).square().sum().item()
+        totals[1] += anchor.square().sum().item()
+    blocks = {name: distances(*totals) for name, totals in squares.items()}
+    return {**distances(*map(sum, zip(*squares.values()))), "blocks": blocks}
 
 
 def distances(squared_drift: float, squared_norm: float) -> dict[str, float]:
@@ -1229,8 +1282,9 @@ def main(args: argparse.Namespace) -> None:
         pipeline = load_pipeline(args, model, dtype).to(accelerator.device)
         draw_images(args, accelerator, pipeline, model, images, folders[model])
         if probes is None:
-            batches = in_batches(build_probes(args, pipeline, images, folders[model], photos), args.batch_size)
-            probes = [probe for batch in own_share(accelerator, batches) for probe in batch]
+            probes = build_probes(args, pipeline, probe_pictures(args, images, folders[model], photos))
+            batches = own_share(accelerator, in_batches(probes, args.batch_size))
+            probes = [probe for batch in batches for probe in batch]
         predictions[model] = predict_noise(args, accelerator, pipeline, model, probes)
         del pipeline
         gc.collect()

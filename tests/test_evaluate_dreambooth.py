@@ -610,6 +610,71 @@ def test_a_lora_is_measured_on_top_of_the_base(evaluate, tmp_path):
     assert metrics["drift"]["pixel_rms"] > 0 and metrics["prediction_drift"]["other"]["mean"] > 0
 
 
+def custom_diffusion_of(base, folder, words=()):
+    """Half of the weights of all attn2.to_k and attn2.to_v are added; each word has the embedding 0.1, 0.1, ..."""
+    folder.mkdir()
+    weights = load_file(base / UNET)
+    chosen = {name: 1.5 * weights[name].float() for name in weights if re.search(r"attn2\.to_[kv]\.", name)}
+    save_file(chosen, folder / "custom_diffusion.safetensors")
+    config = json.loads(base.joinpath("text_encoder", "config.json").read_text())
+    rows = {word: torch.full((config["hidden_size"],), 0.1) for word in words}
+    if rows:
+        save_file(rows, folder / "learned_embeds.safetensors")
+    return math.sqrt(sum((weight.double() / 3).square().sum() for weight in chosen.values()))
+
+
+def test_custom_diffusion_is_measured_on_top_of_the_base(evaluate, tmp_path):
+    expected = custom_diffusion_of(BASE, tmp_path / "model", ["<new1>"])
+    flags = [f"--pretrained_model_name_or_path={tmp_path / 'model'}", "--instance_token=<new1>"]
+    metrics = evaluate(*flags, f"--output_dir={tmp_path / 'out'}")
+    parameters = metrics["parameter_drift"]
+    assert parameters["unet"]["drift"] == pytest.approx(expected, rel=1e-3) and expected > 0
+    assert parameters["unet"]["blocks"]["conv_in"]["drift"] == 0 and parameters["text_encoder"]["drift"] == 0
+    assert metrics["drift"]["pixel_rms"] > 0 and metrics["prediction_drift"]["other"]["mean"] > 0
+
+
+def test_custom_diffusion_is_loaded_as_its_model_card_loads_it(script, tmp_path):
+    custom_diffusion_of(BASE, tmp_path / "model", ["<new1>", "<new2>"])
+    args = script.parse_args([f"--{name}=<new2>" for name in REQUIRED])
+    args.pretrained_model_name_or_path, args.base_model_name_or_path = str(tmp_path / "model"), str(BASE)
+    script.check_models(args)
+    ours = script.load_pipeline(args, "personalized", torch.float32)
+    card = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
+    card.unet.load_state_dict(load_file(tmp_path / "model" / "custom_diffusion.safetensors"), strict=False)
+    tokens = load_file(tmp_path / "model" / "learned_embeds.safetensors")
+    card.load_textual_inversion(list(tokens.values()), token=list(tokens))
+    for part in ("unet", "text_encoder"):
+        states = [getattr(pipeline, part).state_dict() for pipeline in (ours, card)]
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    assert ours.tokenizer("a <new2> mug").input_ids == card.tokenizer("a <new2> mug").input_ids
+
+
+def test_new_words_of_sdxl_go_to_both_encoders(script, tiny_sdxl, tmp_path):
+    custom_diffusion_of(tiny_sdxl, tmp_path / "model")
+    rows = {"clip_l": torch.full((1, 16), 0.1), "clip_g": torch.full((1, 16), 0.2)}
+    save_file(rows, tmp_path / "model" / "learned_embeds.safetensors")
+    args = script.parse_args([f"--{name}=<new1>" for name in REQUIRED])
+    args.pretrained_model_name_or_path, args.base_model_name_or_path = str(tmp_path / "model"), str(tiny_sdxl)
+    script.check_models(args)
+    pipeline = script.load_pipeline(args, "personalized", torch.float32)
+    parts = (pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)
+    for (tokenizer, encoder), expected in zip(parts, rows.values()):
+        (word,) = tokenizer("<new1>", add_special_tokens=False).input_ids
+        assert torch.equal(encoder.get_input_embeddings().weight[word], expected[0])
+
+
+def test_refuses_a_token_that_custom_diffusion_did_not_learn(refused, tmp_path):
+    custom_diffusion_of(BASE, tmp_path / "model", ["<new1>"])
+    line = refused(f"--pretrained_model_name_or_path={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}")
+    assert "--instance_token" in line and "<new1>" in line
+
+
+def test_refuses_custom_diffusion_of_another_architecture_before_anything_is_drawn(refused, tiny_sd, tmp_path):
+    custom_diffusion_of(tiny_sd, tmp_path / "model")
+    refused(f"--pretrained_model_name_or_path={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}")
+    assert not list(tmp_path.joinpath("out").rglob("*.png"))
+
+
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory):
     """Folder of a random `StableDiffusionXLPipeline` of 32 x 32 pixels, with the tokenizer of the drawn world."""

@@ -76,13 +76,16 @@ class Examiner:
     def __init__(self, others: int, per_scene: int, seed: int):
         self.judge, self.seed, self.per_scene = Judge.from_pretrained(), seed, per_scene
         self.others = other_things(others)
+        self.other_prompts = [caption_of(look, scene) for look, scene in self.others]
         self.base = None
+
+    def draw_others(self, pipeline: DiffusionPipeline) -> list[Image.Image]:
+        """A picture of each other thing; `base` is what it gives for the base."""
+        return generate(pipeline, self.other_prompts, [1000 * self.seed + i for i in range(len(self.others))])
 
     def examine(self, pipeline: DiffusionPipeline, subject: str) -> dict[str, float]:
         """Shares (0 to 1), and drift: the root mean square difference from the base's pictures (0 to 255)."""
-        first = 1000 * self.seed
-        prompts = [caption_of(look, scene) for look, scene in self.others]
-        pictures = generate(pipeline, prompts, [first + i for i in range(len(prompts))])
+        pictures = self.draw_others(pipeline)
         if self.base is None:
             self.base = pictures
         read, truths = self.judge.read(pictures), [traits_of(*other) for other in self.others]
@@ -90,7 +93,7 @@ class Examiner:
         look = SUBJECTS[subject]
         scenes = [scene for scene in NEW_SCENES for _ in range(self.per_scene)]
         prompts = [subject_prompt(look, scene) for scene in scenes]
-        mine = generate(pipeline, prompts, [first + 500 + i for i in range(len(scenes))])
+        mine = generate(pipeline, prompts, [1000 * self.seed + 500 + i for i in range(len(scenes))])
         mine_read, mine_truths = self.judge.read(mine), [traits_of(look, scene) for scene in scenes]
         return {
             "fidelity": share_right(mine_read, mine_truths, SUBJECT_TRAITS),

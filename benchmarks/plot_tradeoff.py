@@ -1,0 +1,383 @@
+# What the results of tradeoff.py say: two figures, and tables of the numbers that settle the claims.
+# Reads its JSONL files and nothing else; trains and measures nothing.
+"""
+python benchmarks/plot_tradeoff.py tradeoff/*.jsonl --output_dir figures > claims.md
+
+Of every method only its best settings count: its curve is made of those of its settings (rate, weight, steps, stop)
+that no other one of it beats in both fidelity and cost. In brackets: 95% confidence intervals, by bootstrap over
+subjects. A dash: the method does not get there.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+# What prompts ask for: the subject's scene, and all of other things.
+OBEYED = ("subject scene", "other scene", "other class", "other colour", "other pattern")
+COSTS = {
+    "drift": "drift of pictures (RMS, grey levels)",
+    "prediction drift": "drift of predictions",
+    "parameter drift": "drift of parameters (L2)",
+    "disobeyed": "what prompts ask for and is missing",
+    "total seconds": "seconds, class images included",
+}
+MEASURES = ("fidelity", "alignment", "subject scene", "seconds", "class seconds", *COSTS)
+
+
+# Arithmetic
+
+
+def pareto(points: np.ndarray) -> np.ndarray:
+    """Those of the points (fidelity, cost), (n, 2), that no other beats in both, by rising fidelity."""
+    best = []
+    for fidelity, cost in points[np.lexsort((-points[:, 0], points[:, 1]))]:
+        if not best or fidelity > best[-1][0]:
+            best.append((fidelity, cost))
+    return np.array(best)
+
+
+def cost_at(fidelity: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """
+    What a fidelity costs along the curve of a method: linear between neighbours of its `pareto` front, infinite beyond
+    the front, and below it the cost of its lowest point.
+    """
+    front = pareto(points)
+    return np.interp(fidelity, front[:, 0], front[:, 1], right=np.inf)
+
+
+def bootstrap(count: int, statistic: Callable[[np.ndarray], Any], resamples: int = 1000) -> np.ndarray:
+    """The statistic of `count` indices drawn with replacement, (resamples, ...); the same ones at every call."""
+    rng = np.random.default_rng(0)
+    return np.array([statistic(rng.integers(count, size=count)) for _ in range(resamples)])
+
+
+def interval(samples: np.ndarray) -> np.ndarray:
+    """The 2.5th and 97.5th percentile along the first axis, (2, ...); NaN is left out, infinity counts."""
+    ordered = np.sort(samples, axis=0)  # NaN last
+    count = np.isfinite(samples).sum(0) + np.isinf(samples).sum(0)
+    ranks = [np.clip(np.ceil(q * count).astype(int) - 1, 0, None) for q in (0.025, 0.975)]
+    return np.stack([np.take_along_axis(ordered, rank[None], axis=0)[0] for rank in ranks])
+
+
+def proportional_fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """The slope of the least-squares line through the origin, and the RMS of what it leaves over the RMS of y."""
+    slope = (x * y).sum() / np.square(x).sum()
+    return slope, np.sqrt(np.square(y - slope * x).sum() / np.square(y).sum())
+
+
+# Results
+
+
+class Curve(NamedTuple):
+    """The settings of a method, and what was measured of them: (settings, subjects, MEASURES), a mean over seeds."""
+
+    settings: list[dict[str, Any]]
+    values: np.ndarray
+
+    def of(self, measure: str) -> np.ndarray:
+        """(settings, subjects)"""
+        return self.values[:, :, MEASURES.index(measure)]
+
+
+class Results(NamedTuple):
+    subjects: list[str]
+    seeds: list[int]
+    base: np.ndarray  # (subjects, MEASURES)
+    curves: dict[str, Curve]
+
+    def points(self, method: str, cost: str, subjects: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Fidelity and cost, (settings + 1, 2), as means over subjects; the last is the base, which costs nothing."""
+        both = [MEASURES.index("fidelity"), MEASURES.index(cost)]
+        means = self.curves[method].values[:, subjects][:, :, both].mean(1)
+        return np.concatenate([means, self.base[subjects][:, both].mean(0)[None]])
+
+    def families(self) -> dict[str, tuple[list[str], list[str]]]:
+        """For "full", "lora" and "custom_diffusion": the methods with the penalty, and their rivals without it."""
+        families = {}
+        for method, curve in self.curves.items():
+            flags = curve.settings[0]["flags"]
+            kind = next((flag.partition("=")[2] for flag in flags if flag.startswith("--method=")), "full")
+            families.setdefault(kind, ([], []))["--lipschitz_weight=0" in flags].append(method)
+        return families
+
+    def penalized(self) -> list[str]:
+        return [method for ours, _ in self.families().values() for method in ours]
+
+
+def read_results(paths: list[Path]) -> tuple[Results, int]:
+    """
+    The results of settings that were measured for all subjects and seeds that the base was, and the number of other
+    settings, which are left out: means over different subjects do not compare.
+    """
+    rows = []
+    for line in (line for path in paths for line in path.read_text().splitlines()):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # of a run that was killed
+            continue
+    newest = rows[-1]["settings"] if rows else None
+    groups = {}
+    for row in (row for row in rows if row["settings"] == newest):
+        row["alignment"] = float(np.mean([row[name] for name in OBEYED]))
+        row["disobeyed"] = 1 - row["alignment"]
+        row["total seconds"] = row["seconds"] + row["class seconds"]
+        names = ("method", "rate", "weight", "schedule", "steps", "stop", "share", "flags")
+        setting = {name: row[name] for name in names}
+        _, found = groups.setdefault(json.dumps(setting), (setting, {}))
+        found[row["subject"], row["seed"]] = [row[name] for name in MEASURES]
+    everyone = next((found.keys() for setting, found in groups.values() if setting["method"] == "base"), None)
+    if everyone is None:
+        raise SystemExit("plot_tradeoff.py: error: no result of the base in these files: let tradeoff.py run first")
+    subjects, seeds = (list(dict.fromkeys(values)) for values in zip(*sorted(everyone)))
+    curves, incomplete = {}, 0
+    for setting, found in groups.values():
+        if not everyone <= found.keys():
+            incomplete += 1
+            continue
+        means = [np.mean([found[pair] for pair in everyone if pair[0] == subject], axis=0) for subject in subjects]
+        curve = curves.setdefault(setting["method"], ([], []))
+        curve[0].append(setting)
+        curve[1].append(means)
+    curves = {method: Curve(settings, np.array(values)) for method, (settings, values) in curves.items()}
+    base = curves.pop("base").values[0]
+    return Results(subjects, sorted(set(seeds)), base, curves), incomplete
+
+
+# Claims
+
+
+def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    print(f"\n### {title}\n")
+    for row in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(row)} |")
+
+
+def show(value: float, limits: np.ndarray, scale: float = 1.0, digits: int = 1) -> str:
+    if not np.isfinite(value):
+        return "–"
+    low, high = (f"{scale * limit:.{digits}f}" for limit in limits)
+    return f"{scale * value:.{digits}f} [{low}, {high}]"
+
+
+def print_equal_fidelity(results: Results, family: str, fidelities: np.ndarray, cost: str) -> None:
+    """Claims 2, 4 and 5: the cost of fidelities, and how much of it each penalized method saves."""
+    ours, rivals = results.families()[family]
+    methods = ours + rivals
+
+    def costs(subjects):
+        return [cost_at(fidelities, results.points(method, cost, subjects)) for method in methods]
+
+    values, samples = np.array(costs(slice(None))), bootstrap(len(results.subjects), costs)
+    digits = 3 if cost == "prediction drift" else 1
+    head = ["", *(f"{fidelity:.0%}" for fidelity in fidelities)]
+    rows = [
+        [method, *(show(value, limits, digits=digits) for value, limits in zip(values[i], interval(samples[:, i]).T))]
+        for i, method in enumerate(methods)
+    ]
+    print_table(f"{family}: what a subject fidelity costs, {COSTS[cost]}", head, rows)
+    for i, method in enumerate(ours if rivals else []):
+        rows = []
+        for name in [*rivals, "the best of these"]:
+            theirs = [methods.index(name)] if name in rivals else slice(len(ours), None)
+            with np.errstate(invalid="ignore"):  # neither gets there
+                saved = 100 * (1 - values[i] / values[theirs].min(0))
+                limits = interval(100 * (1 - samples[:, i] / samples[:, theirs].min(1)))
+            rows.append([name, *map(show, saved, limits.T)])
+        print_table(f"{family}: {method} needs less of it, by (%)", ["than", *head[1:]], rows)
+
+
+def print_same_settings(results: Results) -> None:
+    """Claim 1: the penalty against no penalty with all else equal, as in the paper's Table 1."""
+
+    def key(setting):
+        flags = [flag for flag in setting["flags"] if not flag.startswith("--lipschitz_")]
+        return json.dumps([sorted(flags), setting["stop"], setting["share"]])
+
+    plain, rows = {}, []
+    for _, rivals in results.families().values():
+        for curve in (results.curves[method] for method in rivals):
+            plain |= {key(s): curve.values[i] for i, s in enumerate(curve.settings) if s["weight"] == 0}
+    for method in results.penalized():
+        curve = results.curves[method]
+        for setting, values in zip(curve.settings, curve.values):
+            if key(setting) not in plain:
+                continue
+            gains = values - plain[key(setting)]
+            limits = interval(bootstrap(len(gains), lambda subjects: gains[subjects].mean(0)))
+            columns = [MEASURES.index(name) for name in ("fidelity", "alignment", "subject scene")]
+            what = f"{method}, {setting['schedule']} rate {setting['rate']:g}, {setting['stop']} steps"
+            cells = [show(gains[:, k].mean(), limits[:, k], 100) for k in columns]
+            rows.append([what, f"{setting['weight']:g}", *cells])
+    head = ["", "weight", "fidelity", "alignment", "of that, the subject's scene"]
+    print_table("Claim 1: gain over no penalty with all else equal, in points of a hundred", head, rows)
+
+
+def weight_series(results: Results) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By name, of each penalty at one rate, schedule and stop: the weights, rising, and their values as in `Curve`."""
+    series = {}
+    for method in results.penalized():
+        for setting, values in zip(*results.curves[method]):
+            if "--lipschitz_mode=projected" not in setting["flags"]:  # has a radius
+                name = f"{method}, {setting['schedule']} rate {setting['rate']:g}, {setting['stop']} steps"
+                series.setdefault(name, {})[setting["weight"]] = values
+    return {
+        name: (np.array(sorted(found)), np.array([found[weight] for weight in sorted(found)]))
+        for name, found in series.items()
+        if len(found) > 1
+    }
+
+
+def print_monotone(results: Results) -> None:
+    """Claim 3: does drift fall with the weight, and do predictions move in proportion to parameters?"""
+    rows = []
+    for name, (weights, values) in weight_series(results).items():
+        cells = [name, ", ".join(f"{weight:g}" for weight in weights)]
+        for measure in ("parameter drift", "prediction drift"):
+            drift = values[:, :, MEASURES.index(measure)]
+            answer = "yes" if (np.diff(drift.mean(1)) < 0).all() else "no"
+            cells.append(f"{answer}; {(np.diff(drift, axis=0) < 0).mean():.0%}")
+        rows.append(cells)
+    head = ["falls at every step of the weight; share of the steps of single subjects", "weights"]
+    print_table("Claim 3: drift against the weight", [*head, "parameters", "predictions"], rows)
+    rows = []
+    for family in results.families():
+        x, y = drifts_of(results, family)
+
+        def fit(subjects):
+            return proportional_fit(x[:, subjects].ravel(), y[:, subjects].ravel())
+
+        (slope, left), limits = fit(slice(None)), interval(bootstrap(len(results.subjects), fit))
+        rows.append([family, show(slope, limits[:, 0], digits=4), show(left, limits[:, 1], 100)])
+    head = ["trained", "prediction drift per unit of parameter drift", "RMS error, % of the RMS"]
+    print_table("Claim 3: predictions in proportion to parameters, over all results", head, rows)
+
+
+def drifts_of(results: Results, family: str) -> tuple[np.ndarray, np.ndarray]:
+    """Drift of parameters and of predictions in all results, (settings, subjects) each."""
+    curves = [results.curves[method] for methods in results.families()[family] for method in methods]
+    return tuple(np.concatenate([c.of(name) for c in curves]) for name in ("parameter drift", "prediction drift"))
+
+
+def print_times(results: Results) -> None:
+    """Claim 4: seconds of each method, at its longest."""
+    rows = []
+    for method, curve in results.curves.items():
+        i = max(range(len(curve.settings)), key=lambda i: curve.settings[i]["stop"])
+        seconds = [curve.of(name)[i].mean() for name in ("seconds", "class seconds", "total seconds")]
+        rows.append([method, str(curve.settings[i]["stop"]), *(f"{value:.0f}" for value in seconds)])
+    print_table("Claim 4: seconds", ["method", "steps", "training", "class images", "together"], rows)
+
+
+def print_subjects(results: Results, family: str, fidelity: float) -> None:
+    """Claim 6: each subject alone, so that those for which the penalty hurts are seen."""
+    ours, rivals = results.families()[family]
+    rows = []
+    for i, subject in enumerate(results.subjects):
+        costs = {m: cost_at(fidelity, results.points(m, "drift", np.array([i]))) for m in ours + rivals}
+        best = min(rivals, key=costs.get, default=None)
+        least = costs.get(best, np.inf)
+        cells = [f"{costs[m]:.1f}{' (hurts)' if costs[m] > least else ''}" for m in ours]
+        rows.append([subject, f"{best}: {least:.1f}", *cells])
+    print_table(f"Claim 6: {family}, {COSTS['drift']}, at {fidelity:.0%}", ["subject", "best rival", *ours], rows)
+
+
+# Figures
+
+
+def draw_tradeoff(results: Results, path: Path) -> None:
+    """Fidelity against alignment, and against drift (the paper's Figure 4), a row for full, LoRA, Custom Diffusion."""
+    families = results.families()
+    figure, axes = plt.subplots(len(families), 3, figsize=(15, 4.6 * len(families)), squeeze=False)
+    for line, (family, (ours, rivals)) in zip(axes, families.items()):
+        for axis, cost in zip(line, ("disobeyed", "drift", "prediction drift")):
+            for index, method in enumerate(ours + rivals):
+                points, colour = results.points(method, cost), f"C{index}"
+                front = pareto(points)
+                grid = np.linspace(front[0, 0], front[-1, 0], 40)
+
+                def band(subjects):
+                    costs = cost_at(grid, results.points(method, cost, subjects))
+                    return np.where(np.isinf(costs), np.nan, costs)
+
+                limits = interval(bootstrap(len(results.subjects), band, 200))
+                # What prompts ask for and is missing, drawn as what is not missing.
+                curve, points, limits = (
+                    1 - values if cost == "disobeyed" else values for values in (front[:, 1], points[:-1, 1], limits)
+                )
+                axis.fill_between(grid, *limits, color=colour, alpha=0.12, linewidth=0)
+                axis.plot(front[:, 0], curve, "-" if method in ours else "--", color=colour, label=method)
+                axis.plot(results.curves[method].of("fidelity").mean(1), points, ".", color=colour, alpha=0.5)
+            axis.set_xlabel(f"subject fidelity ({family})")
+            axis.set_ylabel("share of what prompts ask for" if cost == "disobeyed" else COSTS[cost])
+            axis.grid(alpha=0.25)
+        line[1].legend(fontsize=8)
+    save(figure, path)
+
+
+def draw_drift(results: Results, path: Path) -> None:
+    """Drift of parameters and predictions against the weight, and one against the other (the paper's Figure 2)."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6))
+    for index, (name, (weights, values)) in enumerate(weight_series(results).items()):
+        for axis, measure in zip(axes, ("parameter drift", "prediction drift")):
+            drift = values[:, :, MEASURES.index(measure)]
+            limits = interval(bootstrap(len(results.subjects), lambda subjects: drift[:, subjects].mean(1)))
+            axis.fill_between(weights, *limits, color=f"C{index}", alpha=0.15, linewidth=0)
+            axis.loglog(weights, drift.mean(1), "o-", color=f"C{index}", label=name)
+            axis.set_xlabel("weight of the penalty")
+            axis.set_ylabel(COSTS[measure])
+    for index, family in enumerate(results.families()):
+        x, y = (drift.ravel() for drift in drifts_of(results, family))
+        slope, left = proportional_fit(x, y)
+        axes[2].plot(x, y, ".", color=f"C{index}", alpha=0.4)
+        label = f"{family}: in proportion, up to {left:.0%}"
+        axes[2].plot([0, x.max()], [0, slope * x.max()], color=f"C{index}", label=label)
+    axes[2].set_xlabel(COSTS["parameter drift"])
+    axes[2].set_ylabel(COSTS["prediction drift"])
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7)
+    save(figure, path)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Figures and claims from the results of tradeoff.py.")
+    parser.add_argument("results", nargs="+", type=Path, help="JSONL files of tradeoff.py.")
+    parser.add_argument("--fidelities", nargs="+", type=float, default=[0.7, 0.8, 0.9], help="To compare at, 0 to 1.")
+    parser.add_argument("--output_dir", type=Path, default=Path("tradeoff"), help="Folder of the figures.")
+    args = parser.parse_args()
+    results, incomplete = read_results(args.results)
+    counted = f"{len(results.subjects)} subjects, seeds {', '.join(map(str, results.seeds))}"
+    print(f"{counted}. Settings not measured on all of them, and left out: {incomplete}.")
+    print_same_settings(results)
+    fidelities = np.array(args.fidelities)
+    for family in results.families():
+        for cost in ("drift", "prediction drift", "parameter drift", "total seconds"):
+            print_equal_fidelity(results, family, fidelities, cost)
+    print_monotone(results)
+    print_times(results)
+    for family in results.families():
+        print_subjects(results, family, float(np.median(fidelities)))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    draw_tradeoff(results, args.output_dir / "tradeoff.png")
+    draw_drift(results, args.output_dir / "drift.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+# Fidelity against drift on the drawn world: every method, weight, learning rate and stop, each a line in a JSONL file.
+# Trains and measures. The figures, and the numbers that settle the claims, plot_tradeoff.py draws from that file.
+"""
+python benchmarks/tradeoff.py --grid penalty dreambooth --subjects mug star --seeds 0
+python benchmarks/tradeoff.py --shard 1/2      # all of it; 2/2 on another machine, or another core (OMP_NUM_THREADS=1)
+python benchmarks/plot_tradeoff.py tradeoff/*.jsonl
+
+A stopped run goes on with the same command. Minutes of each part: docs/benchmarks.md. A training is a call of `main`
+of train_dreambooth_lipschitz.py in this process: what a launch of the script trains, less its start of 12 seconds.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TINYWORLD = ROOT / "examples" / "tinyworld"
+sys.path.insert(0, str(TINYWORLD))
+
+from demo import hash_of_base  # noqa: E402
+from examine import BASE, Examiner, load, subject_prompt  # noqa: E402
+from world import SUBJECTS  # noqa: E402
+
+
+class Row(NamedTuple):
+    """
+    Trainings that belong to one curve: one for each rate, weight and number of steps.
+
+    `flags` go to the script, `{}` in them is the weight (or radius, or strength). With `stops`, checkpoints of a
+    training are measured on the way; that is early stopping only at a constant rate, and with a falling one a stop
+    is a training of its own, that is, another number in `steps`. With `shares`, so is base + share * (trained - base).
+    """
+
+    method: str
+    rates: tuple[float, ...]
+    weights: tuple[float, ...] = (0,)
+    flags: str = "--lipschitz_weight={}"
+    schedule: str = "linear"
+    steps: tuple[int, ...] = (250,)
+    stops: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
+
+
+SELECTIVE = "selective projection decay"
+PENALTY, PRIOR = "--lipschitz_weight={}", "--lipschitz_weight=0 --with_prior_preservation"
+LORA, CUSTOM = "--method=lora --rank=16 ", "--method=custom_diffusion "
+
+GRIDS = {
+    # Claims 1, 2, 3 and 6: the penalty, and plain DreamBooth at its best beside it.
+    "dreambooth": [
+        Row("DreamBooth", (1e-4, 2e-4)),
+        Row("DreamBooth", (5e-4, 1e-3), shares=(0.25, 0.5, 0.75)),
+    ],
+    "penalty": [
+        Row("penalty", (1e-3,), (30, 100, 300, 1000, 3000)),
+        Row("penalty", (5e-4, 2e-3), (100, 300, 1000)),
+    ],
+    "early": [
+        Row("DreamBooth, stopped early", (1e-4, 2e-4, 5e-4), schedule="constant", stops=(50, 100, 150, 200)),
+    ],
+    "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR)],
+    # Claim 4: what reaches a fidelity in fewer steps.
+    "short": [
+        Row("DreamBooth", (1e-3,), steps=(60, 120)),
+        Row("penalty", (1e-3, 2e-3), (100, 300), steps=(60, 120)),
+        Row("prior preservation", (1e-3,), flags=PRIOR, steps=(60, 120)),
+    ],
+    # Claim 5: other forms of the penalty, beside "penalty", which is coupled and tensor_mean.
+    "forms": [
+        Row("proximal", (1e-3,), (1e5, 3e5, 1e6), PENALTY + " --lipschitz_mode=proximal"),
+        Row("projected", (1e-3,), (4, 6, 9), "--lipschitz_weight=1 --lipschitz_mode=projected --lipschitz_radius={}"),
+        Row("sum", (1e-3,), (3e-4, 1e-3, 3e-3, 1e-2), PENALTY + " --lipschitz_reduction=sum"),
+        Row(SELECTIVE, (5e-4, 1e-3), (0.5, 1, 2), "--lipschitz_weight=0"),
+    ],
+    "constant": [Row("penalty, constant rate", (2e-4, 5e-4, 1e-3), (300, 1000), schedule="constant")],
+    "lora": [
+        Row("LoRA", (1e-3, 2e-3, 5e-3), flags=LORA + PENALTY, shares=(0.25, 0.5, 0.75)),
+        Row("LoRA, delta", (5e-3,), (30, 100, 300, 1000), LORA + PENALTY),
+        Row(
+            "LoRA, factors",
+            (5e-3,),
+            (1e-5, 1e-4, 1e-3),
+            LORA + PENALTY + " --lipschitz_lora=factors --lipschitz_reduction=sum",
+        ),
+    ],
+    "custom": [
+        Row("Custom Diffusion", (1e-3, 3e-3), flags=CUSTOM + PENALTY, shares=(0.5, 0.75)),
+        Row("Custom Diffusion, penalty", (3e-3,), (30, 100, 300), CUSTOM + PENALTY),
+        Row("Custom Diffusion, prior preservation", (3e-3,), flags=CUSTOM + PRIOR),
+    ],
+}  # fmt: skip
+
+# No decay towards zero: it would be drift that no method asked for.
+COMMON = ["--resolution=64", "--train_batch_size=4", "--lr_warmup_steps=0", "--adam_weight_decay=0"]
+
+
+class Training(NamedTuple):
+    """One of the trainings of a `Row`."""
+
+    method: str
+    rate: float
+    weight: float
+    schedule: str
+    steps: int
+    flags: list[str]
+    stops: tuple[int, ...]
+    shares: tuple[float, ...]
+
+
+NO_TRAINING = Training("base", 0.0, 0.0, "none", 0, [], (), ())
+
+
+class Result(NamedTuple):
+    """What is measured of a training: `stop` steps of it, and the `share` of the way from the base."""
+
+    method: str
+    stop: int
+    share: float
+
+
+def trainings_of(names: list[str]) -> list[Training]:
+    """The trainings of some grids, the base, which needs none, first."""
+    trainings = [NO_TRAINING]
+    for row in (row for name in names for row in GRIDS[name]):
+        for rate in row.rates:
+            for weight in row.weights:
+                for steps in row.steps:
+                    flags = [*COMMON, *row.flags.format(weight).split(), f"--learning_rate={rate}"]
+                    flags += [f"--lr_scheduler={row.schedule}", f"--max_train_steps={steps}"]
+                    trainings.append(
+                        Training(row.method, rate, weight, row.schedule, steps, flags, row.stops, row.shares)
+                    )
+    return trainings
+
+
+def results_of(training: Training) -> list[Result]:
+    stops = [Result(training.method, stop, 1.0) for stop in (*training.stops, training.steps)]
+    return stops + [Result(f"{training.method}, interpolated", training.steps, share) for share in training.shares]
+
+
+def shard_of(items: list, shard: str) -> list:
+    """Part i of n, by "i/n" with i from 1: the parts have no item in common, and together are the whole."""
+    i, n = map(int, shard.split("/"))
+    return items[i - 1 :: n]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The results in a file. A line that a killed run has left unfinished is none."""
+    results = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            results.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return results
+
+
+def append_line(path: Path, result: dict[str, Any]) -> None:
+    unfinished = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a") as file:
+        file.write("\n" * unfinished + json.dumps(result) + "\n")
+
+
+def identity(result: dict[str, Any]) -> str:
+    """What tells a result from all others: who was trained how, and how it was measured."""
+    names = ("subject", "seed", "method", "weight", "flags", "stop", "share", "settings")
+    return json.dumps([result[name] for name in names])
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of this repository as a module of its own, in which functions can be replaced."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def clock() -> float:
+    """Seconds; on a CPU those of this process, so that what else runs there does not count."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
+class SelectiveDecay:
+    """
+    Selective Projection Decay (Tian et al. 2024, arXiv 2411.01713), a rival: a tensor is pulled back only if its
+    gradient asks for that, pointing the same way as its displacement from where it began. The pull undoes, times
+    `strength`, that by which the step has made the displacement longer; at 1 it is a projection.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, strength: float):
+        self.strength = strength
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.anchors = {parameter: parameter.detach().clone() for parameter in parameters}
+        optimizer.register_step_pre_hook(self.before_step)
+        optimizer.register_step_post_hook(self.after_step)
+
+    @torch.no_grad()
+    def before_step(self, *_) -> None:
+        self.lengths = {}
+        for parameter, anchor in self.anchors.items():
+            displacement = parameter - anchor
+            if parameter.grad is not None and (parameter.grad * displacement).sum() > 0:
+                self.lengths[parameter] = displacement.norm()
+
+    @torch.no_grad()
+    def after_step(self, *_) -> None:
+        for parameter, length in self.lengths.items():
+            growth = (1 - length / (parameter - self.anchors[parameter]).norm()).clamp(min=0)
+            parameter.lerp_(self.anchors[parameter], (self.strength * growth).clamp(max=1))
+
+
+def draw_class_images(script: ModuleType, args: argparse.Namespace) -> float:
+    """Lets the script draw its class images, once for all trainings on a subject with a seed. Returns the seconds."""
+    record = Path(f"{args.class_data_dir}.seconds")
+    if not record.exists():
+        # Of those that a killed run has drawn, the time is not known.
+        shutil.rmtree(args.class_data_dir, ignore_errors=True)
+        began = clock()
+        script.sample_class_images(args, script.build_accelerator(args), script.read_concepts(args)[0], [])
+        record.write_text(str(clock() - began))
+    return float(record.read_text())
+
+
+def train(training: Training, subject: str, seed: int, folder: Path) -> dict[str, float]:
+    """Personalizes the base, into `folder`, with checkpoints where it is to be measured. Returns the seconds."""
+    script, kind = load_script("train_dreambooth_lipschitz"), SUBJECTS[subject].kind
+    flags = [*training.flags, f"--pretrained_model_name_or_path={BASE}", f"--seed={seed}", f"--output_dir={folder}"]
+    flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / subject}"]
+    flags += [f"--instance_prompt={subject_prompt(SUBJECTS[subject], '')}"]
+    if training.stops:
+        flags += [f"--checkpointing_steps={math.gcd(*training.stops)}"]
+    if "--with_prior_preservation" in flags:
+        class_images = folder.with_name(f"class-{subject}-{seed}")
+        flags += [f"--class_prompt=a photo of a {kind}", f"--class_data_dir={class_images}"]
+    args = script.parse_args(flags)
+    if training.method == SELECTIVE:
+        build_optimizer = script.build_optimizer
+
+        def build_selective(*arguments):
+            optimizer = build_optimizer(*arguments)
+            SelectiveDecay(optimizer, training.weight)
+            return optimizer
+
+        script.build_optimizer = build_selective
+    class_seconds = draw_class_images(script, args) if args.with_prior_preservation else 0.0
+    began = clock()
+    script.main(args)
+    return {"seconds": clock() - began, "class seconds": class_seconds}
+
+
+def trained_unet(training: Training, folder: Path, stop: int) -> dict[str, torch.Tensor]:
+    """The U-Net after `stop` steps, float32: of a LoRA with it merged, of a Custom Diffusion with it in place."""
+    folder = folder if stop == training.steps else folder / f"checkpoint-{stop}"
+    if (folder / "unet").is_dir():
+        return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    pipeline = load(BASE)
+    if "--method=lora" in training.flags:
+        pipeline.load_lora_weights(folder)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    else:
+        pipeline.unet.load_state_dict(load_file(folder / "custom_diffusion.safetensors"), strict=False)
+    return {name: weight.cpu() for name, weight in pipeline.unet.state_dict().items()}
+
+
+class Ruler:
+    """
+    Measures U-Nets with the judge of the drawn world and, as evaluate_dreambooth.py defines them, in predictions and
+    parameters. The pictures of one seed have the same noise in all models.
+    """
+
+    def __init__(self, settings: dict[str, Any], seed: int, folder: Path):
+        self.evaluation, self.pipeline = load_script("evaluate_dreambooth"), load(BASE)
+        self.base = {name: weight.cpu().clone() for name, weight in self.pipeline.unet.state_dict().items()}
+        self.examiner = Examiner(settings["others"], settings["per_scene"], seed)
+        self.examiner.base = self.examiner.draw_others(self.pipeline)
+        needed = ("pretrained_model_name_or_path", "base_model_name_or_path", "instance_data_dir")
+        self.args = self.evaluation.parse_args(
+            [*(f"--{name}={BASE}" for name in needed), "--instance_token=sks", "--class_name=thing", "--batch_size=16"]
+        )
+        images = [
+            {"kind": "other", "text": text, "file": f"{seed}-{i}.png"}
+            for i, text in enumerate(self.examiner.other_prompts)
+        ]
+        for image, picture in zip(images, self.examiner.base, strict=True):
+            picture.save(folder / image["file"])
+        pictures = self.evaluation.probe_pictures(self.args, images, folder, photos=[])
+        self.probes = self.evaluation.build_probes(self.args, self.pipeline, pictures)
+        self.predictions = self.predict()
+
+    def predict(self) -> list[torch.Tensor]:
+        return self.evaluation.predict_noise(self.args, Accelerator(), self.pipeline, "model", self.probes)
+
+    def measure(self, unet: dict[str, torch.Tensor], subject: str) -> dict[str, float]:
+        self.pipeline.unet.load_state_dict(unet)
+        drifts = self.evaluation.prediction_drift(self.probes, self.predictions, self.predict())
+        return {
+            **self.examiner.examine(self.pipeline, subject),
+            "prediction drift": sum(drift for *_, drift in drifts) / len(drifts),
+            "parameter drift": self.evaluation.compare_parameters(self.base, unet)["drift"],
+        }
+
+
+def shard(text: str) -> str:
+    i, n = map(int, text.split("/"))
+    if not 1 <= i <= n:
+        raise ValueError
+    return text
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train and measure a grid of methods on the drawn world.")
+    parser.add_argument("--grid", nargs="+", default=list(GRIDS), choices=GRIDS, help="Parts of the grid; all.")
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=SUBJECTS, help="All.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of trainings and pictures.")
+    parser.add_argument("--others", type=int, default=32, help="Pictures that do not show the subject.")
+    parser.add_argument("--per_scene", type=int, default=4, help="Pictures of it in each of five new scenes.")
+    parser.add_argument("--shard", type=shard, default="1/1", help="i/n: part i of n, for n machines or cores.")
+    parser.add_argument("--output_dir", type=Path, default=Path("tradeoff"), help="A file of results for each shard.")
+    return parser.parse_args(input_args)
+
+
+def main(args: argparse.Namespace) -> None:
+    name = args.shard.replace("/", "-of-")
+    path, work = args.output_dir / f"{name}.jsonl", args.output_dir / f"work-{name}"
+    work.mkdir(parents=True, exist_ok=True)
+    settings = {"base": hash_of_base(), "others": args.others, "per_scene": args.per_scene}
+    # Another number of shards, or a file from elsewhere: what is done is done.
+    done = {identity(result) for file in args.output_dir.glob("*.jsonl") for result in read_lines(file)}
+    # All subjects of a training in turn, so that every shard gets some of each training.
+    pairs = [(seed, subject) for seed in args.seeds for subject in args.subjects]
+    trainings = [(i, training, *pair) for i, training in enumerate(trainings_of(args.grid)) for pair in pairs]
+    # Subject by subject, so that a comparison is complete before the next begins.
+    own = sorted(shard_of(trainings, args.shard), key=lambda item: (pairs.index(item[2:]), item[0]))
+    ruler = None
+    for _, training, seed, subject in tqdm(own, desc="trainings"):
+        rows = []
+        for result in results_of(training):
+            row = {"subject": subject, "seed": seed, **training._asdict(), **result._asdict(), "settings": settings}
+            del row["stops"], row["shares"]
+            rows += [row] if identity(row) not in done else []
+        if not rows:
+            continue
+        if ruler is None or ruler.examiner.seed != seed:
+            ruler = Ruler(settings, seed, work)
+        folder = work / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        seconds = {"seconds": 0.0, "class seconds": 0.0}
+        if training is not NO_TRAINING:
+            seconds = train(training, subject, seed, folder)
+        for row in rows:
+            unet = ruler.base if training is NO_TRAINING else trained_unet(training, folder, row["stop"])
+            if row["share"] != 1:
+                unet = {key: torch.lerp(base, unet[key], row["share"]) for key, base in ruler.base.items()}
+            measured = ruler.measure(unet, subject)
+            # A training that is stopped early takes that part of the time.
+            part = row["stop"] / training.steps if training.steps else 0.0
+            times = {"seconds": part * seconds["seconds"], "class seconds": seconds["class seconds"]}
+            append_line(path, {**row, **measured, **times})
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main(parse_args())

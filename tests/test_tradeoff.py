@@ -1,0 +1,292 @@
+# What benchmarks/tradeoff.py and plot_tradeoff.py promise: every result once, however often a run is stopped or
+# shared out, and figures that follow from the results. How well any method does is not asked here.
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import plot_tradeoff  # noqa: E402
+import tradeoff  # noqa: E402
+
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+# Arithmetic
+
+
+def test_a_curve_is_made_of_what_nothing_beats():
+    points = np.array([[0.5, 3.0], [0.2, 1.0], [0.5, 2.0], [0.4, 2.5], [0.9, 9.0], [0.2, 1.0]])
+    assert plot_tradeoff.pareto(points).tolist() == [[0.2, 1.0], [0.5, 2.0], [0.9, 9.0]]
+
+
+def test_cost_at_a_fidelity_is_exact_where_the_curve_is_straight():
+    fidelities = np.array([0.1, 0.5, 0.3, 0.9])
+    points = np.stack([fidelities, 2 + 3 * fidelities], axis=1)
+    asked = np.array([0.1, 0.2, 0.85, 0.9])
+    assert plot_tradeoff.cost_at(asked, points) == pytest.approx(2 + 3 * asked)
+
+
+def test_cost_of_a_fidelity_that_a_method_does_not_reach_is_infinite():
+    points = np.array([[0.2, 1.0], [0.6, 5.0]])
+    assert plot_tradeoff.cost_at(0.61, points) == np.inf
+    assert plot_tradeoff.cost_at(0.1, points) == 1.0
+
+
+def test_bootstrap_of_a_mean_has_its_standard_error():
+    values = np.random.default_rng(1).exponential(size=30)
+    means = plot_tradeoff.bootstrap(30, lambda chosen: values[chosen].mean(), resamples=20_000)
+    # The variance of the mean of n draws from n values is their variance over n.
+    assert means.std() == pytest.approx(values.std() / np.sqrt(30), rel=0.02)
+    assert means.mean() == pytest.approx(values.mean(), rel=0.01)
+
+
+def test_interval_is_that_of_the_middle_95_percent():
+    shuffled = np.random.default_rng(0).permutation(np.arange(1, 1001.0))
+    assert plot_tradeoff.interval(shuffled).tolist() == [25, 975]
+
+
+def test_interval_leaves_out_what_says_nothing_and_counts_what_is_infinite():
+    column = np.concatenate([np.arange(1, 981.0), np.full(20, np.inf), np.full(500, np.nan)])
+    assert plot_tradeoff.interval(column).tolist() == [25, 975]
+    column[:980] = np.where(column[:980] > 970, np.inf, column[:980])
+    assert plot_tradeoff.interval(column).tolist() == [25, np.inf]
+
+
+def test_fit_in_proportion_is_least_squares_through_the_origin():
+    x = np.array([1.0, 2.0, 3.0])
+    assert plot_tradeoff.proportional_fit(x, 4 * x) == pytest.approx((4, 0))
+    noise = np.array([3.0, 0.0, -1.0])  # orthogonal to x
+    slope, left = plot_tradeoff.proportional_fit(x, 4 * x + noise)
+    assert slope == pytest.approx(4)
+    assert left == pytest.approx(np.sqrt(10 / (16 * 14 + 10)))
+
+
+def test_selective_decay_undoes_growth_that_the_gradient_is_against():
+    """SGD with momentum first moves a number from 0 to 1, and then on, whatever the gradient says."""
+    ends = {}
+    for name, second, strength in [("for", -0.5, 1.0), ("against", 0.5, 1.0), ("half", 0.5, 0.5)]:
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=0.9)
+        tradeoff.SelectiveDecay(optimizer, strength)
+        for gradient in (-1.0, second):
+            parameter.grad = torch.tensor([gradient])
+            optimizer.step()
+        ends[name] = parameter.item()
+    assert ends == pytest.approx({"for": 2.4, "against": 1.0, "half": 1.2})
+
+
+# Sharing out and going on
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shards_are_disjoint_and_complete(count):
+    items = list(range(50))
+    shards = [tradeoff.shard_of(items, f"{i}/{count}") for i in range(1, count + 1)]
+    assert sorted(item for shard in shards for item in shard) == items
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b"])
+def test_refuses_a_shard_that_is_none(shard, capsys):
+    with pytest.raises(SystemExit):
+        tradeoff.parse_args([f"--shard={shard}"])
+    assert "--shard" in capsys.readouterr().err
+
+
+def test_all_flags_of_the_grid_are_flags_of_the_script(script):
+    for training in tradeoff.trainings_of(list(tradeoff.GRIDS))[1:]:
+        args = script.parse_args([*training.flags, "--class_prompt=x", "--class_data_dir=x", *PATHS])
+        assert (args.learning_rate, args.max_train_steps) == (training.rate, training.steps)
+
+
+PATHS = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x"]
+
+
+def test_no_result_is_in_two_parts_of_the_grid():
+    trainings = tradeoff.trainings_of(list(tradeoff.GRIDS))
+    rows = [json.dumps([t.flags, t.weight, result]) for t in trainings for result in tradeoff.results_of(t)]
+    assert len(set(rows)) == len(rows)
+
+
+def test_a_line_that_was_cut_off_is_no_result_and_spoils_no_other(tmp_path):
+    path = tmp_path / "results.jsonl"
+    tradeoff.append_line(path, {"first": 1})
+    with path.open("a") as file:
+        file.write('{"second": ')
+    tradeoff.append_line(path, {"third": 3})
+    assert tradeoff.read_lines(path) == [{"first": 1}, {"third": 3}]
+
+
+PRIOR = "--lipschitz_weight=0 --with_prior_preservation --num_class_images=1"
+GRID = [
+    tradeoff.Row("DreamBooth", (1e-3,), schedule="constant", steps=(2,), stops=(1,), shares=(0.5,)),
+    tradeoff.Row("prior preservation", (1e-3,), flags=PRIOR, steps=(1,)),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, one_device):
+    """The results when the first run was killed in the middle of the third line, and how many lines were whole."""
+    folder = tmp_path_factory.mktemp("tradeoff")
+    command = ["--grid=test", "--subjects=mug", "--seeds=0", "--others=2", "--per_scene=1", f"--output_dir={folder}"]
+    append_line = tradeoff.append_line
+
+    def killed(path, result):
+        if len(tradeoff.read_lines(path)) == 2:
+            with path.open("a") as file:
+                file.write(json.dumps(result)[:50])
+            raise KeyboardInterrupt
+        append_line(path, result)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tradeoff.GRIDS, "test", GRID)
+        args = tradeoff.parse_args(command)
+        patch.setattr(tradeoff, "append_line", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tradeoff.main(args)
+        before = tradeoff.read_lines(folder / "1-of-1.jsonl")
+        patch.setattr(tradeoff, "append_line", append_line)
+        tradeoff.main(args)
+        content = folder.joinpath("1-of-1.jsonl").read_text()
+        # Other shards know what this one has done.
+        for shard in ("1/2", "2/2"):
+            tradeoff.main(tradeoff.parse_args([*command, f"--shard={shard}"]))
+    assert [path.name for path in folder.iterdir()] == ["1-of-1.jsonl"]
+    assert folder.joinpath("1-of-1.jsonl").read_text() == content
+    return before, tradeoff.read_lines(folder / "1-of-1.jsonl")
+
+
+def test_a_killed_run_goes_on_and_measures_nothing_twice(results):
+    before, after = results
+    assert len(before) == 2 and after[:2] == before
+    found = [(row["method"], row["stop"], row["share"]) for row in after]
+    assert sorted(found) == sorted(
+        [
+            ("base", 0, 1.0),
+            ("DreamBooth", 1, 1.0),
+            ("DreamBooth", 2, 1.0),
+            ("DreamBooth, interpolated", 2, 0.5),
+            ("prior preservation", 1, 1.0),
+        ]
+    )
+
+
+def test_the_base_has_drifted_nowhere_and_took_no_time(results):
+    (base,) = [row for row in results[1] if row["method"] == "base"]
+    names = ("drift", "prediction drift", "parameter drift", "seconds", "class seconds")
+    assert [base[name] for name in names] == [0] * 5
+
+
+def test_half_of_the_way_is_half_of_the_parameter_drift(results):
+    half, whole = (next(row for row in results[1] if (row["stop"], row["share"]) == (2, a)) for a in (0.5, 1.0))
+    assert half["parameter drift"] == pytest.approx(whole["parameter drift"] / 2, rel=1e-4)
+    assert 0 < half["prediction drift"] < whole["prediction drift"]
+
+
+def test_an_early_stop_takes_its_part_of_the_time_and_class_images_their_own(results):
+    first, second = (
+        next(row for row in results[1] if row["method"] == "DreamBooth" and row["stop"] == n) for n in (1, 2)
+    )
+    (prior,) = [row for row in results[1] if row["method"] == "prior preservation"]
+    assert 0 < first["parameter drift"] < second["parameter drift"]
+    assert first["seconds"] > 0 and second["class seconds"] == 0 and prior["class seconds"] > 0
+
+
+def test_trains_the_weights_that_a_launch_of_the_script_trains(tmp_path):
+    training = tradeoff.trainings_of(["penalty"])[1]
+    training = training._replace(flags=[*training.flags, "--max_train_steps=1"])
+    tradeoff.train(training, "mug", 3, tmp_path / "here")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", BENCHMARKS.parent / "train_dreambooth_lipschitz.py"]
+    command += [*training.flags, f"--pretrained_model_name_or_path={tradeoff.BASE}", "--seed=3"]
+    command += [f"--instance_data_dir={tradeoff.TINYWORLD / 'subjects' / 'mug'}"]
+    command += ["--instance_prompt=a photo of a sks mug", f"--output_dir={tmp_path / 'launched'}"]
+    launched = subprocess.run(list(map(str, command)), text=True, capture_output=True)
+    assert launched.returncode == 0, launched.stderr
+    file = Path("unet", "diffusion_pytorch_model.safetensors")
+    here, there = (load_file(tmp_path / name / file) for name in ("here", "launched"))
+    assert all(torch.equal(here[name], there[name]) for name in there) and here.keys() == there.keys()
+
+
+@pytest.mark.parametrize(
+    ("part", "pattern"), [("lora", r"attn\d\.to_(q|k|v|out\.0)\.weight"), ("custom", r"attn2\.to_[kv]\.weight")]
+)
+def test_what_goes_onto_the_base_is_measured_in_place(part, pattern, tmp_path):
+    training = tradeoff.trainings_of([part])[1]
+    training = training._replace(flags=[*training.flags, "--max_train_steps=1"])
+    tradeoff.train(training, "mug", 0, tmp_path)
+    base = tradeoff.load(tradeoff.BASE).unet.state_dict()
+    unet = tradeoff.trained_unet(training, tmp_path, training.steps)
+    assert unet.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], unet[name])}
+    assert changed == {name for name in base if re.search(pattern, name)}
+
+
+# Figures and claims
+
+
+def synthetic_results(path):
+    """DreamBooth's drift is 20 times its fidelity, the penalty's half of that; predictions drift by a tenth of it."""
+    rng = np.random.default_rng(0)
+    for subject in ("mug", "star", "boat"):
+        for seed in (0, 1):
+            methods = [("base", 0.0, 0.0), *(("DreamBooth", rate, 0) for rate in (1e-4, 2e-4, 4e-4))]
+            methods += [("penalty", 4e-4, weight) for weight in (1, 2, 4)]
+            for method, rate, weight in methods:
+                fidelity = {"base": 0.0, "DreamBooth": 2000 * rate, "penalty": 0.9 / max(weight, 1)}[method]
+                fidelity *= rng.uniform(0.9, 1.1)
+                drift = fidelity * (10 if weight else 20)
+                row = {"subject": subject, "seed": seed, "method": method, "rate": rate, "weight": weight}
+                row |= {"flags": [f"--learning_rate={rate}", f"--lipschitz_weight={weight}"], "settings": {}}
+                row |= {"schedule": "linear", "steps": 250, "stop": 250, "share": 1.0, "fidelity": fidelity}
+                row |= {"drift": drift, "prediction drift": drift / 50, "parameter drift": drift / 5}
+                row |= {"seconds": 60.0, "class seconds": 0.0} | dict.fromkeys(plot_tradeoff.OBEYED, 1.0)
+                tradeoff.append_line(path, row)
+
+
+@pytest.fixture(scope="module")
+def claims(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plot")
+    synthetic_results(folder / "results.jsonl")
+    command = [sys.executable, BENCHMARKS / "plot_tradeoff.py", folder / "results.jsonl", f"--output_dir={folder}"]
+    result = subprocess.run([*command, "--fidelities", "0.5", "0.7"], text=True, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in folder.glob("*.png")} == {"tradeoff.png", "drift.png"}
+    return result.stdout
+
+
+def cells_of(claims, title, first):
+    table = claims[claims.index(title) :].split("\n\n")[1]
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {first} |")]
+    return line.strip("| ").split(" | ")[1:]
+
+
+def test_half_of_the_drift_at_equal_fidelity_is_found(claims):
+    title = "full: penalty needs less of it"
+    assert cells_of(claims, title, "DreamBooth") == ["50.0 [50.0, 50.0]"] * 2
+    assert cells_of(claims, title, "the best of these") == ["50.0 [50.0, 50.0]"] * 2
+
+
+def test_drift_that_falls_with_the_weight_and_in_proportion_is_found(claims):
+    falls = cells_of(claims, "Claim 3: drift against the weight", "penalty, linear rate 0.0004, 250 steps")
+    assert falls == ["1, 2, 4", "yes; 100%", "yes; 100%"]
+    assert cells_of(claims, "Claim 3: predictions", "full") == ["0.1000 [0.1000, 0.1000]", "0.0 [0.0, 0.0]"]
+
+
+def test_settings_that_lack_a_subject_are_left_out(tmp_path):
+    path = tmp_path / "results.jsonl"
+    synthetic_results(path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    results, incomplete = plot_tradeoff.read_results([path])
+    assert incomplete == 1 and [s["weight"] for s in results.curves["penalty"].settings] == [1, 2]
