@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINYWORLD = ROOT / "examples" / "tinyworld"
 sys.path.insert(0, str(TINYWORLD))
 
-from demo import hash_of_base  # noqa: E402
+from demo import hash_of  # noqa: E402
 from examine import BASE, Examiner, load, subject_prompt  # noqa: E402
 from world import SUBJECTS  # noqa: E402
 
@@ -337,7 +337,7 @@ def main(args: argparse.Namespace) -> None:
     name = args.shard.replace("/", "-of-")
     path, work = args.output_dir / f"{name}.jsonl", args.output_dir / f"work-{name}"
     work.mkdir(parents=True, exist_ok=True)
-    settings = {"base": hash_of_base(), "others": args.others, "per_scene": args.per_scene}
+    settings = {"base": hash_of(BASE), "others": args.others, "per_scene": args.per_scene}
     # Another number of shards, or a file from elsewhere: what is done is done.
     done = {identity(result) for file in args.output_dir.glob("*.jsonl") for result in read_lines(file)}
     # All subjects of a training in turn, so that every shard gets some of each training.

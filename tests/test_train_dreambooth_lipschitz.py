@@ -645,17 +645,18 @@ def test_learning_rate_scales_with_the_samples_of_a_step(train, tmp_path):
     assert scalars(tmp_path)[0]["lr"][1] == pytest.approx(2 * 3 * LEARNING_RATE)
 
 
-def test_two_processes_train_one_model_and_save_it_once(alone, base_flags, tiny_sd, tmp_path):
+def test_two_processes_train_one_model_and_save_it_once(alone, base_flags, drift_flags, tiny_sd, tmp_path):
     flags = [*base_flags, *PRIOR, f"--class_data_dir={tmp_path / 'class'}", f"--output_dir={tmp_path / 'model'}"]
     flags += ["--train_batch_size=1", "--max_train_steps=3", "--checkpointing_steps=2", "--lipschitz_weight=50"]
-    code, stderr = run(alone, TORCHRUN, flags)
+    code, stderr = run(alone, TORCHRUN, [*flags, *drift_flags])
     assert code == 0, stderr
     assert not same_bits(weights(tmp_path / "model"), weights(tiny_sd))
     assert len(list((tmp_path / "class").iterdir())) == 3
     states = sorted(path.name for path in (tmp_path / "model" / "checkpoint-2").glob("random_states_*"))
     assert states == ["random_states_0.pkl", "random_states_1.pkl"]
     assert stderr.count("Saved the pipeline") == 1 and stderr.count("README.txt") == 1
-    assert list(scalars(tmp_path / "model")[0]["loss"]) == [1, 2, 3]
+    values, _ = scalars(tmp_path / "model")
+    assert list(values["loss"]) == list(values["drift/prediction"]) == [1, 2, 3]
 
 
 # Bad input
