@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="Seeds of the trainings and of the pictures."
     )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="Which ones to train.")
     parser.add_argument("--others", type=int, default=32, help="How many prompts that do not name the subject.")
     parser.add_argument(
         "--output_dir", type=Path, help="Folder of the picture and results.jsonl; default: demo, or demo/sdxl."
@@ -165,28 +166,31 @@ def main() -> None:
     subjects = list(SUBJECTS) if "all" in args.subjects else args.subjects
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "results.jsonl"
-    settings = {"base": hash_of(setup.base), "common": setup.common, "methods": setup.methods, "others": args.others}
+    names = (BASE_NAME, *args.methods)
+    base = hash_of(setup.base)
+    flags = {name: [*setup.common, *setup.methods[name]] for name in args.methods} | {BASE_NAME: []}
+    settings = {name: {"base": base, "flags": flags[name], "others": args.others} for name in names}
     results = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     # What was measured in another way is measured again; its line stays in the file.
-    results = [result for result in results if result["settings"] == settings]
+    results = [result for result in results if result["settings"] == settings.get(result["method"])]
     done = {(result["subject"], result["seed"], result["method"]) for result in results}
-    bar = tqdm(total=len(subjects) * len(args.seeds) * (1 + len(setup.methods)), desc="models")
+    bar = tqdm(total=len(subjects) * len(args.seeds) * len(names), desc="models")
     for seed in args.seeds:
         examiner = Examiner(args.others, per_scene=4, seed=seed)
         for subject in subjects:
             folder = args.output_dir / f"{subject}-{seed}"
-            models = {name: folder / name for name in setup.methods}
-            if {(subject, seed, name) for name in (BASE_NAME, *setup.methods)} <= done:
-                bar.update(1 + len(setup.methods))
+            models = {name: folder / name for name in args.methods}
+            if {(subject, seed, name) for name in names} <= done:
+                bar.update(len(names))
                 continue
             shutil.rmtree(folder, ignore_errors=True)
-            for name in (BASE_NAME, *setup.methods):
+            for name in names:
                 seconds = 0.0 if name == BASE_NAME else train(setup, subject, name, seed, folder)
                 measured = examiner.examine(load(models.get(name, setup.base)), subject)
                 bar.update()
                 if (subject, seed, name) not in done:
                     result = {"subject": subject, "seed": seed, "method": name, **measured, "seconds": seconds}
-                    results.append({**result, "settings": settings})
+                    results.append({**result, "settings": settings[name]})
                     with path.open("a") as file:
                         print(json.dumps(results[-1]), file=file)
             picture = args.output_dir / f"{subject}-{seed}.png"
@@ -194,8 +198,7 @@ def main() -> None:
             shutil.rmtree(folder)
             bar.write(f"the picture: {picture}")
     bar.close()
-    wanted = [r for r in results if r["subject"] in subjects and r["seed"] in args.seeds]
-    print_table(wanted)
+    print_table([result for result in results if result["subject"] in subjects and result["seed"] in args.seeds])
 
 
 if __name__ == "__main__":
