@@ -122,7 +122,8 @@ COLUMNS = {
 def print_table(results: list[dict]) -> None:
     """Mean over the results of each method, and where there are several the standard deviation between them."""
     print(f"\n{'':20s}" + "".join(f"{title:>17s}" for title in COLUMNS.values()))
-    for method in dict.fromkeys(result["method"] for result in results):
+    present = {result["method"] for result in results}
+    for method in (name for name in (BASE_NAME, *METHODS) if name in present):
         cells = ""
         for name in COLUMNS:
             scale = 1 if name in ("drift", "seconds") else 100
