@@ -1511,7 +1511,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_result(args, trained, images, repo_id)
-        logger.info(f"Saved the pipeline in {args.output_dir}")
+        logger.info(f"Saved the result in {args.output_dir}")
         if args.push_to_hub:
             upload_folder(
                 repo_id=repo_id,

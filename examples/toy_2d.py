@@ -206,6 +206,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="The figure shows the first.")
     parser.add_argument("--output", type=Path, default=Path("toy_2d.png"), help="File of the figure.")
     args = parser.parse_args()
+    if not all(0 <= weight < float("inf") for weight in args.lipschitz_weight):
+        parser.error(f"--lipschitz_weight: weights must be finite and at least 0, not {args.lipschitz_weight}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # faster at this size, and the same result on every number of cores
 
     rates = {"learning_rate": args.learning_rate}

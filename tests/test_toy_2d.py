@@ -40,3 +40,9 @@ def test_prior_preservation_guards_its_class_and_not_the_others(table):
 
 def test_the_new_embedding_alone_moves_no_old_class(table):
     assert table["new embedding alone"][:6] == [0.0] * 6
+
+
+def test_a_negative_weight_is_refused_in_one_line():
+    command = [sys.executable, ROOT / "examples" / "toy_2d.py", "--lipschitz_weight", "50", "-1"]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 2 and "at least 0" in result.stderr.splitlines()[-1]

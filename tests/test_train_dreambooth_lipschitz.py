@@ -654,7 +654,7 @@ def test_two_processes_train_one_model_and_save_it_once(alone, base_flags, drift
     assert len(list((tmp_path / "class").iterdir())) == 3
     states = sorted(path.name for path in (tmp_path / "model" / "checkpoint-2").glob("random_states_*"))
     assert states == ["random_states_0.pkl", "random_states_1.pkl"]
-    assert stderr.count("Saved the pipeline") == 1 and stderr.count("README.txt") == 1
+    assert stderr.count("Saved the result") == 1 and stderr.count("README.txt") == 1
     values, _ = scalars(tmp_path / "model")
     assert list(values["loss"]) == list(values["drift/prediction"]) == [1, 2, 3]
 
