@@ -39,7 +39,7 @@ COMMON += ["--lr_scheduler=linear", "--lr_warmup_steps=0"]
 METHODS = {
     "DreamBooth": ["--lipschitz_weight=0"],
     "prior preservation": ["--lipschitz_weight=0", "--with_prior_preservation", "--num_class_images=32"],
-    "with the penalty": ["--lipschitz_weight=100"],
+    "with the penalty": ["--lipschitz_weight=120"],
 }
 
 
