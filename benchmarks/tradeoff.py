@@ -62,14 +62,15 @@ GRIDS = {
     # Claims 1, 2, 3 and 6: the penalty, and plain DreamBooth at its best beside it.
     "dreambooth": [
         Row("DreamBooth", (1e-4, 2e-4)),
-        Row("DreamBooth", (5e-4, 1e-3), shares=(0.25, 0.5, 0.75)),
+        Row("DreamBooth", (5e-4, 1e-3), shares=(0.4, 0.6, 0.8)),
     ],
     "penalty": [
         Row("penalty", (1e-3,), (30, 100, 300, 1000, 3000)),
-        Row("penalty", (5e-4, 2e-3), (100, 300, 1000)),
+        Row("penalty", (5e-4,), (100, 300)),
+        Row("penalty", (2e-3,), (300, 1000)),
     ],
     "early": [
-        Row("DreamBooth, stopped early", (1e-4, 2e-4, 5e-4), schedule="constant", stops=(50, 100, 150, 200)),
+        Row("DreamBooth, stopped early", (2e-4, 5e-4), schedule="constant", stops=(50, 100, 150)),
     ],
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR)],
     # Claim 4: what reaches a fidelity in fewer steps.
