@@ -61,7 +61,7 @@ LORA, CUSTOM = "--method=lora --rank=16 ", "--method=custom_diffusion "
 GRIDS = {
     # Claims 1, 2, 3 and 6: the penalty, and plain DreamBooth at its best beside it.
     "dreambooth": [
-        Row("DreamBooth", (1e-4, 2e-4)),
+        Row("DreamBooth", (5e-5, 1e-4, 2e-4)),
         Row("DreamBooth", (5e-4, 1e-3), shares=(0.4, 0.6, 0.8)),
     ],
     "penalty": [
@@ -70,7 +70,7 @@ GRIDS = {
         Row("penalty", (2e-3,), (300, 1000)),
     ],
     "early": [
-        Row("DreamBooth, stopped early", (2e-4, 5e-4), schedule="constant", stops=(50, 100, 150)),
+        Row("DreamBooth, stopped early", (2e-4, 5e-4), schedule="constant", stops=(25, 50, 100, 150)),
     ],
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR)],
     # Claim 4: what reaches a fidelity in fewer steps.
