@@ -223,7 +223,7 @@ def print_equal_fidelity(results: Results, family: str, fidelities: np.ndarray, 
 
 
 def print_same_settings(results: Results) -> None:
-    """Claims 1 and 6: the penalty against no penalty with all else equal, as in the paper's Table 1; minus: it hurts."""
+    """Claims 1 and 6: the penalty against none with all else equal, as in the paper's Table 1; minus: it hurts."""
 
     columns = ("fidelity", "alignment", *OBEYED)
 
