@@ -82,9 +82,9 @@ GRIDS = {
     # Claim 5: other forms of the penalty, beside "penalty", which is coupled and tensor_mean.
     "forms": [
         Row("proximal", (1e-3,), (1e5, 3e5, 1e6), PENALTY + " --lipschitz_mode=proximal"),
-        Row("projected", (1e-3,), (4, 6, 9), "--lipschitz_weight=1 --lipschitz_mode=projected --lipschitz_radius={}"),
-        Row("sum", (1e-3,), (3e-4, 1e-3, 3e-3, 1e-2), PENALTY + " --lipschitz_reduction=sum"),
-        Row(SELECTIVE, (5e-4, 1e-3), (0.5, 1, 2), "--lipschitz_weight=0"),
+        Row("projected", (1e-3,), (3, 6, 12), "--lipschitz_weight=1 --lipschitz_mode=projected --lipschitz_radius={}"),
+        Row("sum", (1e-3,), (1e-3, 3e-3, 1e-2, 3e-2), PENALTY + " --lipschitz_reduction=sum"),
+        Row(SELECTIVE, (5e-4, 1e-3), (1, 2, 4), "--lipschitz_weight=0"),
     ],
     "constant": [Row("penalty, constant rate", (2e-4, 5e-4, 1e-3), (300, 1000), schedule="constant")],
     "lora": [
@@ -98,9 +98,9 @@ GRIDS = {
         ),
     ],
     "custom": [
-        Row("Custom Diffusion", (1e-3, 3e-3), flags=CUSTOM + PENALTY, shares=(0.5, 0.75)),
-        Row("Custom Diffusion, penalty", (3e-3,), (30, 100, 300), CUSTOM + PENALTY),
-        Row("Custom Diffusion, prior preservation", (3e-3,), flags=CUSTOM + PRIOR),
+        Row("Custom Diffusion", (3e-4, 1e-3), flags=CUSTOM + PENALTY, shares=(0.5, 0.75)),
+        Row("Custom Diffusion, penalty", (1e-3,), (30, 100, 300), CUSTOM + PENALTY),
+        Row("Custom Diffusion, prior preservation", (1e-3,), flags=CUSTOM + PRIOR),
     ],
 }  # fmt: skip
 

@@ -37,7 +37,7 @@ def test_cost_at_a_fidelity_is_exact_where_the_curve_is_straight():
 
 def test_cost_of_a_fidelity_is_that_of_more_fidelity_if_that_is_cheaper():
     points = np.array([[0.2, 5.0], [0.6, 3.0], [0.8, 7.0]])
-    assert plot_tradeoff.cost_at(np.array([0.1, 0.4, 0.6, 0.7]), line(points)).tolist() == [3, 3, 3, 5]
+    assert plot_tradeoff.cost_at(np.array([0.1, 0.4, 0.6, 0.7]), line(points)) == pytest.approx([3, 3, 3, 5])
 
 
 def test_cost_of_a_fidelity_that_a_method_does_not_reach_is_infinite():
@@ -124,11 +124,12 @@ def test_refuses_a_shard_that_is_none(shard, capsys):
 
 def test_all_flags_of_the_grid_are_flags_of_the_script(script):
     for training in tradeoff.trainings_of(list(tradeoff.GRIDS))[1:]:
-        args = script.parse_args([*training.flags, "--class_prompt=x", "--class_data_dir=x", *PATHS])
+        args = script.parse_args([*training.flags, *PATHS, *(CLASS if "prior" in training.method else [])])
         assert (args.learning_rate, args.max_train_steps) == (training.rate, training.steps)
 
 
 PATHS = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x"]
+CLASS = ["--class_prompt=x", "--class_data_dir=x"]
 
 
 def test_no_result_is_in_two_parts_of_the_grid():
