@@ -88,19 +88,19 @@ GRIDS = {
     ],
     "constant": [Row("penalty, constant rate", (2e-4, 5e-4, 1e-3), (300, 1000), schedule="constant")],
     "lora": [
-        Row("LoRA", (1e-3, 2e-3, 5e-3), flags=LORA + PENALTY, shares=(0.25, 0.5, 0.75)),
-        Row("LoRA, delta", (5e-3,), (30, 100, 300, 1000), LORA + PENALTY),
+        Row("LoRA", (1e-3, 2e-3, 3e-3), flags=LORA + PENALTY, shares=(0.25, 0.5, 0.75)),
+        Row("LoRA, delta", (3e-3,), (1, 3, 10, 30), LORA + PENALTY),
         Row(
             "LoRA, factors",
-            (5e-3,),
+            (3e-3,),
             (1e-5, 1e-4, 1e-3),
             LORA + PENALTY + " --lipschitz_lora=factors --lipschitz_reduction=sum",
         ),
     ],
     "custom": [
-        Row("Custom Diffusion", (3e-4, 1e-3), flags=CUSTOM + PENALTY, shares=(0.5, 0.75)),
-        Row("Custom Diffusion, penalty", (1e-3,), (30, 100, 300), CUSTOM + PENALTY),
-        Row("Custom Diffusion, prior preservation", (1e-3,), flags=CUSTOM + PRIOR),
+        Row("Custom Diffusion", (1e-3, 3e-3), flags=CUSTOM + PENALTY, shares=(0.5, 0.75)),
+        Row("Custom Diffusion, penalty", (3e-3,), (3, 10, 30), CUSTOM + PENALTY),
+        Row("Custom Diffusion, prior preservation", (3e-3,), flags=CUSTOM + PRIOR),
     ],
 }  # fmt: skip
 
