@@ -438,8 +438,9 @@ def load_pipeline(args: argparse.Namespace, model: str, dtype: torch.dtype) -> A
 
 def load_custom_diffusion(args: argparse.Namespace, pipeline: Any) -> None:
     """
-    Puts keys, values and new words in their places, by the calls that the model's card shows. Of SDXL, the file of the
-    words has rows for both encoders, `clip_l` and `clip_g`, (words, width).
+    Puts keys, values and new words in their places, by the calls that the model's card shows. The file of the words
+    has SD's by their names, (width,). For SDXL it has those of both encoders, (words, width), as `clip_l` and
+    `clip_g`, and the names, joined by "+", in its metadata.
     """
     keys_values, tokens = (
         find_file("--pretrained_model_name_or_path", args.pretrained_model_name_or_path, file)
@@ -456,10 +457,12 @@ def load_custom_diffusion(args: argparse.Namespace, pipeline: Any) -> None:
         pipeline.load_textual_inversion(list(rows.values()), token=words)
     else:
         with safe_open(tokens, framework="pt") as file:
-            words = (file.metadata() or {}).get("tokens", args.instance_token).split("+")
+            words = file.metadata()["tokens"].split("+")
         for name, suffix in (("clip_l", ""), ("clip_g", "_2")):
             encoder, tokenizer = (getattr(pipeline, part + suffix) for part in ("text_encoder", "tokenizer"))
             pipeline.load_textual_inversion(list(rows[name]), token=words, text_encoder=encoder, tokenizer=tokenizer)
+        # Old configurations take the token of the highest number for the end of the prompt: a new word now.
+        pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
     if not set(words) & set(args.instance_token.split()):
         raise ValueError(f"--instance_token {args.instance_token} is none of its new words, {', '.join(words)}")
 

@@ -3,9 +3,9 @@
 """
 python benchmarks/plot_tradeoff.py tradeoff/*.jsonl --output_dir figures > claims.md
 
-Of every method only its best settings count: its curve is made of those of its settings (rate, weight, steps, stop)
-that no other one of it beats in both fidelity and cost. In brackets: 95% confidence intervals, by bootstrap over
-subjects. A dash: the method does not get there.
+Every method at its best: what a fidelity costs is the least of its settings and, where they differ in one thing alone
+(rate, weight, stop or share), of the lines between neighbours. More settings can only help a method; a bad one does it
+no harm. In brackets: 95% confidence intervals, by bootstrap over subjects. A dash: the method does not get there.
 """
 
 import argparse
@@ -31,28 +31,29 @@ COSTS = {
     "disobeyed": "what prompts ask for and is missing",
     "total seconds": "seconds, class images included",
 }
-MEASURES = ("fidelity", "alignment", "subject scene", "seconds", "class seconds", *COSTS)
+MEASURES = ("fidelity", "alignment", *OBEYED, "seconds", "class seconds", *COSTS)
 
 
 # Arithmetic
 
 
-def pareto(points: np.ndarray) -> np.ndarray:
-    """Those of the points (fidelity, cost), (n, 2), that no other beats in both, by rising fidelity."""
-    best = []
-    for fidelity, cost in points[np.lexsort((-points[:, 0], points[:, 1]))]:
-        if not best or fidelity > best[-1][0]:
-            best.append((fidelity, cost))
-    return np.array(best)
-
-
-def cost_at(fidelity: np.ndarray, points: np.ndarray) -> np.ndarray:
+def cost_at(fidelities: np.ndarray, segments: np.ndarray) -> np.ndarray:
     """
-    What a fidelity costs along the curve of a method: linear between neighbours of its `pareto` front, infinite beyond
-    the front, and below it the cost of its lowest point.
+    The least cost at which a method has a fidelity or more.
+
+    Args:
+        fidelities (`np.ndarray`): (n,)
+        segments (`np.ndarray`): (segments, 2, 2), two points (fidelity, cost) each, which may be the same one.
+
+    Returns:
+        `np.ndarray`: (n,), infinite where no segment gets there.
     """
-    front = pareto(points)
-    return np.interp(fidelity, front[:, 0], front[:, 1], right=np.inf)
+    # (segments, 1): the end of lower fidelity, then the other one.
+    order = np.argsort(segments[:, :, 0], axis=1)[:, :, None]
+    (f0, c0), (f1, c1) = np.moveaxis(np.take_along_axis(segments, order, axis=1), 0, -1)[..., None]
+    rise = np.where(f1 > f0, f1 - f0, 1.0)
+    entered = c0 + (c1 - c0) * np.clip((fidelities - f0) / rise, 0, 1)
+    return np.where(f1 >= fidelities, np.minimum(entered, c1), np.inf).min(axis=0)
 
 
 def bootstrap(count: int, statistic: Callable[[np.ndarray], Any], resamples: int = 1000) -> np.ndarray:
@@ -83,6 +84,7 @@ class Curve(NamedTuple):
 
     settings: list[dict[str, Any]]
     values: np.ndarray
+    neighbours: np.ndarray  # (segments, 2), indices of settings; a setting is its own neighbour, too
 
     def of(self, measure: str) -> np.ndarray:
         """(settings, subjects)"""
@@ -92,14 +94,13 @@ class Curve(NamedTuple):
 class Results(NamedTuple):
     subjects: list[str]
     seeds: list[int]
-    base: np.ndarray  # (subjects, MEASURES)
     curves: dict[str, Curve]
 
-    def points(self, method: str, cost: str, subjects: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Fidelity and cost, (settings + 1, 2), as means over subjects; the last is the base, which costs nothing."""
+    def segments(self, method: str, cost: str, subjects: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Fidelity and cost, as means over subjects, of neighbouring settings: (segments, 2, 2), as in `cost_at`."""
         both = [MEASURES.index("fidelity"), MEASURES.index(cost)]
-        means = self.curves[method].values[:, subjects][:, :, both].mean(1)
-        return np.concatenate([means, self.base[subjects][:, both].mean(0)[None]])
+        curve = self.curves[method]
+        return curve.values[:, subjects][:, :, both].mean(1)[curve.neighbours]
 
     def families(self) -> dict[str, tuple[list[str], list[str]]]:
         """For "full", "lora" and "custom_diffusion": the methods with the penalty, and their rivals without it."""
@@ -135,6 +136,11 @@ def read_results(paths: list[Path]) -> tuple[Results, int]:
         setting = {name: row[name] for name in names}
         _, found = groups.setdefault(json.dumps(setting), (setting, {}))
         found[row["subject"], row["seed"]] = [row[name] for name in MEASURES]
+    for setting, _ in list(groups.values()):
+        if setting["share"] != 1:  # all of the way is the training itself
+            end = {**setting, "share": 1.0}
+            whole = {**end, "method": setting["method"].removesuffix(", interpolated")}
+            groups[json.dumps(end)] = (end, groups.get(json.dumps(whole), (whole, {}))[1])
     everyone = next((found.keys() for setting, found in groups.values() if setting["method"] == "base"), None)
     if everyone is None:
         raise SystemExit("plot_tradeoff.py: error: no result of the base in these files: let tradeoff.py run first")
@@ -148,9 +154,27 @@ def read_results(paths: list[Path]) -> tuple[Results, int]:
         curve = curves.setdefault(setting["method"], ([], []))
         curve[0].append(setting)
         curve[1].append(means)
-    curves = {method: Curve(settings, np.array(values)) for method, (settings, values) in curves.items()}
-    base = curves.pop("base").values[0]
-    return Results(subjects, sorted(set(seeds)), base, curves), incomplete
+    del curves["base"]
+    curves = {
+        method: Curve(settings, np.array(values), find_neighbours(settings))
+        for method, (settings, values) in curves.items()
+    }
+    return Results(subjects, sorted(set(seeds)), curves), incomplete
+
+
+def find_neighbours(settings: list[dict[str, Any]]) -> np.ndarray:
+    """Pairs of settings, (pairs, 2), that differ in one thing alone with none between them; and each with itself."""
+    pairs = [(i, i) for i in range(len(settings))]
+    for knob in ("rate", "weight", "stop", "share"):
+        # At a constant rate, a stop of a longer run and a run of as many steps are the same.
+        others = {"rate", "weight", "schedule", "stop", "share"} - {knob}
+        lines = {}
+        for i, setting in enumerate(settings):
+            lines.setdefault(tuple(setting[name] for name in sorted(others)), []).append(i)
+        for line in lines.values():
+            line.sort(key=lambda i: settings[i][knob])
+            pairs += zip(line, line[1:])
+    return np.array(pairs)
 
 
 # Claims
@@ -175,15 +199,17 @@ def print_equal_fidelity(results: Results, family: str, fidelities: np.ndarray, 
     methods = ours + rivals
 
     def costs(subjects):
-        return [cost_at(fidelities, results.points(method, cost, subjects)) for method in methods]
+        return [cost_at(fidelities, results.segments(method, cost, subjects)) for method in methods]
 
     values, samples = np.array(costs(slice(None))), bootstrap(len(results.subjects), costs)
     digits = 3 if cost == "prediction drift" else 1
     head = ["", *(f"{fidelity:.0%}" for fidelity in fidelities)]
-    rows = [
-        [method, *(show(value, limits, digits=digits) for value, limits in zip(values[i], interval(samples[:, i]).T))]
-        for i, method in enumerate(methods)
-    ]
+    rows = []
+    for method, row, limits in zip(methods, values, interval(samples).transpose(1, 2, 0)):
+        lowest = results.segments(method, cost)[:, :, 0].min()
+        cells = [show(*pair, digits=digits) for pair in zip(row, limits)]
+        # Nothing that low was measured: it may cost less.
+        rows.append([method, *(f"≤ {c}" if f < lowest else c for f, c in zip(fidelities, cells))])
     print_table(f"{family}: what a subject fidelity costs, {COSTS[cost]}", head, rows)
     for i, method in enumerate(ours if rivals else []):
         rows = []
@@ -197,7 +223,9 @@ def print_equal_fidelity(results: Results, family: str, fidelities: np.ndarray, 
 
 
 def print_same_settings(results: Results) -> None:
-    """Claim 1: the penalty against no penalty with all else equal, as in the paper's Table 1."""
+    """Claims 1 and 6: the penalty against none with all else equal, as in the paper's Table 1; minus: it hurts."""
+
+    columns = ("fidelity", "alignment", *OBEYED)
 
     def key(setting):
         flags = [flag for flag in setting["flags"] if not flag.startswith("--lipschitz_")]
@@ -214,19 +242,20 @@ def print_same_settings(results: Results) -> None:
                 continue
             gains = values - plain[key(setting)]
             limits = interval(bootstrap(len(gains), lambda subjects: gains[subjects].mean(0)))
-            columns = [MEASURES.index(name) for name in ("fidelity", "alignment", "subject scene")]
             what = f"{method}, {setting['schedule']} rate {setting['rate']:g}, {setting['stop']} steps"
-            cells = [show(gains[:, k].mean(), limits[:, k], 100) for k in columns]
+            cells = [show(gains[:, k].mean(), limits[:, k], 100) for k in map(MEASURES.index, columns)]
             rows.append([what, f"{setting['weight']:g}", *cells])
-    head = ["", "weight", "fidelity", "alignment", "of that, the subject's scene"]
-    print_table("Claim 1: gain over no penalty with all else equal, in points of a hundred", head, rows)
+    title = (
+        "Claim 1: gain over no penalty with all else equal, in points of a hundred (alignment: the mean of the rest)"
+    )
+    print_table(title, ["", "weight", *columns], rows)
 
 
 def weight_series(results: Results) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By name, of each penalty at one rate, schedule and stop: the weights, rising, and their values as in `Curve`."""
     series = {}
     for method in results.penalized():
-        for setting, values in zip(*results.curves[method]):
+        for setting, values in zip(results.curves[method].settings, results.curves[method].values):
             if "--lipschitz_mode=projected" not in setting["flags"]:  # has a radius
                 name = f"{method}, {setting['schedule']} rate {setting['rate']:g}, {setting['stop']} steps"
                 series.setdefault(name, {})[setting["weight"]] = values
@@ -278,17 +307,17 @@ def print_times(results: Results) -> None:
     print_table("Claim 4: seconds", ["method", "steps", "training", "class images", "together"], rows)
 
 
-def print_subjects(results: Results, family: str, fidelity: float) -> None:
+def print_subjects(results: Results, family: str, fidelity: np.ndarray) -> None:
     """Claim 6: each subject alone, so that those for which the penalty hurts are seen."""
     ours, rivals = results.families()[family]
     rows = []
     for i, subject in enumerate(results.subjects):
-        costs = {m: cost_at(fidelity, results.points(m, "drift", np.array([i]))) for m in ours + rivals}
+        costs = {m: cost_at(fidelity, results.segments(m, "drift", np.array([i])))[0] for m in ours + rivals}
         best = min(rivals, key=costs.get, default=None)
         least = costs.get(best, np.inf)
         cells = [f"{costs[m]:.1f}{' (hurts)' if costs[m] > least else ''}" for m in ours]
         rows.append([subject, f"{best}: {least:.1f}", *cells])
-    print_table(f"Claim 6: {family}, {COSTS['drift']}, at {fidelity:.0%}", ["subject", "best rival", *ours], rows)
+    print_table(f"Claim 6: {family}, {COSTS['drift']}, at {fidelity[0]:.0%}", ["subject", "best rival", *ours], rows)
 
 
 # Figures
@@ -301,24 +330,24 @@ def draw_tradeoff(results: Results, path: Path) -> None:
     for line, (family, (ours, rivals)) in zip(axes, families.items()):
         for axis, cost in zip(line, ("disobeyed", "drift", "prediction drift")):
             for index, method in enumerate(ours + rivals):
-                points, colour = results.points(method, cost), f"C{index}"
-                front = pareto(points)
-                grid = np.linspace(front[0, 0], front[-1, 0], 40)
+                points = results.segments(method, cost)
+                grid = np.linspace(points[:, :, 0].min(), points[:, :, 0].max(), 60)
 
-                def band(subjects):
-                    costs = cost_at(grid, results.points(method, cost, subjects))
+                def curve(subjects):
+                    costs = cost_at(grid, results.segments(method, cost, subjects))
                     return np.where(np.isinf(costs), np.nan, costs)
 
-                limits = interval(bootstrap(len(results.subjects), band, 200))
+                samples = bootstrap(len(results.subjects), curve, 200)
                 # What prompts ask for and is missing, drawn as what is not missing.
-                curve, points, limits = (
-                    1 - values if cost == "disobeyed" else values for values in (front[:, 1], points[:-1, 1], limits)
+                least, limits, dots = (
+                    1 - values if cost == "disobeyed" else values
+                    for values in (curve(slice(None)), interval(samples), points[..., 1])
                 )
-                axis.fill_between(grid, *limits, color=colour, alpha=0.12, linewidth=0)
-                axis.plot(front[:, 0], curve, "-" if method in ours else "--", color=colour, label=method)
-                axis.plot(results.curves[method].of("fidelity").mean(1), points, ".", color=colour, alpha=0.5)
+                axis.fill_between(grid, *limits, color=f"C{index}", alpha=0.12, linewidth=0)
+                axis.plot(grid, least, "-" if method in ours else "--", color=f"C{index}", label=method)
+                axis.plot(points[..., 0].ravel(), dots.ravel(), ".", color=f"C{index}", alpha=0.5)
             axis.set_xlabel(f"subject fidelity ({family})")
-            axis.set_ylabel("share of what prompts ask for" if cost == "disobeyed" else COSTS[cost])
+            axis.set_ylabel("share of what prompts ask for that is drawn" if cost == "disobeyed" else COSTS[cost])
             axis.grid(alpha=0.25)
         line[1].legend(fontsize=8)
     save(figure, path)
@@ -373,7 +402,7 @@ def main() -> None:
     print_monotone(results)
     print_times(results)
     for family in results.families():
-        print_subjects(results, family, float(np.median(fidelities)))
+        print_subjects(results, family, np.median(fidelities)[None])
     args.output_dir.mkdir(parents=True, exist_ok=True)
     draw_tradeoff(results, args.output_dir / "tradeoff.png")
     draw_drift(results, args.output_dir / "drift.png")

@@ -61,15 +61,16 @@ LORA, CUSTOM = "--method=lora --rank=16 ", "--method=custom_diffusion "
 GRIDS = {
     # Claims 1, 2, 3 and 6: the penalty, and plain DreamBooth at its best beside it.
     "dreambooth": [
-        Row("DreamBooth", (1e-4, 2e-4)),
-        Row("DreamBooth", (5e-4, 1e-3), shares=(0.25, 0.5, 0.75)),
+        Row("DreamBooth", (5e-5, 1e-4, 2e-4)),
+        Row("DreamBooth", (5e-4, 1e-3), shares=(0.4, 0.6, 0.8)),
     ],
     "penalty": [
         Row("penalty", (1e-3,), (30, 100, 300, 1000, 3000)),
-        Row("penalty", (5e-4, 2e-3), (100, 300, 1000)),
+        Row("penalty", (5e-4,), (100, 300)),
+        Row("penalty", (2e-3,), (300, 1000)),
     ],
     "early": [
-        Row("DreamBooth, stopped early", (1e-4, 2e-4, 5e-4), schedule="constant", stops=(50, 100, 150, 200)),
+        Row("DreamBooth, stopped early", (2e-4, 5e-4), schedule="constant", stops=(25, 50, 100, 150)),
     ],
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR)],
     # Claim 4: what reaches a fidelity in fewer steps.
@@ -81,24 +82,24 @@ GRIDS = {
     # Claim 5: other forms of the penalty, beside "penalty", which is coupled and tensor_mean.
     "forms": [
         Row("proximal", (1e-3,), (1e5, 3e5, 1e6), PENALTY + " --lipschitz_mode=proximal"),
-        Row("projected", (1e-3,), (4, 6, 9), "--lipschitz_weight=1 --lipschitz_mode=projected --lipschitz_radius={}"),
-        Row("sum", (1e-3,), (3e-4, 1e-3, 3e-3, 1e-2), PENALTY + " --lipschitz_reduction=sum"),
-        Row(SELECTIVE, (5e-4, 1e-3), (0.5, 1, 2), "--lipschitz_weight=0"),
+        Row("projected", (1e-3,), (3, 6, 12), "--lipschitz_weight=1 --lipschitz_mode=projected --lipschitz_radius={}"),
+        Row("sum", (1e-3,), (1e-3, 3e-3, 1e-2, 3e-2), PENALTY + " --lipschitz_reduction=sum"),
+        Row(SELECTIVE, (5e-4, 1e-3), (1, 2, 4), "--lipschitz_weight=0"),
     ],
     "constant": [Row("penalty, constant rate", (2e-4, 5e-4, 1e-3), (300, 1000), schedule="constant")],
     "lora": [
-        Row("LoRA", (1e-3, 2e-3, 5e-3), flags=LORA + PENALTY, shares=(0.25, 0.5, 0.75)),
-        Row("LoRA, delta", (5e-3,), (30, 100, 300, 1000), LORA + PENALTY),
+        Row("LoRA", (1e-3, 2e-3, 3e-3), flags=LORA + PENALTY, shares=(0.25, 0.5, 0.75)),
+        Row("LoRA, delta", (3e-3,), (1, 3, 10, 30), LORA + PENALTY),
         Row(
             "LoRA, factors",
-            (5e-3,),
+            (3e-3,),
             (1e-5, 1e-4, 1e-3),
             LORA + PENALTY + " --lipschitz_lora=factors --lipschitz_reduction=sum",
         ),
     ],
     "custom": [
         Row("Custom Diffusion", (1e-3, 3e-3), flags=CUSTOM + PENALTY, shares=(0.5, 0.75)),
-        Row("Custom Diffusion, penalty", (3e-3,), (30, 100, 300), CUSTOM + PENALTY),
+        Row("Custom Diffusion, penalty", (3e-3,), (3, 10, 30), CUSTOM + PENALTY),
         Row("Custom Diffusion, prior preservation", (3e-3,), flags=CUSTOM + PRIOR),
     ],
 }  # fmt: skip

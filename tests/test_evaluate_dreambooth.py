@@ -651,16 +651,35 @@ def test_custom_diffusion_is_loaded_as_its_model_card_loads_it(script, tmp_path)
 
 def test_new_words_of_sdxl_go_to_both_encoders(script, tiny_sdxl, tmp_path):
     custom_diffusion_of(tiny_sdxl, tmp_path / "model")
-    rows = {"clip_l": torch.full((1, 16), 0.1), "clip_g": torch.full((1, 16), 0.2)}
-    save_file(rows, tmp_path / "model" / "learned_embeds.safetensors")
-    args = script.parse_args([f"--{name}=<new1>" for name in REQUIRED])
+    rows = {name: torch.randn(2, 16) for name in ("clip_l", "clip_g")}
+    save_file(rows, tmp_path / "model" / "learned_embeds.safetensors", metadata={"tokens": "<new1>+<new2>"})
+    args = script.parse_args([f"--{name}=<new2>" for name in REQUIRED])
     args.pretrained_model_name_or_path, args.base_model_name_or_path = str(tmp_path / "model"), str(tiny_sdxl)
     script.check_models(args)
     pipeline = script.load_pipeline(args, "personalized", torch.float32)
     parts = (pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)
     for (tokenizer, encoder), expected in zip(parts, rows.values()):
-        (word,) = tokenizer("<new1>", add_special_tokens=False).input_ids
-        assert torch.equal(encoder.get_input_embeddings().weight[word], expected[0])
+        words = tokenizer("<new1> <new2>", add_special_tokens=False).input_ids
+        assert torch.equal(encoder.get_input_embeddings().weight[words], expected)
+
+
+def test_a_new_word_of_sdxl_is_not_taken_for_the_end_of_the_prompt(script, tiny_sdxl, tmp_path):
+    """In the published encoders, whose configuration says 2."""
+    custom_diffusion_of(tiny_sdxl, tmp_path / "model")
+    rows = {name: torch.randn(1, 16) for name in ("clip_l", "clip_g")}
+    save_file(rows, tmp_path / "model" / "learned_embeds.safetensors", metadata={"tokens": "<new1>"})
+    base = shutil.copytree(tiny_sdxl, tmp_path / "base")
+    config = base / "text_encoder_2" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 2}))
+    args = script.parse_args([f"--{name}=<new1>" for name in REQUIRED])
+    args.pretrained_model_name_or_path, args.base_model_name_or_path = str(tmp_path / "model"), str(base)
+    script.check_models(args)
+    pipeline = script.load_pipeline(args, "personalized", torch.float32)
+    tokens = pipeline.tokenizer_2("a <new1> mug", padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        output = pipeline.text_encoder_2(tokens)
+    end = output.last_hidden_state[0, tokens[0].tolist().index(pipeline.tokenizer_2.eos_token_id)]
+    assert torch.allclose(output.text_embeds[0], pipeline.text_encoder_2.text_projection(end), atol=1e-5)
 
 
 def test_refuses_a_token_that_custom_diffusion_did_not_learn(refused, tmp_path):

@@ -24,22 +24,41 @@ pytestmark = pytest.mark.usefixtures("one_device")
 # Arithmetic
 
 
-def test_a_curve_is_made_of_what_nothing_beats():
-    points = np.array([[0.5, 3.0], [0.2, 1.0], [0.5, 2.0], [0.4, 2.5], [0.9, 9.0], [0.2, 1.0]])
-    assert plot_tradeoff.pareto(points).tolist() == [[0.2, 1.0], [0.5, 2.0], [0.9, 9.0]]
+def line(points):
+    return np.stack([points[:-1], points[1:]], axis=1)
 
 
 def test_cost_at_a_fidelity_is_exact_where_the_curve_is_straight():
     fidelities = np.array([0.1, 0.5, 0.3, 0.9])
     points = np.stack([fidelities, 2 + 3 * fidelities], axis=1)
     asked = np.array([0.1, 0.2, 0.85, 0.9])
-    assert plot_tradeoff.cost_at(asked, points) == pytest.approx(2 + 3 * asked)
+    assert plot_tradeoff.cost_at(asked, line(points)) == pytest.approx(2 + 3 * asked)
+
+
+def test_cost_of_a_fidelity_is_that_of_more_fidelity_if_that_is_cheaper():
+    points = np.array([[0.2, 5.0], [0.6, 3.0], [0.8, 7.0]])
+    assert plot_tradeoff.cost_at(np.array([0.1, 0.4, 0.6, 0.7]), line(points)) == pytest.approx([3, 3, 3, 5])
 
 
 def test_cost_of_a_fidelity_that_a_method_does_not_reach_is_infinite():
     points = np.array([[0.2, 1.0], [0.6, 5.0]])
-    assert plot_tradeoff.cost_at(0.61, points) == np.inf
-    assert plot_tradeoff.cost_at(0.1, points) == 1.0
+    assert plot_tradeoff.cost_at(np.array([0.1, 0.61]), line(points)).tolist() == [1, np.inf]
+
+
+def test_more_settings_never_raise_the_cost():
+    rng = np.random.default_rng(0)
+    first, second = line(rng.random((6, 2))), line(rng.random((6, 2)))
+    fidelities = np.linspace(0, 1, 21)
+    both = plot_tradeoff.cost_at(fidelities, np.concatenate([first, second]))
+    assert (both == np.minimum(*(plot_tradeoff.cost_at(fidelities, lines) for lines in (first, second)))).all()
+
+
+def test_neighbours_differ_in_one_thing_and_have_none_between_them():
+    names = ("rate", "weight", "schedule", "stop", "share")
+    rows = [(1, 10, "linear", 250, 1), (1, 1000, "linear", 250, 1), (1, 100, "linear", 250, 1)]
+    rows += [(2, 100, "linear", 250, 1), (2, 100, "linear", 60, 1), (2, 100, "constant", 60, 1)]
+    pairs = plot_tradeoff.find_neighbours([dict(zip(names, row)) for row in rows]).tolist()
+    assert sorted(pairs) == sorted([[i, i] for i in range(6)] + [[0, 2], [2, 1], [2, 3], [4, 3]])
 
 
 def test_bootstrap_of_a_mean_has_its_standard_error():
@@ -105,11 +124,12 @@ def test_refuses_a_shard_that_is_none(shard, capsys):
 
 def test_all_flags_of_the_grid_are_flags_of_the_script(script):
     for training in tradeoff.trainings_of(list(tradeoff.GRIDS))[1:]:
-        args = script.parse_args([*training.flags, "--class_prompt=x", "--class_data_dir=x", *PATHS])
+        args = script.parse_args([*training.flags, *PATHS, *(CLASS if "prior" in training.method else [])])
         assert (args.learning_rate, args.max_train_steps) == (training.rate, training.steps)
 
 
 PATHS = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x"]
+CLASS = ["--class_prompt=x", "--class_data_dir=x"]
 
 
 def test_no_result_is_in_two_parts_of_the_grid():
@@ -281,6 +301,21 @@ def test_drift_that_falls_with_the_weight_and_in_proportion_is_found(claims):
     falls = cells_of(claims, "Claim 3: drift against the weight", "penalty, linear rate 0.0004, 250 steps")
     assert falls == ["1, 2, 4", "yes; 100%", "yes; 100%"]
     assert cells_of(claims, "Claim 3: predictions", "full") == ["0.1000 [0.1000, 0.1000]", "0.0 [0.0, 0.0]"]
+
+
+def test_interpolation_ends_at_the_training_itself(tmp_path):
+    path, shares = tmp_path / "results.jsonl", {1.0: 0.9, 0.5: 0.6}
+    fixed = {"subject": "mug", "seed": 0, "weight": 0, "schedule": "linear", "steps": 9, "stop": 9, "settings": {}}
+    fixed |= dict.fromkeys(plot_tradeoff.OBEYED, 1.0) | {"rate": 1e-3, "seconds": 1.0, "class seconds": 0.0}
+    fixed |= {"prediction drift": 0.1, "parameter drift": 1.0, "flags": ["--lipschitz_weight=0"]}
+    tradeoff.append_line(path, {**fixed, "method": "base", "share": 1.0, "fidelity": 0.2, "drift": 0.0})
+    for share, fidelity in shares.items():
+        method = "DreamBooth" if share == 1 else "DreamBooth, interpolated"
+        row = {"method": method, "share": share, "fidelity": fidelity, "drift": 100 * fidelity}
+        tradeoff.append_line(path, fixed | row)
+    results, _ = plot_tradeoff.read_results([path])
+    segments = results.segments("DreamBooth, interpolated", "drift")
+    assert plot_tradeoff.cost_at(np.array([0.75, 0.9]), segments) == pytest.approx([75, 90])
 
 
 def test_settings_that_lack_a_subject_are_left_out(tmp_path):
