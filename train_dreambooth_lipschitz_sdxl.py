@@ -1367,14 +1367,15 @@ def encode_validation_prompt(args: argparse.Namespace, pipeline: StableDiffusion
     """What the pipeline takes in place of the prompt, and of none for guidance."""
     tokenizers = [tokenizer_of(pipeline, name) for name in TEXT_ENCODERS]
     text_encoders = [getattr(pipeline, name) for name in TEXT_ENCODERS]
-    embeds, pooled = encode_prompts([args.validation_prompt or "", ""], tokenizers, text_encoders)
-    if pipeline.config.force_zeros_for_empty_prompt:
-        embeds[1], pooled[1] = 0, 0
+    embeds, pooled = encode_prompts([args.validation_prompt or ""], tokenizers, text_encoders)
+    negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+    if not pipeline.config.force_zeros_for_empty_prompt:
+        negative_embeds, negative_pooled = encode_prompts([""], tokenizers, text_encoders)
     return {
-        "prompt_embeds": embeds[:1],
-        "negative_prompt_embeds": embeds[1:],
-        "pooled_prompt_embeds": pooled[:1],
-        "negative_pooled_prompt_embeds": pooled[1:],
+        "prompt_embeds": embeds,
+        "negative_prompt_embeds": negative_embeds,
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": negative_pooled,
     }
 
 
