@@ -12,8 +12,9 @@ Teaches Stable Diffusion XL a subject from 3-6 photos, and keeps the rest of the
 `--method` says which parameters train, what they are anchored to and what is saved: `lora` small matrices added to the
 U-Net's attention, `full` all of the U-Net, `custom_diffusion` its cross-attention's keys and values and new words.
 With `--lipschitz_weight=0` it is plain DreamBooth; with `--with_prior_preservation` besides, the classic alternative.
-All of the U-Net fits on a card of 24 GB with `--method=full --full_bf16 --gradient_checkpointing
---lipschitz_anchor_device=cpu --train_batch_size=1`. `grep -i lipschitz` on this file shows the whole method.
+For a card of 24 GB, `--method=full --full_bf16 --gradient_checkpointing --lipschitz_anchor_device=cpu` needs 6 bytes
+for each of the U-Net's 2.6 billion parameters, besides activations. `grep -i lipschitz` on this file shows the whole
+method.
 """
 
 import argparse
@@ -31,8 +32,10 @@ import random
 import re
 import shutil
 import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -93,8 +96,18 @@ KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.
 # The keys under which embeddings for SDXL are published.
 TOKEN_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 INTERPOLATION = {mode.name.lower(): mode for mode in Image.Resampling}
-LORA_FILE = "pytorch_lora_weights.safetensors"
-KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
+# Where drift is measured unless --drift_prompts_file says otherwise: no subject is named. Guidance needs the last.
+DRIFT_PROMPTS = [
+    "a photo of a dog",
+    "a portrait of a woman with grey hair",
+    "two bicycles leaning on a fence",
+    "a bowl of fruit on a table",
+    "a harbour at sunset",
+    "a busy street in the rain",
+    "a watercolor of a mountain village",
+    "",
+]
+DRIFT_TIMESTEPS = 5
 
 
 def stop(message: str | Exception) -> NoReturn:
@@ -355,6 +368,20 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--validation_prompt", help="Draw images of this prompt during training and at its end.")
     add("--num_validation_images", type=positive_int, default=4, help="Images drawn each time.")
     add("--validation_epochs", type=positive_int, default=50, help="Epochs from one time to the next.")
+    add(
+        "--drift_every",
+        type=positive_int,
+        help="Optimizer steps from one measurement of drift to the next; default: never. Before training, the base"
+        " draws a picture for each of a few prompts that do not name the subject; what it predicts on them, noised to"
+        f" {DRIFT_TIMESTEPS} timesteps, is kept. Logged are drift/prediction, the mean change of that relative to its"
+        " norm; with the penalty, drift/lipschitz, the largest change over lipschitz/drift; and drift/seconds. The"
+        " base is --lipschitz_anchor_model, if there is one. Training goes the same way with and without.",
+    )
+    add(
+        "--drift_prompts_file",
+        help=f"Prompts for it, one a line; default: {len(DRIFT_PROMPTS)} of everyday things. Each costs 25 steps of"
+        f" drawing once, and {DRIFT_TIMESTEPS} predictions in each measurement.",
+    )
     add("--report_to", default="tensorboard", help='"tensorboard", "wandb", "comet_ml", or "all" that are installed.')
     add("--logging_dir", default="logs", help="Folder of the logs, inside --output_dir.")
     add("--push_to_hub", action="store_true", help="Upload the result.")
@@ -387,6 +414,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     for flag in ("dataset_config_name", "caption_column"):
         if getattr(args, flag) is not None and args.dataset_name is None:
             parser.error(f"--{flag} is about a data set: add --dataset_name")
+    if args.drift_prompts_file is not None and args.drift_every is None:
+        parser.error("--drift_prompts_file does nothing without --drift_every")
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         parser.error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
     return args
@@ -645,6 +674,19 @@ def distinct_prompts(examples: list[list[Example]]) -> list[str]:
     return list(dict.fromkeys(example.prompt for group in examples for example in group))
 
 
+def read_drift_prompts(args: argparse.Namespace) -> list[str]:
+    if args.drift_prompts_file is None:
+        return DRIFT_PROMPTS
+    try:
+        lines = Path(args.drift_prompts_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        stop(f"--drift_prompts_file: cannot read {args.drift_prompts_file}: {error}")
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        stop(f"--drift_prompts_file: {args.drift_prompts_file} holds no prompts")
+    return prompts
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The folders `checkpoint-<step>` of a run, by step."""
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
@@ -705,7 +747,7 @@ def check_base(args: argparse.Namespace, flag: str = "--pretrained_model_name_or
 
 def check_scheduler(args: argparse.Namespace, parts: dict) -> None:
     """Turns on EDM-style training for a base that was trained so, and refuses what does not go with it."""
-    if "EDM" in parts["scheduler"][1]:
+    if "EDM" in str(parts.get("scheduler")):
         args.do_edm_style_training = True
     if args.do_edm_style_training and args.snr_gamma is not None:
         stop("--snr_gamma weighs a loss that EDM-style training does not have: leave it out")
@@ -998,7 +1040,7 @@ def group_parameters(
     groups = []
     for name, model in trained.items():
         rate, decay = args.learning_rate, args.adam_weight_decay
-        if name in TEXT_ENCODERS:
+        if name in TEXT_ENCODERS and args.train_text_encoder:
             rate, decay = args.text_encoder_lr, args.adam_weight_decay_text_encoder
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups.append({"params": parameters, "lr": rate * scale, "weight_decay": decay})
@@ -1093,24 +1135,36 @@ def encode_prompts(
     return torch.cat(embeds, dim=-1), output[0]
 
 
+def encode_for_pipeline(pipeline: StableDiffusionXLPipeline, prompt: str | None) -> dict[str, torch.Tensor]:
+    """What the pipeline takes in place of a prompt, and of none for guidance."""
+    tokenizers = [tokenizer_of(pipeline, name) for name in TEXT_ENCODERS]
+    text_encoders = [getattr(pipeline, name) for name in TEXT_ENCODERS]
+    embeds, pooled = encode_prompts([prompt or ""], tokenizers, text_encoders)
+    negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+    if not pipeline.config.force_zeros_for_empty_prompt:
+        negative_embeds, negative_pooled = encode_prompts([""], tokenizers, text_encoders)
+    return {
+        "prompt_embeds": embeds,
+        "negative_prompt_embeds": negative_embeds,
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": negative_pooled,
+    }
+
+
 @torch.no_grad()
-def encode_all_prompts(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    pipeline: StableDiffusionXLPipeline,
-    prompts: list[str],
-    dtype: torch.dtype,
+def encode_once(
+    args: argparse.Namespace, pipeline: StableDiffusionXLPipeline, prompts: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """
-    What `encode_prompts` gives for all prompts of a run, and `encode_validation_prompt`. The text encoders, which are
-    frozen, then make room.
+    What `encode_prompts` gives for all prompts of a run, and `encode_for_pipeline` for that of validation. The text
+    encoders, which are frozen, then make room.
     """
     tokenizers = [tokenizer_of(pipeline, name) for name in TEXT_ENCODERS]
-    text_encoders = [getattr(pipeline, name).to(accelerator.device, dtype=dtype) for name in TEXT_ENCODERS]
+    text_encoders = [getattr(pipeline, name) for name in TEXT_ENCODERS]
     few = [prompts[start : start + 16] for start in range(0, len(prompts), 16)]
     encoded = [encode_prompts(batch, tokenizers, text_encoders) for batch in few]
     embeds, pooled = (torch.cat(rows) for rows in zip(*encoded))
-    validation_embeds = encode_validation_prompt(args, pipeline)
+    validation_embeds = encode_for_pipeline(pipeline, args.validation_prompt)
     del text_encoders
     for name in TEXT_ENCODERS:
         setattr(pipeline, name, None)
@@ -1233,6 +1287,143 @@ def edm_losses(
     else:
         denoised = noisy_latents - prediction * sigmas
     return ((denoised - latents) / sigmas).square().flatten(1).mean(1)
+
+
+@contextmanager
+def evaluating(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
+    """No dropout, and no gradients, in the models of the pipeline that may be in training."""
+    models = [pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2]
+    models = [model for model in models if model is not None]
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    with torch.no_grad():
+        yield
+    for model, mode in zip(models, modes):
+        model.train(mode)
+
+
+class Probes(NamedTuple):
+    """
+    The points at which predictions are compared with the base's: a latent for each prompt, noised to each timestep.
+
+    Args:
+        prompt_embeds, pooled_embeds: (prompts, tokens, width) and (prompts, width), from the text encoders as they
+            were before training.
+        time_ids: (6), those of an image of the base's own size.
+        timesteps: (prompts * timesteps), those of the first prompt first.
+        noisy_latents: (prompts * timesteps, channels, height, width), float32, as the U-Net takes them.
+        coefficients: x and y, each (prompts * timesteps, 1, 1, 1), with which the noise that the U-Net sees in its
+            noisy latents is x * noisy latents + y * output.
+        base_noise: The noise that the base sees in them.
+    """
+
+    prompts: list[str]
+    prompt_embeds: torch.Tensor
+    pooled_embeds: torch.Tensor
+    time_ids: torch.Tensor
+    timesteps: torch.Tensor
+    noisy_latents: torch.Tensor
+    coefficients: tuple[torch.Tensor, torch.Tensor]
+    base_noise: torch.Tensor | None = None
+
+
+def build_probes(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionXLPipeline,
+    noise_scheduler: DDPMScheduler | EDMEulerScheduler,
+    prompts: list[str],
+) -> Probes:
+    """
+    The probes, on latents that the base itself draws for the prompts: they are as it meets them, and away from the
+    photos. They are the same in all runs from this base. Call it while the weights are those of the base.
+    """
+    began = time.perf_counter()
+    base = pipeline
+    if args.lipschitz_anchor_model is not None:
+        base = load_pipeline(args, "--lipschitz_anchor_model")
+        base.scheduler = pipeline.scheduler
+        base.to(accelerator.device)
+    # A generator of its own: training goes the same way with and without probes.
+    generator = torch.Generator().manual_seed(0)
+    with evaluating(base), accelerator.autocast():
+        options = {"num_inference_steps": 25, "generator": generator, "output_type": "latent"}
+        latents = [base(**encode_for_pipeline(base, prompt), **options).images.float() for prompt in prompts]
+    latents = torch.cat(latents).repeat_interleave(DRIFT_TIMESTEPS, dim=0)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    steps = noise_scheduler.config.num_train_timesteps
+    indices = [int((i + 0.5) * steps / DRIFT_TIMESTEPS) for i in range(DRIFT_TIMESTEPS)] * len(prompts)
+    with evaluating(pipeline), accelerator.autocast():
+        tokenizers = [tokenizer_of(pipeline, name) for name in TEXT_ENCODERS]
+        embeds = encode_prompts(prompts, tokenizers, [getattr(pipeline, name) for name in TEXT_ENCODERS])
+    size = base.default_sample_size * base.vae_scale_factor
+    time_ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32, device=latents.device)
+    probes = Probes(prompts, *embeds, time_ids, *add_probe_noise(noise_scheduler, latents, noise, indices))
+    probes = probes._replace(base_noise=predict_noise(args, accelerator, base, probes))
+    logger.info(f"The base's predictions on {len(latents)} probes took {time.perf_counter() - began:.1f} s.")
+    return probes
+
+
+def add_probe_noise(
+    noise_scheduler: DDPMScheduler | EDMEulerScheduler, latents: torch.Tensor, noise: torch.Tensor, indices: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """The timesteps, noisy latents and coefficients of `Probes`, for latents of which each has its index of a step."""
+    if isinstance(noise_scheduler, EDMEulerScheduler):
+        timesteps, sigmas = (row.to(latents)[indices] for row in (noise_scheduler.timesteps, noise_scheduler.sigmas))
+        sigmas, of_data = sigmas.view(-1, 1, 1, 1), noise_scheduler.config.sigma_data
+        scale = (sigmas**2 + of_data**2).sqrt()
+        # noise = (x - D) / sigma, with x = scale * input and D of EDM (arXiv 2206.00364, table 1).
+        sign = 1 if noise_scheduler.config.prediction_type == "v_prediction" else -1
+        return timesteps, (latents + sigmas * noise) / scale, (sigmas / scale, sign * of_data / scale)
+    timesteps = torch.tensor(indices, device=latents.device)
+    a = noise_scheduler.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
+    noisy_latents = a.sqrt() * latents + (1 - a).sqrt() * noise
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        # v = sqrt(a) noise - sqrt(1 - a) latents (arXiv 2202.00512).
+        return timesteps, noisy_latents, ((1 - a).sqrt(), a.sqrt())
+    return timesteps, noisy_latents, (torch.zeros_like(a), torch.ones_like(a))
+
+
+def predict_noise(
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: StableDiffusionXLPipeline, probes: Probes
+) -> torch.Tensor:
+    """The noise that the pipeline sees in the noisy latents of the probes: of their shape, float64, on the CPU."""
+    embeds = probes.prompt_embeds, probes.pooled_embeds
+    with evaluating(pipeline), accelerator.autocast():
+        if pipeline.text_encoder is not None:
+            tokenizers = [tokenizer_of(pipeline, name) for name in TEXT_ENCODERS]
+            embeds = encode_prompts(probes.prompts, tokenizers, [getattr(pipeline, name) for name in TEXT_ENCODERS])
+        rows = (probes.noisy_latents, probes.timesteps, *(row.repeat_interleave(DRIFT_TIMESTEPS, 0) for row in embeds))
+        output = []
+        # No more at a time than in training, which the memory is known to hold.
+        for noisy, timesteps, text, pooled in zip(*(row.split(args.train_batch_size) for row in rows)):
+            conditions = {"text_embeds": pooled, "time_ids": probes.time_ids.expand(len(noisy), -1)}
+            output.append(pipeline.unet(noisy, timesteps, text, added_cond_kwargs=conditions, return_dict=False)[0])
+    of_input, of_output = probes.coefficients
+    return (of_input * probes.noisy_latents + of_output * torch.cat(output).float()).cpu().double()
+
+
+def measure_drift(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionXLPipeline,
+    probes: Probes,
+    lipschitz: LipschitzRegularizer | None,
+) -> dict[str, float]:
+    """
+    How far predictions have moved from the base's: `drift/prediction`, the mean of ||eps - eps_base|| / ||eps_base||
+    over the probes; with the penalty `drift/lipschitz`, the largest ||eps - eps_base|| / ||theta - theta_base||, which
+    the denoiser's Lipschitz constant in its parameters (arXiv 2505.19519) cannot be below; `drift/seconds` it took.
+    """
+    began = time.perf_counter()
+    noise = predict_noise(args, accelerator, pipeline, probes)
+    change, size = (row.flatten(1).norm(dim=1) for row in (noise - probes.base_noise, probes.base_noise))
+    logs = {"drift/prediction": (change / size).mean().item()}
+    lipschitz_drift = lipschitz.metrics()["lipschitz/drift"] if lipschitz else 0.0
+    if lipschitz_drift > 0:
+        logs["drift/lipschitz"] = change.max().item() / lipschitz_drift
+    return {**logs, "drift/seconds": time.perf_counter() - began}
 
 
 def trained_keys_values(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -1362,23 +1553,6 @@ def delete_checkpoint(checkpoint: Path) -> None:
     shutil.rmtree(deleted)
 
 
-@torch.no_grad()
-def encode_validation_prompt(args: argparse.Namespace, pipeline: StableDiffusionXLPipeline) -> dict[str, torch.Tensor]:
-    """What the pipeline takes in place of the prompt, and of none for guidance."""
-    tokenizers = [tokenizer_of(pipeline, name) for name in TEXT_ENCODERS]
-    text_encoders = [getattr(pipeline, name) for name in TEXT_ENCODERS]
-    embeds, pooled = encode_prompts([args.validation_prompt or ""], tokenizers, text_encoders)
-    negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
-    if not pipeline.config.force_zeros_for_empty_prompt:
-        negative_embeds, negative_pooled = encode_prompts([""], tokenizers, text_encoders)
-    return {
-        "prompt_embeds": embeds,
-        "negative_prompt_embeds": negative_embeds,
-        "pooled_prompt_embeds": pooled,
-        "negative_pooled_prompt_embeds": negative_pooled,
-    }
-
-
 def log_validation(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -1388,24 +1562,20 @@ def log_validation(
 ) -> list[Image.Image]:
     """
     Draws the validation images, sends them to the trackers as of this step, and returns them. `prompt_embeds` are
-    those of `encode_validation_prompt`; where the text encoders are there still, as they are trained, they are encoded
+    those of `encode_for_pipeline`; where the text encoders are there still, as they are trained, they are encoded
     anew.
     """
     # A generator of its own: training goes the same way with and without validation.
     generator = torch.Generator(accelerator.device)
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
-    models = [pipeline.unet, *(model for model in map(pipeline.components.get, TEXT_ENCODERS) if model is not None)]
-    for model in models:
-        model.eval()
-    if pipeline.text_encoder is not None:
-        prompt_embeds = encode_validation_prompt(args, pipeline)
     images = []
-    for _ in range(args.num_validation_images):
-        with accelerator.autocast():
-            output = pipeline(**prompt_embeds, num_inference_steps=25, generator=generator, output_type="latent")
-        images += decode_latents(pipeline, output.images)
-    for model in models:
-        model.train()
+    with evaluating(pipeline):
+        if pipeline.text_encoder is not None:
+            prompt_embeds = encode_for_pipeline(pipeline, args.validation_prompt)
+        for _ in range(args.num_validation_images):
+            with accelerator.autocast():
+                output = pipeline(**prompt_embeds, num_inference_steps=25, generator=generator, output_type="latent")
+            images += decode_latents(pipeline, output.images)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", np.stack(images), global_step, dataformats="NHWC")
@@ -1527,6 +1697,7 @@ def main(args: argparse.Namespace) -> None:
     args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
     checkpoint = find_checkpoint(args, accelerator)
     photos, class_images = find_examples(args, concepts)
+    drift_prompts = read_drift_prompts(args)
     check_scheduler(args, check_base(args))
     if args.lipschitz_anchor_model is not None:
         check_base(args, "--lipschitz_anchor_model")
@@ -1569,11 +1740,18 @@ def main(args: argparse.Namespace) -> None:
     # SDXL's own autoencoder overflows in float16. And diffusers warns of every cast.
     if args.pretrained_vae_model_name_or_path is not None and weight_dtype != torch.float32:
         pipeline.vae.to(weight_dtype)
+    if "text_encoder" not in trained:
+        for name in TEXT_ENCODERS:
+            getattr(pipeline, name).to(accelerator.device, dtype=weight_dtype)
+    probes = None
+    if args.drift_every is not None and accelerator.is_main_process:
+        # Before the checkpoint is loaded, as the lipschitz anchors: predictions of the pretrained weights.
+        probes = build_probes(args, accelerator, pipeline, noise_scheduler, drift_prompts)
     prompts = distinct_prompts(photos + class_images)
     tokenizers = [tokenizer_of(pipeline, name) for name in TEXT_ENCODERS]
     validation_embeds = None
     if "text_encoder" not in trained:
-        embeds, pooled, validation_embeds = encode_all_prompts(args, accelerator, pipeline, prompts, weight_dtype)
+        embeds, pooled, validation_embeds = encode_once(args, pipeline, prompts)
 
     # Each process draws noise of its own.
     if args.seed is not None:
@@ -1639,6 +1817,9 @@ def main(args: argparse.Namespace) -> None:
                     accelerator.log(lipschitz_drift, step=global_step)
                 if args.validation_prompt is not None and accelerator.is_main_process:
                     images = log_validation(args, accelerator, pipeline, validation_embeds, global_step)
+            if probes and (global_step % args.drift_every == 0 or global_step == max_train_steps):
+                drift = measure_drift(args, accelerator, pipeline, probes, lipschitz)
+                accelerator.log(drift, step=global_step)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -316,8 +316,8 @@ def test_rows_of_other_tokens_keep_every_bit(train, flags_of, sdxl_script, tiny_
         "save_trained",
         lambda args, trained, *folder: (seen.update(trained), save(args, trained, *folder)),
     )
-    decay = ["--adam_weight_decay=0.1", "--adam_weight_decay_text_encoder=0.1"]
-    train(*flags_of("custom_diffusion"), "--max_train_steps=2", *decay, f"--output_dir={tmp_path}")
+    flags = ["--max_train_steps=2", "--adam_weight_decay=0.1", f"--output_dir={tmp_path}"]
+    train(*flags_of("custom_diffusion"), *flags)
     before, pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl), load(tmp_path)
     for name in ENCODERS:
         old = getattr(before, name).get_input_embeddings().weight
@@ -564,6 +564,54 @@ def test_base_of_edm_is_trained_and_drawn_with_its_own_kind_of_scheduler(
     train(*flags, "--num_validation_images=1", f"--output_dir={tmp_path}")
     assert seen == [EDMEulerScheduler, EDMDPMSolverMultistepScheduler]
     assert math.isfinite(scalars(tmp_path)[0]["loss"][1])
+
+
+# Drift in training
+
+SCHEDULERS = {
+    "noise": DDPMScheduler(),
+    "velocity": DDPMScheduler(prediction_type="v_prediction"),
+    "noise, EDM-style": EulerDiscreteScheduler(),
+    "EDM": EDMEulerScheduler(),
+    "velocity, EDM": EDMEulerScheduler(prediction_type="v_prediction"),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_noise_that_a_perfect_model_sees_in_a_probe_is_its_noise(kind, sdxl_script):
+    scheduler, indices = SCHEDULERS[kind], [0, 100, 500, 999]
+    latents, noise = torch.randn(2, 4, 4, 8, 8, generator=torch.manual_seed(0), dtype=torch.float64)
+    timesteps, noisy, (of_input, of_output) = sdxl_script.add_probe_noise(scheduler, latents, noise, indices)
+    output = noise
+    if kind == "velocity":
+        output = scheduler.get_velocity(latents, noise, timesteps)
+    if kind.endswith("EDM"):
+        sigmas = scheduler.sigmas.double()[indices].view(-1, 1, 1, 1)
+        torch.testing.assert_close(noisy, scheduler.precondition_inputs(latents + sigmas * noise, sigmas))
+        # The output that `precondition_outputs` turns into the latents.
+        rest = scheduler.precondition_outputs(latents + sigmas * noise, 0 * latents, sigmas)
+        unit = scheduler.precondition_outputs(0 * latents, 1 + 0 * latents, sigmas)
+        output = (latents - rest) / unit
+    torch.testing.assert_close(of_input * noisy + of_output * output, noise, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora with text encoders", "custom_diffusion", "base of EDM"])
+def test_drift_is_zero_at_the_base_and_measuring_it_changes_no_training(
+    method, playground, train, flags_of, trained, tmp_path
+):
+    flags = [f"--pretrained_model_name_or_path={playground}"] if method == "base of EDM" else flags_of(method)
+    (tmp_path / "prompts.txt").write_text("a cat\n\na house at night\n")
+    drift = ["--drift_every=2", f"--drift_prompts_file={tmp_path / 'prompts.txt'}"]
+    for name, more in {
+        "still": ["--learning_rate=0", "--text_encoder_lr=0", *drift],
+        "moved": drift,
+        "not": [],
+    }.items():
+        train(*flags, "--max_train_steps=3", *more, f"--output_dir={tmp_path / name}")
+    still, moved = (scalars(tmp_path / name)[0]["drift/prediction"] for name in ("still", "moved"))
+    assert list(moved) == [2, 3] and 0 < moved[2] < 1
+    assert set(still.values()) == {0.0}
+    assert same_bits(result(tmp_path / "moved"), result(tmp_path / "not"))
 
 
 # Photos, captions and sizes
