@@ -61,6 +61,7 @@ from diffusers.utils import check_min_version, is_wandb_available, is_xformers_a
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from PIL import Image
 from PIL.ImageOps import exif_transpose
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
@@ -919,11 +920,11 @@ def load_models(
     if args.do_edm_style_training:
         of_edm = "EDM" in type(pipeline.scheduler).__name__
         scheduler_class = EDMEulerScheduler if of_edm else EulerDiscreteScheduler
-    else:
-        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     noise_scheduler = scheduler_class.from_config(pipeline.scheduler.config)
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         stop(f"the base predicts {noise_scheduler.config.prediction_type}, which cannot be trained here")
+    if not args.do_edm_style_training:
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.vae.requires_grad_(False)
     # Images go through it one by one: in float32 at 1024 pixels, each takes gigabytes.
     pipeline.vae.enable_slicing()
@@ -1475,9 +1476,12 @@ def load_trained(args: argparse.Namespace, trained: dict[str, torch.nn.Module], 
         for name, parameter in trained_keys_values(trained["unet"]).items():
             parameter.copy_(weights[name])
         if args.modifier_token:
-            rows = load_file(Path(folder, TOKENS_FILE))
-            for name, key in TOKEN_KEYS.items():
-                trained[name].get_input_embeddings().new.copy_(rows[key])
+            with safe_open(Path(folder, TOKENS_FILE), framework="pt") as file:
+                tokens = file.metadata()["tokens"]
+                if tokens != args.modifier_token:
+                    raise ValueError(f"its new words are {tokens}, compare --modifier_token")
+                for name, key in TOKEN_KEYS.items():
+                    trained[name].get_input_embeddings().new.copy_(file.get_tensor(key))
 
 
 def save_kohya(args: argparse.Namespace, folder: str | Path) -> None:

@@ -595,10 +595,8 @@ def test_noise_that_a_perfect_model_sees_in_a_probe_is_its_noise(kind, sdxl_scri
     torch.testing.assert_close(of_input * noisy + of_output * output, noise, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["lora with text encoders", "custom_diffusion", "base of EDM"])
-def test_drift_is_zero_at_the_base_and_measuring_it_changes_no_training(
-    method, playground, train, flags_of, trained, tmp_path
-):
+@pytest.mark.parametrize("method", ["lora with text encoders", "base of EDM"])
+def test_drift_is_zero_at_the_base_and_measuring_it_changes_no_training(method, playground, train, flags_of, tmp_path):
     flags = [f"--pretrained_model_name_or_path={playground}"] if method == "base of EDM" else flags_of(method)
     (tmp_path / "prompts.txt").write_text("a cat\n\na house at night\n")
     drift = ["--drift_every=2", f"--drift_prompts_file={tmp_path / 'prompts.txt'}"]
@@ -777,9 +775,17 @@ def test_optimizer_that_is_not_installed_is_named(package, flags, train, sdxl_sc
     assert_one_clear_line(capsys.readouterr().err, f"needs {package}: pip install {package}")
 
 
-def test_checkpoint_of_another_lora_is_refused(trained, train, flags_of, tmp_path, capsys):
-    resume = f"--resume_from_checkpoint={trained('lora') / 'checkpoint-2'}"
+OTHERS = {
+    "lora": (["--train_text_encoder"], "its LoRA is of other parts"),
+    "custom_diffusion": (["--modifier_token=<new2>"], "its new words are <new1>+<new2>"),
+}
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_checkpoint_of_other_parts_is_refused(method, trained, train, flags_of, tmp_path, capsys):
+    flags, message = OTHERS[method]
+    resume = f"--resume_from_checkpoint={trained(method) / 'checkpoint-2'}"
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        train(*flags_of("lora"), "--train_text_encoder", resume, f"--output_dir={tmp_path / 'new'}")
-    assert_one_clear_line(capsys.readouterr().err, "its LoRA is of other parts")
+        train(*flags_of(method), *flags, resume, f"--output_dir={tmp_path / 'new'}")
+    assert_one_clear_line(capsys.readouterr().err, message)
