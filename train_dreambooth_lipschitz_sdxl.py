@@ -78,6 +78,9 @@ check_min_version("0.40.0")
 
 logger = get_logger(__name__)
 
+# Of training: of plain bases, of those in EDM-style training, and of bases of EDM.
+NoiseScheduler = DDPMScheduler | EulerDiscreteScheduler | EDMEulerScheduler
+
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # LoRA: the learning rate of diffusers' script, and the weight of what it stands in for. Custom Diffusion: both of the
@@ -913,7 +916,7 @@ def choose_parameters(
 
 def load_models(
     args: argparse.Namespace, dtype: torch.dtype
-) -> tuple[StableDiffusionXLPipeline, DDPMScheduler | EDMEulerScheduler, dict[str, torch.nn.Module]]:
+) -> tuple[StableDiffusionXLPipeline, NoiseScheduler, dict[str, torch.nn.Module]]:
     """The base, with the validation scheduler in place; the scheduler for training; the models to train, by name."""
     pipeline = load_pipeline(args)
     scheduler_class = DDPMScheduler
@@ -1204,7 +1207,7 @@ def decode_latents(pipeline: StableDiffusionXLPipeline, latents: torch.Tensor) -
 
 def compute_loss(
     args: argparse.Namespace,
-    noise_scheduler: DDPMScheduler | EDMEulerScheduler,
+    noise_scheduler: NoiseScheduler,
     vae: AutoencoderKL,
     unet: torch.nn.Module,
     prompt_embeds: torch.Tensor,
@@ -1333,7 +1336,7 @@ def build_probes(
     args: argparse.Namespace,
     accelerator: Accelerator,
     pipeline: StableDiffusionXLPipeline,
-    noise_scheduler: DDPMScheduler | EDMEulerScheduler,
+    noise_scheduler: NoiseScheduler,
     prompts: list[str],
 ) -> Probes:
     """
@@ -1367,7 +1370,7 @@ def build_probes(
 
 
 def add_probe_noise(
-    noise_scheduler: DDPMScheduler | EDMEulerScheduler, latents: torch.Tensor, noise: torch.Tensor, indices: list[int]
+    noise_scheduler: NoiseScheduler, latents: torch.Tensor, noise: torch.Tensor, indices: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """The timesteps, noisy latents and coefficients of `Probes`, for latents of which each has its index of a step."""
     if isinstance(noise_scheduler, EDMEulerScheduler):
