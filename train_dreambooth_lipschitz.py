@@ -648,7 +648,8 @@ def check_base(args: argparse.Namespace, flag: str = "--pretrained_model_name_or
     except (OSError, ValueError, KeyError) as error:
         stop(f"{flag}: found no Stable Diffusion pipeline at {source}: {error}")
     if name != "StableDiffusionPipeline":
-        stop(f"{flag}: {source} is a {name}, not a StableDiffusionPipeline (1.x or 2.x)")
+        other = ": use train_dreambooth_lipschitz_sdxl.py" if name == "StableDiffusionXLPipeline" else ""
+        stop(f"{flag}: {source} is a {name}, not a StableDiffusionPipeline (1.x or 2.x){other}")
 
 
 def create_hub_repository(args: argparse.Namespace) -> str:

@@ -1,5 +1,5 @@
-# Fixtures for the tests of the scripts: a tiny Stable Diffusion pipeline and a few photos, made in seconds by code,
-# and the script as a module. Holds no tests. The weights are random and the images mean nothing: the tests are about
+# Fixtures for the tests of the scripts: a tiny Stable Diffusion pipeline, an SDXL one and a few photos, made by code
+# in seconds, and the scripts as modules. Holds no tests. Weights are random, images mean nothing: the tests are about
 # how training behaves.
 import importlib.util
 import os
@@ -14,50 +14,76 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
-@pytest.fixture(scope="session")
-def tiny_sd(tmp_path_factory):
-    """Folder of a `StableDiffusionPipeline` in float32: 16 x 16 pixels, 4 x 8 x 8 latents, about 0.1M parameters."""
-    import torch
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+def make_tokenizer(**special):
+    """A tokenizer that spells: its words are the bytes, within and at the end of a word."""
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
-    torch.manual_seed(0)
-    # A tokenizer that spells: its words are the bytes, within and at the end of a word.
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=32
-    )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokens),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=32,
-            bos_token_id=len(tokens) - 2,
-            eos_token_id=len(tokens) - 1,
-            pad_token_id=len(tokens) - 1,
-        )
-    )
-    vae = AutoencoderKL(
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=32, **special)
+
+
+def make_text_config(tokenizer, **options):
+    from transformers import CLIPTextConfig
+
+    options = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        **options,
+    }
+    return CLIPTextConfig(**options)
+
+
+def make_vae(**options):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16),
         norm_num_groups=4,
         sample_size=16,
+        **options,
     )
-    unet = UNet2DConditionModel(
+
+
+def make_unet(**options):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=1,
         attention_head_dim=2,
-        cross_attention_dim=16,
         norm_num_groups=4,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory):
+    """Folder of a `StableDiffusionPipeline` in float32: 16 x 16 pixels, 4 x 8 x 8 latents, about 0.1M parameters."""
+    import torch
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    text_encoder = CLIPTextModel(make_text_config(tokenizer))
+    vae = make_vae()
+    unet = make_unet(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
     )
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
@@ -72,6 +98,43 @@ def tiny_sd(tmp_path_factory):
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory):
+    """Folder of a `StableDiffusionXLPipeline` in float32: 16 x 16 pixels, 4 x 8 x 8 latents, about 0.1M parameters."""
+    import torch
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    tokenizers = make_tokenizer(), make_tokenizer(pad_token="!")
+    # As SDXL was published: a wrong id of the end, by which the highest id of a prompt counts as its end.
+    config = make_text_config(tokenizers[1], hidden_size=24, projection_dim=20, eos_token_id=2)
+    unet = make_unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=16 + 24,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=20 + 6 * 8,
+        use_linear_projection=True,
+    )
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    folder = tmp_path_factory.mktemp("tiny-sdxl")
+    StableDiffusionXLPipeline(
+        vae=make_vae(force_upcast=True),
+        text_encoder=CLIPTextModel(make_text_config(tokenizers[0])),
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet,
+        scheduler=scheduler,
     ).save_pretrained(folder)
     return folder
 
@@ -99,18 +162,15 @@ def one_device():
         yield
 
 
-@pytest.fixture(scope="session")
-def script(one_device):
-    """train_dreambooth_lipschitz.py as a module, to call what is in it."""
-    path = Path(__file__).parents[1] / "train_dreambooth_lipschitz.py"
+def load_script(name):
+    path = Path(__file__).parents[1] / name
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.fixture(scope="session")
-def run_script(script):
+def runner(script):
     """Runs the script's `main` in this process; flags given later win."""
     from accelerate.state import AcceleratorState, GradientState
 
@@ -120,3 +180,25 @@ def run_script(script):
         script.main(script.parse_args([*map(str, flags)]))
 
     return call
+
+
+@pytest.fixture(scope="session")
+def script(one_device):
+    """train_dreambooth_lipschitz.py as a module, to call what is in it."""
+    return load_script("train_dreambooth_lipschitz.py")
+
+
+@pytest.fixture(scope="session")
+def run_script(script):
+    return runner(script)
+
+
+@pytest.fixture(scope="session")
+def sdxl_script(one_device):
+    """train_dreambooth_lipschitz_sdxl.py as a module, to call what is in it."""
+    return load_script("train_dreambooth_lipschitz_sdxl.py")
+
+
+@pytest.fixture(scope="session")
+def run_sdxl_script(sdxl_script):
+    return runner(sdxl_script)

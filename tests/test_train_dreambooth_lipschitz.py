@@ -713,7 +713,7 @@ MISTAKES = {
     "unknown tracker": ("--report_to=paper", "paper"),
     "token that wandb would log": ("--report_to=wandb --hub_token=x", "--hub_token"),
     "base without an index": ("--pretrained_model_name_or_path={world}/vit", "found no Stable Diffusion pipeline at"),
-    "SDXL base": ("--pretrained_model_name_or_path={world}/sdxl", "is a StableDiffusionXLPipeline"),
+    "SDXL base": ("--pretrained_model_name_or_path={world}/sdxl", "use train_dreambooth_lipschitz_sdxl.py"),
     "base that is nowhere": ("--pretrained_model_name_or_path=no/such-model", "found no Stable Diffusion pipeline at"),
     "base without weights": ("", "cannot load {world}/base"),
     "no checkpoint folder": ("--resume_from_checkpoint=checkpoint-9", "there is no folder"),

@@ -1,0 +1,1847 @@
+# DreamBooth for Stable Diffusion XL with the Lipschitz penalty: LoRA, full fine-tuning or Custom Diffusion.
+# Flags and outputs of diffusers' train_dreambooth_lora_sdxl.py. Holds no Stable Diffusion 1.x or 2.x, and no refiner.
+"""
+Teaches Stable Diffusion XL a subject from 3-6 photos, and keeps the rest of the model where it was, by the penalty of
+"Preserve and Personalize" (arXiv 2505.19519, Algorithm 1):
+
+    accelerate launch train_dreambooth_lipschitz_sdxl.py \
+        --pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 \
+        --instance_data_dir=photos --instance_prompt="a photo of sks dog" --output_dir=sks-dog \
+        --train_batch_size=1 --learning_rate=1e-4 --lipschitz_weight=500 --max_train_steps=500 --mixed_precision=bf16
+
+`--method` says which parameters train, what they are anchored to and what is saved: `lora` small matrices added to the
+U-Net's attention, `full` all of the U-Net, `custom_diffusion` its cross-attention's keys and values and new words.
+With `--lipschitz_weight=0` it is plain DreamBooth; with `--with_prior_preservation` besides, the classic alternative.
+For a card of 24 GB, `--method=full --full_bf16 --gradient_checkpointing --lipschitz_anchor_device=cpu` needs 6 bytes
+for each of the U-Net's 2.6 billion parameters, besides activations. `grep -i lipschitz` on this file shows the whole
+method.
+"""
+
+import argparse
+import gc
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+)
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
+from diffusers.utils import check_min_version, is_wandb_available, is_xformers_available
+from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
+from PIL import Image
+from PIL.ImageOps import exif_transpose
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lipschitz_reg import LipschitzRegularizer, find_lora_adapters
+
+
+if is_wandb_available():
+    import wandb
+
+# The first release in which pipelines take `dtype`.
+check_min_version("0.40.0")
+
+logger = get_logger(__name__)
+
+# Of training: of plain bases, of those in EDM-style training, and of bases of EDM.
+NoiseScheduler = DDPMScheduler | EulerDiscreteScheduler | EDMEulerScheduler
+
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# LoRA: the learning rate of diffusers' script, and the weight of what it stands in for. Custom Diffusion: both of the
+# paper's authors on SDXL. Full: their weight for SD 1.5.
+DEFAULTS = {
+    "lora": {"learning_rate": 1e-4, "lipschitz_weight": 500.0},
+    "full": {"learning_rate": 1e-6, "lipschitz_weight": 500.0},
+    "custom_diffusion": {"learning_rate": 1e-4, "lipschitz_weight": 50.0},
+}
+TEXT_ENCODERS = ["text_encoder", "text_encoder_2"]
+LORA_TARGETS = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
+    **dict.fromkeys(TEXT_ENCODERS, ["q_proj", "k_proj", "v_proj", "out_proj"]),
+}
+LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
+KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
+# The keys under which embeddings for SDXL are published.
+TOKEN_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+INTERPOLATION = {mode.name.lower(): mode for mode in Image.Resampling}
+# Where drift is measured unless --drift_prompts_file says otherwise: no subject is named. Guidance needs the last.
+DRIFT_PROMPTS = [
+    "a photo of a dog",
+    "a portrait of a woman with grey hair",
+    "two bicycles leaning on a fence",
+    "a bowl of fruit on a table",
+    "a harbour at sunset",
+    "a busy street in the rain",
+    "a watercolor of a mountain village",
+    "",
+]
+DRIFT_TIMESTEPS = 5
+
+
+def stop(message: str | Exception) -> NoReturn:
+    """Ends the run because of a mistake that its user can mend: one line on stderr for all processes, exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a bad argument without repeating the whole usage."""
+
+    def error(self, message):
+        stop(message)
+
+
+def number(convert, minimum, exclusive=False):
+    """An argparse type: a finite number that is at least, or `exclusive`ly above, the minimum."""
+
+    def parse(text):
+        value = convert(text)
+        if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+            bound = f"above {minimum}" if exclusive else f"at least {minimum}"
+            raise argparse.ArgumentTypeError(f"must be a finite number {bound}, not {text}")
+        return value
+
+    # argparse names the type by this when `convert` itself fails.
+    parse.__name__ = convert.__name__
+    return parse
+
+
+positive_int, non_negative, positive = number(int, 1), number(float, 0), number(float, 0, exclusive=True)
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(description="DreamBooth for Stable Diffusion XL with the Lipschitz penalty.")
+
+    add = parser.add_argument_group("base model").add_argument
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="Stable Diffusion XL pipeline: a folder, or a name on the Hub.",
+    )
+    add("--revision", help="Git revision of the pipeline on the Hub.")
+    add("--variant", help="Variant of its weight files, such as fp16; training is in float32 all the same.")
+    add(
+        "--pretrained_vae_model_name_or_path",
+        help="Autoencoder instead of the pipeline's, a folder or a name on the Hub, that is right in half precision:"
+        " it runs in that of --mixed_precision. The pipeline's own always runs in float32.",
+    )
+
+    add = parser.add_argument_group("method").add_argument
+    add(
+        "--method",
+        choices=list(DEFAULTS),
+        default="lora",
+        help="What is trained. lora: small matrices that are added to those of attention. full: all weights."
+        " custom_diffusion: keys and values of cross-attention, and the embeddings of --modifier_token.",
+    )
+    add("--rank", type=positive_int, help="lora: rank of the added matrices; default: 4.")
+    add("--lora_alpha", type=positive_int, help="lora: they are scaled by this over the rank; default: the rank.")
+    add("--lora_dropout", type=non_negative, help="lora: share of their inputs left out in training; default: 0.")
+    add("--use_dora", action="store_true", help="lora: train the lengths of the weights' rows apart from directions.")
+    add(
+        "--output_kohya_format",
+        action="store_true",
+        help="lora: save it with the names of kohya's trainer too, for other programs than diffusers.",
+    )
+    add("--modifier_token", help='custom_diffusion: new words, one for each concept: "<new1>+<new2>".')
+    add("--initializer_token", help="custom_diffusion: words whose meaning they begin with; default: ktn+pll+ucd.")
+
+    add = parser.add_argument_group("subject").add_argument
+    add("--instance_data_dir", help="Folder with the photos of the subject.")
+    add("--instance_prompt", help='What they show, a rare word included: "a photo of sks dog".')
+    add(
+        "--dataset_name",
+        help="Photos that may have captions of their own, instead of --instance_data_dir: a data set on the Hub, or a"
+        " folder with photos and metadata.jsonl, whose lines are as"
+        ' {"file_name": "1.jpg", "text": "a photo of sks dog in the snow"}. Its part train is read, or its only one.',
+    )
+    add("--dataset_config_name", help="Configuration of the data set, where it has several.")
+    add("--image_column", default="image", help="Its column of photos; in a folder, image.")
+    add(
+        "--caption_column",
+        help="Its column of captions, above text. A photo's caption is its prompt; one without a caption, and all"
+        " photos where this is not given, have --instance_prompt.",
+    )
+    add("--cache_dir", help="Folder for what of the data set is downloaded.")
+    add(
+        "--concepts_list",
+        help="Several subjects instead of one: a JSON list of objects with instance_data_dir and instance_prompt, and"
+        " for prior preservation class_data_dir and class_prompt.",
+    )
+    add("--resolution", type=positive_int, default=1024, help="Side of the square training images, in pixels.")
+    add(
+        "--center_crop",
+        action="store_true",
+        help="Crop the middle of an image; otherwise a new random part each time.",
+    )
+    add("--random_flip", action="store_true", help="Mirror an image left to right, or not, by chance each time.")
+    add(
+        "--image_interpolation_mode",
+        choices=list(INTERPOLATION),
+        default="lanczos",
+        help="How images are scaled to the resolution.",
+    )
+    add("--repeats", type=positive_int, default=1, help="Times that each photo comes in an epoch.")
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that read images; 0: the main one.")
+
+    add = parser.add_argument_group("Lipschitz penalty").add_argument
+    add(
+        "--lipschitz_weight",
+        type=non_negative,
+        help="Strength of the pull towards the pretrained weights, lambda in the paper. Too small: other prompts start"
+        " to show the subject; too large: the subject is not learned. 0 attaches nothing: plain DreamBooth. Default:"
+        " 500, for custom_diffusion 50.",
+    )
+    add(
+        "--lipschitz_reduction",
+        choices=["sum", "tensor_mean", "mean"],
+        default="tensor_mean",
+        help="Squared distances are summed as they are (sum), divided by the size of their tensor (tensor_mean: the"
+        " authors' weights and the default mean this), or divided by the size of the model (mean).",
+    )
+    add(
+        "--lipschitz_mode",
+        choices=["coupled", "proximal", "projected"],
+        default="coupled",
+        help="coupled: the penalty's gradient joins that of the loss, as in the paper. proximal: a pull after each"
+        " optimizer step, not rescaled by Adam. projected: no pull, but a bound on the distance, --lipschitz_radius.",
+    )
+    add(
+        "--lipschitz_radius", type=positive, help="Largest L2 distance from the pretrained weights, in projected mode."
+    )
+    add(
+        "--lipschitz_anchor_device",
+        choices=["cpu"],
+        help="cpu: keep the pretrained weights in host memory and stream them at each step; slower, saves GPU memory.",
+    )
+    add(
+        "--lipschitz_anchor_model",
+        help="Stable Diffusion XL pipeline to stay near to, a folder or a name on the Hub, where the base has been"
+        " personalized before and drift shall not add up; default: the base itself.",
+    )
+    add(
+        "--lipschitz_lora",
+        choices=["delta", "factors"],
+        help="lora: penalize what is added to the weights (delta, the default), or its two factors one by one"
+        " (factors: the authors' way, with their weight of 1e-7 and --lipschitz_reduction sum).",
+    )
+
+    add = parser.add_argument_group("prior preservation").add_argument
+    add("--with_prior_preservation", action="store_true", help="Train on images of the subject's class too.")
+    add("--class_data_dir", help="Folder of class images; those that are missing are drawn by the base model.")
+    add("--class_prompt", help='What the class images show: "a photo of dog".')
+    add("--num_class_images", type=positive_int, default=100, help="Class images to train on.")
+    add("--prior_loss_weight", type=non_negative, default=1.0, help="Weight of the class images in the loss.")
+    add("--sample_batch_size", type=positive_int, default=4, help="Class images drawn at a time, per process.")
+    add(
+        "--prior_generation_precision", choices=list(PRECISIONS), help="For drawing; default: fp16 on CUDA, else fp32."
+    )
+
+    add = parser.add_argument_group("training").add_argument
+    add("--output_dir", default="lora-dreambooth-model", help="Folder for the result, checkpoints and logs.")
+    add("--seed", type=int, help="Makes a run repeatable.")
+    add("--train_text_encoder", action="store_true", help="Train, and penalize, both text encoders too.")
+    add("--train_batch_size", type=positive_int, default=4, help="Photos in a batch, per process.")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches per optimizer step.")
+    add("--num_train_epochs", type=positive_int, default=1, help="Passes over the images.")
+    add("--max_train_steps", type=positive_int, help="Optimizer steps; overrides --num_train_epochs.")
+    add("--checkpointing_steps", type=positive_int, default=500, help="Optimizer steps between checkpoints.")
+    add("--checkpoints_total_limit", type=positive_int, help="Checkpoints to keep; older ones are deleted.")
+    add(
+        "--resume_from_checkpoint",
+        help='A checkpoint folder, or "latest" for the last one in --output_dir. The settings of optimizer and penalty'
+        " are the checkpoint's then; the penalty still pulls to the pretrained model, which must be the same.",
+    )
+    add("--snr_gamma", type=non_negative, help="Min-SNR weighting of each sample's loss; 5.0 is usual.")
+    add(
+        "--do_edm_style_training",
+        action="store_true",
+        help="Add noise and weigh the loss as in EDM (arXiv 2206.00364). A base with a scheduler of EDM always is.",
+    )
+    add("--local_rank", type=int, default=-1, help="Set by some launchers; the variable LOCAL_RANK is what counts.")
+
+    add = parser.add_argument_group("optimizer").add_argument
+    add(
+        "--learning_rate",
+        type=non_negative,
+        help="Peak learning rate; default: 1e-4, for full 1e-6, for prodigy, which multiplies it by its own, 1.",
+    )
+    add(
+        "--text_encoder_lr",
+        type=non_negative,
+        help="That of the text encoders; default: 5e-6, for full and for prodigy --learning_rate.",
+    )
+    add("--scale_lr", action="store_true", help="Multiply them by processes, accumulation steps and batch size.")
+    schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+    add("--lr_scheduler", choices=schedules, default="constant", help="How the learning rate changes.")
+    add("--lr_warmup_steps", type=int, default=500, help="Steps of rising rate, in schedules that have them.")
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
+    add(
+        "--optimizer",
+        type=str.lower,
+        choices=["adamw", "prodigy"],
+        default="adamw",
+        help="prodigy finds its learning rate itself (arXiv 2306.06101).",
+    )
+    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, with a quarter of the state.")
+    add("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients; prodigy's too.")
+    add("--adam_beta2", type=float, default=0.999, help="Decay of the mean of their squares; prodigy's too.")
+    add(
+        "--adam_weight_decay",
+        type=non_negative,
+        help="Pull towards zero. 1e-4, or 0 with the Lipschitz penalty, which pulls towards the pretrained weights.",
+    )
+    add(
+        "--adam_weight_decay_text_encoder",
+        type=non_negative,
+        help="That of the text encoders. 1e-3, or 0 with the Lipschitz penalty.",
+    )
+    add("--adam_epsilon", type=non_negative, default=1e-8, help="Added to the denominator; prodigy's too.")
+    add("--prodigy_beta3", type=float, help="Decay of what it knows of the rate; default: sqrt of --adam_beta2.")
+    add("--prodigy_decouple", type=boolean, default=True, help="Weight decay as in AdamW, apart from the gradient.")
+    add("--prodigy_use_bias_correction", type=boolean, default=True, help="Correct the means in the first steps.")
+    add("--prodigy_safeguard_warmup", type=boolean, default=True, help="Let a warm-up not disturb the rate.")
+    add(
+        "--max_grad_norm",
+        type=non_negative,
+        default=1.0,
+        help="Norm to which gradients of the denoising loss are clipped.",
+    )
+
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--gradient_checkpointing", action="store_true", help="Less memory for activations, slower steps.")
+    add(
+        "--full_bf16",
+        action="store_true",
+        help="full: weights, gradients and 8-bit states of torchao's AdamW in 6 bytes a parameter instead of 16. It"
+        " rounds weights at random, up or down, so that steps too small for bfloat16 add up and are not lost.",
+    )
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Overrides the configuration of accelerate.")
+    add(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="In place of PyTorch's own; CUDA only.",
+    )
+    add("--allow_tf32", action="store_true", help="Faster float32 products with a shorter mantissa; CUDA only.")
+
+    add = parser.add_argument_group("validation, logging, Hub").add_argument
+    add("--validation_prompt", help="Draw images of this prompt during training and at its end.")
+    add("--num_validation_images", type=positive_int, default=4, help="Images drawn each time.")
+    add("--validation_epochs", type=positive_int, default=50, help="Epochs from one time to the next.")
+    add(
+        "--drift_every",
+        type=positive_int,
+        help="Optimizer steps from one measurement of drift to the next; default: never. Before training, the base"
+        " draws a picture for each of a few prompts that do not name the subject; what it predicts on them, noised to"
+        f" {DRIFT_TIMESTEPS} timesteps, is kept. Logged are drift/prediction, the mean change of that relative to its"
+        " norm; with the penalty, drift/lipschitz, the largest change over lipschitz/drift; and drift/seconds. The"
+        " base is --lipschitz_anchor_model, if there is one. Training goes the same way with and without.",
+    )
+    add(
+        "--drift_prompts_file",
+        help=f"Prompts for it, one a line; default: {len(DRIFT_PROMPTS)} of everyday things. Each costs 25 steps of"
+        f" drawing once, and {DRIFT_TIMESTEPS} predictions in each measurement.",
+    )
+    add("--report_to", default="tensorboard", help='"tensorboard", "wandb", "comet_ml", or "all" that are installed.')
+    add("--logging_dir", default="logs", help="Folder of the logs, inside --output_dir.")
+    add("--push_to_hub", action="store_true", help="Upload the result.")
+    add("--hub_token", help="Token for it; better, log in with `hf auth login`.")
+    add("--hub_model_id", help="Repository to upload to; by default named after --output_dir.")
+
+    args = parser.parse_args(input_args)
+
+    check_method(args, parser.error)
+    check_optimizer(args, parser.error)
+    if (args.lipschitz_mode == "projected") != (args.lipschitz_radius is not None):
+        parser.error("--lipschitz_mode projected and --lipschitz_radius need each other")
+    if args.concepts_list is not None:
+        for flag in ("instance_data_dir", "dataset_name", "instance_prompt", "class_data_dir", "class_prompt"):
+            if getattr(args, flag) is not None:
+                parser.error(f"--concepts_list has photos and prompts of its own: leave out --{flag}")
+    elif args.instance_data_dir is None and args.dataset_name is None:
+        parser.error("--instance_data_dir is needed, or --dataset_name, or --concepts_list")
+    elif args.instance_data_dir is not None and args.dataset_name is not None:
+        parser.error("--instance_data_dir and --dataset_name both give photos: leave out one")
+    elif args.instance_prompt is None:
+        parser.error("--instance_prompt is needed, what the photos show")
+    elif args.with_prior_preservation:
+        if args.class_data_dir is None:
+            parser.error("--with_prior_preservation needs --class_data_dir, a folder for the class images")
+        if args.class_prompt is None:
+            parser.error("--with_prior_preservation needs --class_prompt, what the class images show")
+    elif args.class_data_dir is not None or args.class_prompt is not None:
+        warnings.warn("--class_data_dir and --class_prompt do nothing without --with_prior_preservation")
+    for flag in ("dataset_config_name", "caption_column"):
+        if getattr(args, flag) is not None and args.dataset_name is None:
+            parser.error(f"--{flag} is about a data set: add --dataset_name")
+    if args.drift_prompts_file is not None and args.drift_every is None:
+        parser.error("--drift_prompts_file does nothing without --drift_every")
+    if args.hub_token is not None and args.report_to in ("wandb", "all"):
+        parser.error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
+    return args
+
+
+def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
+    """Refuses flags that the method does not have, and fills in those that it has."""
+    flags = {
+        "lora": ["rank", "lora_alpha", "lora_dropout", "use_dora", "output_kohya_format", "lipschitz_lora"],
+        "full": ["full_bf16"],
+        "custom_diffusion": ["modifier_token", "initializer_token"],
+    }
+    for method, names in flags.items():
+        for name in names:
+            if getattr(args, name) is not None and getattr(args, name) is not False and args.method != method:
+                error(f"--{name} is for --method {method}, not for --method {args.method}")
+
+    if args.method == "lora":
+        args.rank = args.rank or 4
+        args.lora_alpha = args.lora_alpha or args.rank
+        args.lora_dropout = args.lora_dropout or 0.0
+        args.lipschitz_lora = args.lipschitz_lora or "delta"
+        if args.lora_dropout >= 1:
+            error("--lora_dropout must be below 1")
+        if args.output_kohya_format and args.use_dora:
+            error("--output_kohya_format has no form of DoRA that programs agree on: leave out one")
+        if args.lipschitz_lora == "delta" and args.lipschitz_mode == "proximal":
+            error("--lipschitz_mode proximal has no closed form for LoRA: use coupled, or --lipschitz_lora factors")
+    if args.method == "custom_diffusion":
+        if args.train_text_encoder:
+            error("--method custom_diffusion trains new words, not text encoders: leave out --train_text_encoder")
+        if args.modifier_token is None and args.initializer_token is not None:
+            error("--initializer_token needs --modifier_token, the new words that begin with it")
+        if args.modifier_token is not None:
+            args.initializer_token = args.initializer_token or "ktn+pll+ucd"
+            tokens, initializers = args.modifier_token.split("+"), args.initializer_token.split("+")
+            if "" in map(str.strip, tokens + initializers) or len(set(tokens)) < len(tokens):
+                error('--modifier_token and --initializer_token: words joined by "+", none of them empty or twice')
+            if len(initializers) < len(tokens):
+                error(f"--initializer_token has {len(initializers)} words, for {len(tokens)} of --modifier_token")
+    for name, value in DEFAULTS[args.method].items():
+        if getattr(args, name) is None:
+            setattr(args, name, 1.0 if args.optimizer == "prodigy" and name == "learning_rate" else value)
+    if args.lipschitz_anchor_model is not None:
+        if args.lipschitz_weight == 0:
+            error("--lipschitz_anchor_model does nothing with --lipschitz_weight 0")
+        if args.method == "lora" and (
+            args.use_dora or args.lipschitz_lora == "factors" or args.lipschitz_mode != "coupled"
+        ):
+            error(
+                "--lipschitz_anchor_model and --method lora need --lipschitz_mode coupled and --lipschitz_lora delta,"
+                " and do without --use_dora"
+            )
+
+
+def check_optimizer(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
+    """Refuses flags that the optimizer does not have, and fills in those that it has."""
+    if args.optimizer == "prodigy":
+        if args.use_8bit_adam or args.full_bf16:
+            error(f"--optimizer prodigy has no {'--use_8bit_adam' if args.use_8bit_adam else '--full_bf16'}")
+        if args.learning_rate == 0:
+            error("--optimizer prodigy needs a --learning_rate above 0; 1 is usual")
+        if args.text_encoder_lr not in (None, args.learning_rate):
+            error("--optimizer prodigy has one learning rate for all: leave out --text_encoder_lr")
+        if args.lipschitz_mode == "proximal":
+            error("--lipschitz_mode proximal needs a learning rate that is known, prodigy finds its own: use coupled")
+    if args.full_bf16:
+        if args.use_8bit_adam:
+            error("--full_bf16 has an 8-bit optimizer of its own: leave out --use_8bit_adam")
+        if args.mixed_precision not in (None, "bf16"):
+            error(f"--full_bf16 computes in bf16: leave out --mixed_precision {args.mixed_precision}")
+        if args.lipschitz_mode != "coupled":
+            error(f"--full_bf16 would lose the small pulls of --lipschitz_mode {args.lipschitz_mode}: use coupled")
+    if args.text_encoder_lr is not None and not args.train_text_encoder:
+        warnings.warn("--text_encoder_lr does nothing without --train_text_encoder")
+    if args.text_encoder_lr is None:
+        of_lora = args.method == "lora" and args.optimizer == "adamw"
+        args.text_encoder_lr = 5e-6 if of_lora else args.learning_rate
+    for name, value in {"adam_weight_decay": 1e-4, "adam_weight_decay_text_encoder": 1e-3}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, 0.0 if args.lipschitz_weight > 0 else value)
+
+
+class Concept(NamedTuple):
+    instance_data_dir: str | None
+    instance_prompt: str
+    class_data_dir: str | None
+    class_prompt: str | None
+
+
+def read_concepts(args: argparse.Namespace) -> list[Concept]:
+    """The subjects: that of the flags, or those of `concepts_list`."""
+    rows = [vars(args)]
+    if args.concepts_list is not None:
+        try:
+            rows = json.loads(Path(args.concepts_list).read_text())
+        except (OSError, ValueError) as error:
+            stop(f"--concepts_list: cannot read {args.concepts_list}: {error}")
+        needed = Concept._fields if args.with_prior_preservation else Concept._fields[:2]
+        if not rows or not isinstance(rows, list):
+            stop(f"--concepts_list: {args.concepts_list} is not a list of concepts")
+        for index, row in enumerate(rows):
+            missing = [name for name in needed if not (isinstance(row, dict) and isinstance(row.get(name), str))]
+            if missing:
+                stop(f"--concepts_list: concept {index} of {args.concepts_list} lacks {', '.join(missing)}")
+    return [Concept(*(row.get(name) for name in Concept._fields)) for row in rows]
+
+
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The `Accelerator`, once it is certain that this machine has what the arguments ask for."""
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision="bf16" if args.full_bf16 else args.mixed_precision,
+            log_with=args.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
+            ),
+            # The U-Net reads the first text encoder's last layer but one: its last layer gets no gradient.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)],
+        )
+    except ValueError as error:
+        stop(error)
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        stop(f"{accelerator.distributed_type.value} shards the weights, which this script does not support")
+    # accelerate lets this pass, and trains in float32.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        stop("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
+    if args.report_to == "wandb" and not is_wandb_available():
+        stop("--report_to wandb needs wandb: pip install wandb")
+    needed = {
+        "--use_8bit_adam": "bitsandbytes" if args.use_8bit_adam else None,
+        "--full_bf16": "torchao" if args.full_bf16 else None,
+        "--optimizer prodigy": "prodigyopt" if args.optimizer == "prodigy" else None,
+        "--dataset_name": "datasets" if args.dataset_name is not None else None,
+        "--method lora": "peft" if args.method == "lora" else None,
+    }
+    for flag, package in needed.items():
+        if package is not None and importlib.util.find_spec(package) is None:
+            stop(f"{flag} needs {package}: pip install {package}")
+    if args.enable_xformers_memory_efficient_attention:
+        if accelerator.device.type != "cuda":
+            stop(
+                f"--enable_xformers_memory_efficient_attention needs a CUDA GPU, this is {accelerator.device.type}:"
+                " leave it out, PyTorch has memory-efficient attention of its own"
+            )
+        if not is_xformers_available():
+            stop("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
+
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)
+    for library in (transformers, diffusers):
+        library.utils.logging.disable_progress_bar()
+        if not accelerator.is_main_process:
+            library.utils.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+class Example(NamedTuple):
+    """An image to train on, a file or what is in one, and its prompt."""
+
+    image: Path | bytes
+    prompt: str
+
+
+def open_image(source: Path | bytes) -> Image.Image:
+    """The image upright, as a camera meant it, and in RGB."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        return exif_transpose(image).convert("RGB")
+
+
+def check_image(flag: str, source: Path | bytes, name: str | Path) -> None:
+    try:
+        open_image(source)
+    except Exception as error:  # Pillow's decoders raise almost anything
+        stop(f"{flag}: {name} is broken or no image: {error}")
+
+
+def find_images(flag: str, folder: str | Path) -> list[Path]:
+    """The images of a folder, sorted by name and known to open; other things in it are named in a warning, once."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        stop(f"{flag}: there is no folder {folder}")
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images, others = [], []
+    for path in sorted(folder.iterdir()):
+        is_image = path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
+        (images if is_image else others).append(path)
+    for path in images:
+        check_image(flag, path, path)
+    if others:
+        logger.warning(f"{flag}: ignored, as they are no images: {', '.join(path.name for path in others)}")
+    return images
+
+
+def read_dataset(args: argparse.Namespace) -> list[Example]:
+    """The photos of `dataset_name`, known to open, each with its caption or else the instance prompt."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    name = args.dataset_name
+    try:
+        parts = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir)
+    except Exception as error:  # as many kinds as there are formats and ways to fail on a network
+        place = "" if os.path.isdir(name) else "there is no such folder, and from the Hub: "
+        stop(f"--dataset_name: cannot load {name}: {place}{error}")
+    if "train" not in parts and len(parts) > 1:
+        stop(f"--dataset_name: {name} has no part train, but {', '.join(parts)}")
+    # A part gets its name from whatever stands in a path: photos below a folder "test" are the part test.
+    dataset = parts["train"] if "train" in parts else next(iter(parts.values()))
+    columns = {flag: getattr(args, flag) for flag in ("image_column", "caption_column") if getattr(args, flag)}
+    for flag, column in columns.items():
+        if column not in dataset.column_names:
+            stop(f"--{flag}: {name} has no column {column}; it has {', '.join(dataset.column_names)}")
+    if not isinstance(dataset.features[args.image_column], datasets.Image):
+        stop(f"--image_column: {args.image_column} of {name} holds no images")
+    # Files as they are: the data set would decode each one anew, and cannot say which is broken.
+    dataset = dataset.select_columns(list(set(columns.values())))
+    dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+    examples = []
+    for number, row in enumerate(dataset):
+        file, caption = row[args.image_column], row.get(args.caption_column)
+        if file is None:
+            stop(f"--image_column: row {number} of {name} has no image")
+        source, label = file["bytes"] or Path(file["path"]), file["path"] or f"row {number} of {name}"
+        check_image("--dataset_name", source, label)
+        if caption is not None and not isinstance(caption, str):
+            stop(f"--caption_column: that of {label} is {caption!r}, which is no text")
+        examples.append(Example(source, caption or args.instance_prompt))
+    return examples
+
+
+def find_examples(args: argparse.Namespace, concepts: list[Concept]) -> tuple[list[list[Example]], list[list[Path]]]:
+    """The photos of each concept with their prompts, and the class images that it has already."""
+    photos, class_images = [], []
+    for concept in concepts:
+        flags = ["--concepts_list"] * 2 if args.concepts_list else ["--instance_data_dir", "--class_data_dir"]
+        if args.dataset_name is not None:
+            photos.append(read_dataset(args))
+        else:
+            paths = find_images(flags[0], concept.instance_data_dir)
+            if not paths:
+                stop(f"{flags[0]}: there is no image in {concept.instance_data_dir}")
+            photos.append([Example(path, concept.instance_prompt) for path in paths])
+        found = args.with_prior_preservation and os.path.exists(concept.class_data_dir)
+        class_images.append(find_images(flags[1], concept.class_data_dir) if found else [])
+    prompts = distinct_prompts(photos)
+    for token in args.modifier_token.split("+") if args.modifier_token else []:
+        if not any(token in prompt for prompt in prompts):
+            stop(f"--modifier_token: {token} is in no prompt of a photo, so that it would not be learned")
+    return photos, class_images
+
+
+def distinct_prompts(examples: list[list[Example]]) -> list[str]:
+    return list(dict.fromkeys(example.prompt for group in examples for example in group))
+
+
+def read_drift_prompts(args: argparse.Namespace) -> list[str]:
+    if args.drift_prompts_file is None:
+        return DRIFT_PROMPTS
+    try:
+        lines = Path(args.drift_prompts_file).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        stop(f"--drift_prompts_file: cannot read {args.drift_prompts_file}: {error}")
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        stop(f"--drift_prompts_file: {args.drift_prompts_file} holds no prompts")
+    return prompts
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The folders `checkpoint-<step>` of a run, by step."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
+    return sorted((path for path in found if found[path]), key=lambda path: int(found[path][1]))
+
+
+def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
+    """The complete checkpoint to resume from, or `None` to start afresh."""
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(args.output_dir)
+        if not checkpoints:
+            accelerator.print(f"No checkpoint in {args.output_dir} to resume from: training starts afresh.")
+            return None
+        checkpoint = checkpoints[-1]
+    else:
+        places = [Path(args.output_dir, args.resume_from_checkpoint), Path(args.resume_from_checkpoint)]
+        checkpoint = next((place for place in places if place.is_dir()), None)
+        if checkpoint is None:
+            stop(f"--resume_from_checkpoint: there is no folder {' and no '.join(map(str, dict.fromkeys(places)))}")
+        if checkpoint not in list_checkpoints(checkpoint.parent):
+            stop(f"--resume_from_checkpoint: {checkpoint} is not named checkpoint-<step>")
+
+    needed = ["optimizer.bin", "scheduler.bin", f"random_states_{accelerator.process_index}.pkl"]
+    if args.method == "full":
+        needed += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+        if args.train_text_encoder:
+            needed += [f"{name}/{file}" for name in TEXT_ENCODERS for file in ("config.json", "model.safetensors")]
+    elif args.method == "lora":
+        needed += [LORA_FILE]
+    else:
+        needed += [KEYS_VALUES_FILE, TOKENS_FILE] if args.modifier_token else [KEYS_VALUES_FILE]
+    missing = [name for name in needed if not Path(checkpoint, name).is_file()]
+    if missing:
+        stop(f"--resume_from_checkpoint: {checkpoint} is incomplete, it lacks {', '.join(missing)}")
+    if Path(checkpoint, "custom_checkpoint_0.pkl").is_file() != (args.lipschitz_weight > 0):
+        how = "without the penalty: add" if args.lipschitz_weight > 0 else "with the penalty: leave out"
+        stop(f"--resume_from_checkpoint: {checkpoint} was trained {how} --lipschitz_weight 0")
+    return checkpoint
+
+
+def check_base(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path") -> dict:
+    """Stops unless it is an SDXL pipeline. Reads only its index, the first file to be downloaded, and returns it."""
+    source, index = getattr(args, flag[2:]), "model_index.json"
+    revision = args.revision if source == args.pretrained_model_name_or_path else None
+    try:
+        path = Path(source, index) if os.path.isdir(source) else hf_hub_download(source, index, revision=revision)
+        parts = json.loads(Path(path).read_text())
+        name = parts["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        stop(f"{flag}: found no Stable Diffusion XL pipeline at {source}: {error}")
+    if name != "StableDiffusionXLPipeline":
+        other = ": use train_dreambooth_lipschitz.py" if name == "StableDiffusionPipeline" else ""
+        stop(f"{flag}: {source} is a {name}, not a StableDiffusionXLPipeline{other}")
+    return parts
+
+
+def check_scheduler(args: argparse.Namespace, parts: dict) -> None:
+    """Turns on EDM-style training for a base that was trained so, and refuses what does not go with it."""
+    if "EDM" in str(parts.get("scheduler")):
+        args.do_edm_style_training = True
+    if args.do_edm_style_training and args.snr_gamma is not None:
+        stop("--snr_gamma weighs a loss that EDM-style training does not have: leave it out")
+
+
+def create_hub_repository(args: argparse.Namespace) -> str:
+    """Creates the repository to push to, if there is none, before hours go into training. Returns its full name."""
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    except Exception as error:  # no connection, no login, no right, no valid name: each of another kind
+        stop(f"--push_to_hub: cannot create {name} on the Hub: {error}")
+
+
+def load_pipeline(
+    args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path", **options
+) -> StableDiffusionXLPipeline:
+    """The base, in float32 whatever its files hold: small updates would be lost in weights of fewer bits."""
+    source, vae = getattr(args, flag[2:]), args.pretrained_vae_model_name_or_path
+    # Class images with a watermark would teach it.
+    options = {"dtype": torch.float32, "add_watermarker": False, **options}
+    if source == args.pretrained_model_name_or_path:
+        options = {"revision": args.revision, "variant": args.variant, **options}
+    if vae is not None:
+        try:
+            options["vae"] = AutoencoderKL.from_pretrained(vae, dtype=options["dtype"])
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            stop(f"--pretrained_vae_model_name_or_path: cannot load {vae}: {error}")
+    try:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        stop(f"{flag}: cannot load {source}: {error}")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample_class_images(
+    args: argparse.Namespace, accelerator: Accelerator, concept: Concept, images: list[Path]
+) -> list[Example]:
+    """As many class images as asked for: those in `class_data_dir`, and by the base those that are missing."""
+    folder, missing = Path(concept.class_data_dir), args.num_class_images - len(images)
+    if missing <= 0:
+        return [Example(path, concept.class_prompt) for path in images[: args.num_class_images]]
+
+    accelerator.wait_for_everyone()
+    logger.info(f"Drawing {missing} class images.")
+    taken = {path.name.split("-")[0] for path in images}
+    indices = list(itertools.islice((i for i in itertools.count() if str(i) not in taken), missing))
+    default = "fp16" if accelerator.device.type == "cuda" else "fp32"
+    dtype = PRECISIONS[args.prior_generation_precision or default]
+    pipeline = load_pipeline(args, dtype=dtype)
+    pipeline.to(accelerator.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    with accelerator.split_between_processes(indices) as own:
+        batches = [own[i : i + args.sample_batch_size] for i in range(0, len(own), args.sample_batch_size)]
+        for batch in tqdm(batches, desc="Class images", disable=not accelerator.is_main_process):
+            # A seed for each image, not for each process: no image comes twice, and drawing can stop and go on.
+            generators = None
+            if args.seed is not None:
+                generators = [torch.Generator().manual_seed(args.seed + index) for index in batch]
+            drawn = pipeline([concept.class_prompt] * len(batch), generator=generators).images
+            for index, image in zip(batch, drawn):
+                name = f"{index}-{hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()}.jpg"
+                image.save(folder / f".{name}")
+                os.replace(folder / f".{name}", folder / name)
+    accelerator.wait_for_everyone()
+    images = images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
+    return [Example(path, concept.class_prompt) for path in images]
+
+
+class NewTokenEmbedding(torch.nn.Module):
+    """
+    A token embedding with rows for new tokens, those from `first` on. They are a parameter of their own, `new`, so
+    that no other row can change.
+    """
+
+    def __init__(self, embedding, first, new):
+        super().__init__()
+        self.embedding = embedding
+        self.first = first
+        self.new = torch.nn.Parameter(new)
+
+    def forward(self, tokens):
+        is_new = tokens >= self.first
+        old = self.embedding(tokens.masked_fill(is_new, 0))
+        new = F.embedding((tokens - self.first).clamp(min=0), self.new)
+        return torch.where(is_new.unsqueeze(-1), new.to(old.dtype), old)
+
+
+def is_new_token(name: str) -> bool:
+    """Whether a parameter of the text encoder is the `new` of a `NewTokenEmbedding`."""
+    return name.endswith("token_embedding.new")
+
+
+def tokenizer_of(pipeline: StableDiffusionXLPipeline, text_encoder: str) -> PreTrainedTokenizerBase:
+    return getattr(pipeline, text_encoder.replace("text_encoder", "tokenizer"))
+
+
+def add_tokens(args: argparse.Namespace, pipeline: StableDiffusionXLPipeline) -> None:
+    """Teaches tokenizers and text encoders the new tokens, which begin as the mean of their initializer's tokens."""
+    for name in TEXT_ENCODERS:
+        tokenizer, text_encoder = tokenizer_of(pipeline, name), getattr(pipeline, name)
+        embedding = text_encoder.get_input_embeddings()
+        ids, rows = [], []
+        for token, initializer in zip(args.modifier_token.split("+"), args.initializer_token.split("+")):
+            rows.append(embedding.weight[tokenizer.encode(initializer, add_special_tokens=False)].detach().mean(0))
+            known = token in tokenizer.get_vocab()
+            tokenizer.add_tokens(token)
+            ids += tokenizer.encode(token, add_special_tokens=False)
+            if known or len(ids) != len(rows):
+                stop(f"--modifier_token: {token} is no new word to the tokenizer of the base, choose another")
+        text_encoder.set_input_embeddings(NewTokenEmbedding(embedding, ids[0], torch.stack(rows)))
+    # The text encoders of SDXL were published with a wrong id of the end of a prompt, for which they take the highest
+    # id to be the end: a new word, and the embedding of the whole prompt would know nothing of what comes after it.
+    pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
+
+
+def add_lora(args: argparse.Namespace, trained: dict[str, torch.nn.Module]) -> None:
+    from peft import LoraConfig
+
+    if args.seed is not None:
+        set_seed(args.seed)  # one factor begins at random
+    for name, model in trained.items():
+        config = LoraConfig(
+            r=args.rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            use_dora=args.use_dora,
+            init_lora_weights="gaussian",
+            target_modules=LORA_TARGETS[name],
+        )
+        model.add_adapter(config)
+
+
+def choose_parameters(
+    args: argparse.Namespace, pipeline: StableDiffusionXLPipeline, dtype: torch.dtype
+) -> dict[str, torch.nn.Module]:
+    """
+    Makes the parameters that the method trains, and only those, require gradients. They stay in float32, unless
+    `full_bf16` is asked for; the others of these models go to `dtype`. Returns the models in which something is
+    trained, by name.
+    """
+    trained = {"unet": pipeline.unet}
+    if args.train_text_encoder or args.modifier_token:
+        trained |= {name: getattr(pipeline, name) for name in TEXT_ENCODERS}
+    if args.method != "full":
+        for model in trained.values():
+            model.requires_grad_(False)
+    if args.method == "lora":
+        add_lora(args, trained)
+    if args.method == "custom_diffusion":
+        for name, parameter in pipeline.unet.named_parameters():
+            parameter.requires_grad_(re.search(r"\.attn2\.to_[kv]\.", name) is not None)
+        if args.modifier_token:
+            add_tokens(args, pipeline)
+    dtypes = {True: torch.bfloat16 if args.full_bf16 else torch.float32, False: dtype}
+    for model in trained.values():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtypes[parameter.requires_grad])
+    return trained
+
+
+def load_models(
+    args: argparse.Namespace, dtype: torch.dtype
+) -> tuple[StableDiffusionXLPipeline, NoiseScheduler, dict[str, torch.nn.Module]]:
+    """The base, with the validation scheduler in place; the scheduler for training; the models to train, by name."""
+    pipeline = load_pipeline(args)
+    scheduler_class = DDPMScheduler
+    if args.do_edm_style_training:
+        of_edm = "EDM" in type(pipeline.scheduler).__name__
+        scheduler_class = EDMEulerScheduler if of_edm else EulerDiscreteScheduler
+    noise_scheduler = scheduler_class.from_config(pipeline.scheduler.config)
+    if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
+        stop(f"the base predicts {noise_scheduler.config.prediction_type}, which cannot be trained here")
+    if not args.do_edm_style_training:
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.vae.requires_grad_(False)
+    # Images go through it one by one: in float32 at 1024 pixels, each takes gigabytes.
+    pipeline.vae.enable_slicing()
+    trained = choose_parameters(args, pipeline, dtype)
+    if args.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+        for name in TEXT_ENCODERS:
+            if name in trained:
+                # The other kind has no gradient where the inputs of the first layer have none, as in LoRA.
+                trained[name].gradient_checkpointing_enable({"use_reentrant": False})
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            pipeline.unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, RuntimeError) as error:
+            stop(f"--enable_xformers_memory_efficient_attention: xformers does not run here: {error}")
+    return pipeline, noise_scheduler, trained
+
+
+class DreamBoothDataset(Dataset):
+    """
+    The photos of all concepts, each paired with a class image of its concept if there are any. An item is asked for by
+    its index and the seed of its crops and flips; it is the prompts of the one or two images, the images as a float
+    tensor (1 or 2, 3, size, size) in [-1, 1], and what SDXL is told of their sizes, a float tensor (1 or 2, 6): height
+    and width of the file, top and left of this very crop in the scaled image, height and width of the crop, in pixels.
+    """
+
+    def __init__(self, photos, class_images, size, center_crop=False, random_flip=False, interpolation="lanczos"):
+        self.size = size
+        self.center_crop = center_crop
+        self.random_flip = random_flip
+        self.interpolation = INTERPOLATION[interpolation]
+        self.rows = []
+        for kinds in zip(photos, class_images):
+            kinds = [examples for examples in kinds if examples]
+            self.rows += [
+                [examples[index % len(examples)] for examples in kinds] for index in range(max(map(len, kinds)))
+            ]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, draw):
+        index, seed = draw
+        rng = random.Random(seed)
+        examples = self.rows[index]
+        images, time_ids = zip(*[self.load(example.image, rng) for example in examples])
+        return [example.prompt for example in examples], torch.stack(images), torch.tensor(time_ids)
+
+    def load(self, source, rng):
+        image = open_image(source)
+        original = (image.height, image.width)
+        scale = self.size / min(image.size)
+        width, height = (max(self.size, int(side * scale)) for side in image.size)
+        image = image.resize((width, height), self.interpolation)
+        if self.random_flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        free = (width - self.size, height - self.size)
+        left, top = (side // 2 if self.center_crop else rng.randint(0, side) for side in free)
+        image = image.crop((left, top, left + self.size, top + self.size))
+        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+        return pixels, [float(side) for side in (*original, top, left, self.size, self.size)]
+
+
+class EpochSampler(Sampler):
+    """
+    Shuffled pairs of an index and a seed for crops and flips. They depend on nothing but `seed` and `epoch`: a resumed
+    run, which knows its epoch and how far it had come, goes on with the very images and crops that were next.
+    """
+
+    def __init__(self, length, seed):
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        rng = random.Random(f"{self.seed} {self.epoch}")
+        for index in rng.sample(range(self.length), self.length):
+            yield index, rng.getrandbits(32)
+
+
+def build_dataloader(
+    args: argparse.Namespace, accelerator: Accelerator, photos: list[list[Example]], class_images: list[list[Example]]
+) -> tuple[DataLoader, EpochSampler]:
+    dataset = DreamBoothDataset(
+        [examples * args.repeats for examples in photos],
+        class_images,
+        args.resolution,
+        args.center_crop,
+        args.random_flip,
+        args.image_interpolation_mode,
+    )
+    sampler = EpochSampler(len(dataset), seed=args.seed or 0)
+    dataloader = DataLoader(
+        dataset,
+        batch_size=args.train_batch_size,
+        sampler=sampler,
+        num_workers=args.dataloader_num_workers,
+        # Every iterator draws a number from it; from the global generator, that would shift a resumed run's noise.
+        generator=torch.Generator(),
+    )
+    return accelerator.prepare(dataloader), sampler
+
+
+def group_parameters(
+    args: argparse.Namespace, accelerator: Accelerator, trained: dict[str, torch.nn.Module]
+) -> list[dict]:
+    """The param groups. The penalty leaves new tokens alone: they have no pretrained value to be kept at."""
+    scale = 1
+    if args.scale_lr:
+        scale = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    groups = []
+    for name, model in trained.items():
+        rate, decay = args.learning_rate, args.adam_weight_decay
+        if name in TEXT_ENCODERS and args.train_text_encoder:
+            rate, decay = args.text_encoder_lr, args.adam_weight_decay_text_encoder
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups.append({"params": parameters, "lr": rate * scale, "weight_decay": decay})
+        if name in TEXT_ENCODERS and args.modifier_token:
+            groups[-1]["lipschitz_weight"] = 0.0
+    return groups
+
+
+def build_optimizer(args: argparse.Namespace, accelerator: Accelerator, groups: list[dict]) -> torch.optim.Optimizer:
+    options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        names = ("beta3", "decouple", "use_bias_correction", "safeguard_warmup")
+        return Prodigy(groups, **options, **{name: getattr(args, f"prodigy_{name}") for name in names})
+    if args.full_bf16:
+        from torchao.optim import AdamW8bit
+
+        compile_or_not(accelerator.device)
+        return AdamW8bit(groups, **options, bf16_stochastic_round=True)
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def compile_or_not(device: torch.device) -> None:
+    """Turns torch.compile off where it is of no use or does not run: torchao's optimizers ask for it."""
+    try:
+        if device.type != "cuda":
+            raise RuntimeError(f"it gains nothing on {device.type}")
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except Exception as error:  # no Triton, no C compiler, a GPU that is too old: all of their own kinds
+        logger.info(f"torch.compile is off, {str(error).strip().splitlines()[0]}")
+        torch.compiler.set_stance("force_eager")
+
+
+def attach_lipschitz(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, trained: dict[str, torch.nn.Module]
+) -> LipschitzRegularizer:
+    """The penalty, which pulls towards the weights as they are now, or to those of `lipschitz_anchor_model`."""
+    adapters, lipschitz_anchors = [], {}
+    if args.method == "lora":
+        adapters = [adapter for name in trained for adapter in find_lora_adapters(trained[name], prefix=name)]
+    if args.lipschitz_anchor_model is not None:
+        anchor_model = load_pipeline(args, "--lipschitz_anchor_model")
+        for name, model in trained.items():
+            weights = getattr(anchor_model, name).state_dict()
+            for key, parameter in model.named_parameters():
+                # LoRA moves weights that are frozen themselves.
+                moves = ".base_layer.weight" in key if args.method == "lora" else parameter.requires_grad
+                if not moves or is_new_token(key):
+                    continue
+                key = key.replace(".base_layer.", ".")
+                shape = tuple(weights[key].shape) if key in weights else "missing"
+                if shape != tuple(parameter.shape):
+                    stop(
+                        f"--lipschitz_anchor_model: {args.lipschitz_anchor_model} has another shape than the base:"
+                        f" {key} of its {name} is {shape}, not {tuple(parameter.shape)}"
+                    )
+                # In the bits of the base: what both models lost in rounding is no drift.
+                lipschitz_anchors[parameter] = weights[key].to(parameter.dtype)
+    return LipschitzRegularizer(
+        optimizer,
+        weight=args.lipschitz_weight,
+        reduction=args.lipschitz_reduction,
+        mode=args.lipschitz_mode,
+        radius=args.lipschitz_radius,
+        anchor_device=args.lipschitz_anchor_device,
+        anchors=lipschitz_anchors,
+        adapters=adapters,
+        lora_form=args.lipschitz_lora or "delta",
+    )
+
+
+def encode_prompts(
+    prompts: list[str], tokenizers: list[PreTrainedTokenizerBase], text_encoders: list[torch.nn.Module]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Embeddings of a few prompts: (prompts, tokens, width), both text encoders' side by side, and pooled (prompts,
+    width of the second).
+    """
+    embeds = []
+    for tokenizer, text_encoder in zip(tokenizers, text_encoders):
+        tokens = tokenizer(
+            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        device = next(text_encoder.parameters()).device
+        output = text_encoder(tokens.input_ids.to(device), output_hidden_states=True, return_dict=False)
+        embeds.append(output[-1][-2])
+    return torch.cat(embeds, dim=-1), output[0]
+
+
+def encode_for_pipeline(pipeline: StableDiffusionXLPipeline, prompt: str | None) -> dict[str, torch.Tensor]:
+    """What the pipeline takes in place of a prompt, and of none for guidance."""
+    tokenizers = [tokenizer_of(pipeline, name) for name in TEXT_ENCODERS]
+    text_encoders = [getattr(pipeline, name) for name in TEXT_ENCODERS]
+    embeds, pooled = encode_prompts([prompt or ""], tokenizers, text_encoders)
+    negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+    if not pipeline.config.force_zeros_for_empty_prompt:
+        negative_embeds, negative_pooled = encode_prompts([""], tokenizers, text_encoders)
+    return {
+        "prompt_embeds": embeds,
+        "negative_prompt_embeds": negative_embeds,
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": negative_pooled,
+    }
+
+
+@torch.no_grad()
+def encode_once(
+    args: argparse.Namespace, pipeline: StableDiffusionXLPipeline, prompts: list[str]
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    What `encode_prompts` gives for all prompts of a run, and `encode_for_pipeline` for that of validation. The text
+    encoders, which are frozen, then make room.
+    """
+    tokenizers = [tokenizer_of(pipeline, name) for name in TEXT_ENCODERS]
+    text_encoders = [getattr(pipeline, name) for name in TEXT_ENCODERS]
+    few = [prompts[start : start + 16] for start in range(0, len(prompts), 16)]
+    encoded = [encode_prompts(batch, tokenizers, text_encoders) for batch in few]
+    embeds, pooled = (torch.cat(rows) for rows in zip(*encoded))
+    validation_embeds = encode_for_pipeline(pipeline, args.validation_prompt)
+    del text_encoders
+    for name in TEXT_ENCODERS:
+        setattr(pipeline, name, None)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return embeds, pooled, validation_embeds
+
+
+def latent_statistics(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the latents, each (channels, 1, 1), by which some autoencoders have them normalized."""
+    mean, deviation = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    if mean is None or deviation is None:
+        mean, deviation = [0.0], [1.0]
+    return tuple(torch.tensor(row, device=vae.device).view(-1, 1, 1) for row in (mean, deviation))
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Float32 latents of a batch of images."""
+    mean, deviation = latent_statistics(vae)
+    latents = vae.encode(images.to(vae.dtype)).latent_dist.sample().float()
+    return (latents - mean) * vae.config.scaling_factor / deviation
+
+
+@torch.no_grad()
+def decode_latents(pipeline: StableDiffusionXLPipeline, latents: torch.Tensor) -> list[Image.Image]:
+    """
+    What the pipeline itself does, but out of reach of autocast, in which SDXL's autoencoder gives NaN: float16 cannot
+    hold its activations.
+    """
+    mean, deviation = latent_statistics(pipeline.vae)
+    latents = latents.float() * deviation / pipeline.vae.config.scaling_factor + mean
+    images = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
+    return pipeline.image_processor.postprocess(images)
+
+
+def compute_loss(
+    args: argparse.Namespace,
+    noise_scheduler: NoiseScheduler,
+    vae: AutoencoderKL,
+    unet: torch.nn.Module,
+    prompt_embeds: torch.Tensor,
+    pooled_embeds: torch.Tensor,
+    images: torch.Tensor,
+    time_ids: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The denoising loss of a batch.
+
+    Args:
+        prompt_embeds, pooled_embeds: (images, tokens, width) and (images, width): first of all photos, then of all
+            class images.
+        images, time_ids: (batch, 1 or 2, 3, height, width) and (batch, 1 or 2, 6), as the dataset gives them.
+
+    Returns:
+        The losses on the photos and on the class images (zero if there are none), each a mean over its samples.
+    """
+    batch_size, kinds = images.shape[:2]
+    # All photos come first, then all class images: one pass through the models for both.
+    images, time_ids = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (images, time_ids))
+    latents = encode_images(vae, images)
+
+    def predict(noisy_latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        conditions = {"text_embeds": pooled_embeds, "time_ids": time_ids}
+        return unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=conditions, return_dict=False)[
+            0
+        ].float()
+
+    if args.do_edm_style_training:
+        losses = edm_losses(noise_scheduler, predict, latents)
+    else:
+        losses = diffusion_losses(noise_scheduler, predict, latents, args.snr_gamma)
+    instance_loss = losses[:batch_size].mean()
+    return instance_loss, losses[batch_size:].mean() if kinds == 2 else torch.zeros_like(instance_loss)
+
+
+def diffusion_losses(
+    noise_scheduler: DDPMScheduler,
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+    snr_gamma: float | None,
+) -> torch.Tensor:
+    """The loss of each sample: the error of the predicted noise or velocity, at a timestep of its own."""
+    noise = torch.randn_like(latents)
+    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device)
+    prediction = predict(noise_scheduler.add_noise(latents, noise, timesteps), timesteps)
+    v_prediction = noise_scheduler.config.prediction_type == "v_prediction"
+    target = noise_scheduler.get_velocity(latents, noise, timesteps) if v_prediction else noise
+    losses = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
+    if snr_gamma is not None:
+        # Min-SNR (arXiv 2303.09556), for each sample by its own timestep. A loss on v is the loss on the image times
+        # SNR + 1; one on the noise, times SNR.
+        snr = compute_snr(noise_scheduler, timesteps)
+        losses = losses * snr.clamp(max=snr_gamma) / (snr + 1 if v_prediction else snr)
+    return losses
+
+
+def edm_losses(
+    noise_scheduler: EDMEulerScheduler | EulerDiscreteScheduler,
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+) -> torch.Tensor:
+    """
+    The loss of each sample: the error of the denoised latents, at a noise level sigma of its own (EDM, arXiv
+    2206.00364, section 5). Of a base of another kind it is divided by sigma**2, which for one that predicts the noise
+    makes it `diffusion_losses`; of a base of EDM it is not weighted, as in diffusers' script.
+    """
+    indices = torch.randint(noise_scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device)
+    timesteps = noise_scheduler.timesteps.to(latents)[indices]
+    sigmas = noise_scheduler.sigmas.to(latents)[indices].view(-1, 1, 1, 1)
+    noisy_latents = latents + sigmas * torch.randn_like(latents)
+    if isinstance(noise_scheduler, EDMEulerScheduler):
+        prediction = predict(noise_scheduler.precondition_inputs(noisy_latents, sigmas), timesteps)
+        denoised = noise_scheduler.precondition_outputs(noisy_latents, prediction, sigmas)
+        return F.mse_loss(denoised, latents, reduction="none").flatten(1).mean(1)
+    scale = (sigmas**2 + 1).sqrt()
+    prediction = predict(noisy_latents / scale, timesteps)
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        denoised = noisy_latents / scale**2 - prediction * sigmas / scale
+    else:
+        denoised = noisy_latents - prediction * sigmas
+    return ((denoised - latents) / sigmas).square().flatten(1).mean(1)
+
+
+@contextmanager
+def evaluating(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
+    """No dropout, and no gradients, in the models of the pipeline that may be in training."""
+    models = [pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2]
+    models = [model for model in models if model is not None]
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    with torch.no_grad():
+        yield
+    for model, mode in zip(models, modes):
+        model.train(mode)
+
+
+class Probes(NamedTuple):
+    """
+    The points at which predictions are compared with the base's: a latent for each prompt, noised to each timestep.
+
+    Args:
+        prompt_embeds, pooled_embeds: (prompts, tokens, width) and (prompts, width), from the text encoders as they
+            were before training.
+        time_ids: (6), those of an image of the base's own size.
+        timesteps: (prompts * timesteps), those of the first prompt first.
+        noisy_latents: (prompts * timesteps, channels, height, width), float32, as the U-Net takes them.
+        coefficients: x and y, each (prompts * timesteps, 1, 1, 1), with which the noise that the U-Net sees in its
+            noisy latents is x * noisy latents + y * output.
+        base_noise: The noise that the base sees in them.
+    """
+
+    prompts: list[str]
+    prompt_embeds: torch.Tensor
+    pooled_embeds: torch.Tensor
+    time_ids: torch.Tensor
+    timesteps: torch.Tensor
+    noisy_latents: torch.Tensor
+    coefficients: tuple[torch.Tensor, torch.Tensor]
+    base_noise: torch.Tensor | None = None
+
+
+def build_probes(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionXLPipeline,
+    noise_scheduler: NoiseScheduler,
+    prompts: list[str],
+) -> Probes:
+    """
+    The probes, on latents that the base itself draws for the prompts: they are as it meets them, and away from the
+    photos. They are the same in all runs from this base. Call it while the weights are those of the base.
+    """
+    began = time.perf_counter()
+    base = pipeline
+    if args.lipschitz_anchor_model is not None:
+        base = load_pipeline(args, "--lipschitz_anchor_model")
+        base.scheduler = pipeline.scheduler
+        base.to(accelerator.device)
+    # A generator of its own: training goes the same way with and without probes.
+    generator = torch.Generator().manual_seed(0)
+    with evaluating(base), accelerator.autocast():
+        options = {"num_inference_steps": 25, "generator": generator, "output_type": "latent"}
+        latents = [base(**encode_for_pipeline(base, prompt), **options).images.float() for prompt in prompts]
+    latents = torch.cat(latents).repeat_interleave(DRIFT_TIMESTEPS, dim=0)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    steps = noise_scheduler.config.num_train_timesteps
+    indices = [int((i + 0.5) * steps / DRIFT_TIMESTEPS) for i in range(DRIFT_TIMESTEPS)] * len(prompts)
+    with evaluating(pipeline), accelerator.autocast():
+        tokenizers = [tokenizer_of(pipeline, name) for name in TEXT_ENCODERS]
+        embeds = encode_prompts(prompts, tokenizers, [getattr(pipeline, name) for name in TEXT_ENCODERS])
+    size = base.default_sample_size * base.vae_scale_factor
+    time_ids = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32, device=latents.device)
+    probes = Probes(prompts, *embeds, time_ids, *add_probe_noise(noise_scheduler, latents, noise, indices))
+    probes = probes._replace(base_noise=predict_noise(args, accelerator, base, probes))
+    logger.info(f"The base's predictions on {len(latents)} probes took {time.perf_counter() - began:.1f} s.")
+    return probes
+
+
+def add_probe_noise(
+    noise_scheduler: NoiseScheduler, latents: torch.Tensor, noise: torch.Tensor, indices: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """The timesteps, noisy latents and coefficients of `Probes`, for latents of which each has its index of a step."""
+    if isinstance(noise_scheduler, EDMEulerScheduler):
+        timesteps, sigmas = (row.to(latents)[indices] for row in (noise_scheduler.timesteps, noise_scheduler.sigmas))
+        sigmas, of_data = sigmas.view(-1, 1, 1, 1), noise_scheduler.config.sigma_data
+        scale = (sigmas**2 + of_data**2).sqrt()
+        # noise = (x - D) / sigma, with x = scale * input and D of EDM (arXiv 2206.00364, table 1).
+        sign = 1 if noise_scheduler.config.prediction_type == "v_prediction" else -1
+        return timesteps, (latents + sigmas * noise) / scale, (sigmas / scale, sign * of_data / scale)
+    timesteps = torch.tensor(indices, device=latents.device)
+    a = noise_scheduler.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
+    noisy_latents = a.sqrt() * latents + (1 - a).sqrt() * noise
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        # v = sqrt(a) noise - sqrt(1 - a) latents (arXiv 2202.00512).
+        return timesteps, noisy_latents, ((1 - a).sqrt(), a.sqrt())
+    return timesteps, noisy_latents, (torch.zeros_like(a), torch.ones_like(a))
+
+
+def predict_noise(
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: StableDiffusionXLPipeline, probes: Probes
+) -> torch.Tensor:
+    """The noise that the pipeline sees in the noisy latents of the probes: of their shape, float64, on the CPU."""
+    embeds = probes.prompt_embeds, probes.pooled_embeds
+    with evaluating(pipeline), accelerator.autocast():
+        if pipeline.text_encoder is not None:
+            tokenizers = [tokenizer_of(pipeline, name) for name in TEXT_ENCODERS]
+            embeds = encode_prompts(probes.prompts, tokenizers, [getattr(pipeline, name) for name in TEXT_ENCODERS])
+        rows = (probes.noisy_latents, probes.timesteps, *(row.repeat_interleave(DRIFT_TIMESTEPS, 0) for row in embeds))
+        output = []
+        # No more at a time than in training, which the memory is known to hold.
+        for noisy, timesteps, text, pooled in zip(*(row.split(args.train_batch_size) for row in rows)):
+            conditions = {"text_embeds": pooled, "time_ids": probes.time_ids.expand(len(noisy), -1)}
+            output.append(pipeline.unet(noisy, timesteps, text, added_cond_kwargs=conditions, return_dict=False)[0])
+    of_input, of_output = probes.coefficients
+    return (of_input * probes.noisy_latents + of_output * torch.cat(output).float()).cpu().double()
+
+
+def measure_drift(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionXLPipeline,
+    probes: Probes,
+    lipschitz: LipschitzRegularizer | None,
+) -> dict[str, float]:
+    """
+    How far predictions have moved from the base's: `drift/prediction`, the mean of ||eps - eps_base|| / ||eps_base||
+    over the probes; with the penalty `drift/lipschitz`, the largest ||eps - eps_base|| / ||theta - theta_base||, which
+    the denoiser's Lipschitz constant in its parameters (arXiv 2505.19519) cannot be below; `drift/seconds` it took.
+    """
+    began = time.perf_counter()
+    noise = predict_noise(args, accelerator, pipeline, probes)
+    change, size = (row.flatten(1).norm(dim=1) for row in (noise - probes.base_noise, probes.base_noise))
+    logs = {"drift/prediction": (change / size).mean().item()}
+    lipschitz_drift = lipschitz.metrics()["lipschitz/drift"] if lipschitz else 0.0
+    if lipschitz_drift > 0:
+        logs["drift/lipschitz"] = change.max().item() / lipschitz_drift
+    return {**logs, "drift/seconds": time.perf_counter() - began}
+
+
+def trained_keys_values(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+
+
+def save_trained(args: argparse.Namespace, trained: dict[str, torch.nn.Module], folder: str | Path) -> None:
+    """Writes what was trained, in safetensors that diffusers' own calls read; the model card shows those calls."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.method == "full":
+        for name, model in trained.items():
+            model.save_pretrained(folder / name)
+    elif args.method == "lora":
+        from peft import get_peft_model_state_dict
+
+        layers, configs = {}, {}
+        for name, model in trained.items():
+            layers[f"{name}_lora_layers"] = get_peft_model_state_dict(model)
+            # diffusers takes the rank for alpha where it finds none, and draws with the dropout that it finds.
+            configs[f"{name}_lora_adapter_metadata"] = {**model.peft_config["default"].to_dict(), "lora_dropout": 0.0}
+        StableDiffusionXLPipeline.save_lora_weights(folder, weight_name=LORA_FILE, **layers, **configs)
+    else:
+        weights = {name: parameter.detach() for name, parameter in trained_keys_values(trained["unet"]).items()}
+        save_file(weights, folder / KEYS_VALUES_FILE, metadata={"format": "pt"})
+        if args.modifier_token:
+            # A row for each token, in their order.
+            rows = {key: trained[name].get_input_embeddings().new.detach() for name, key in TOKEN_KEYS.items()}
+            save_file(rows, folder / TOKENS_FILE, metadata={"format": "pt", "tokens": args.modifier_token})
+
+
+@torch.no_grad()
+def load_trained(args: argparse.Namespace, trained: dict[str, torch.nn.Module], folder: str | Path) -> None:
+    """Reads back what `save_trained` wrote. Raises ValueError, KeyError or RuntimeError if it was of another run."""
+    if args.method == "full":
+        for name, model in trained.items():
+            model.load_state_dict(type(model).from_pretrained(folder, subfolder=name).state_dict())
+    elif args.method == "lora":
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        weights = load_file(Path(folder, LORA_FILE))
+        for name, model in trained.items():
+            own = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
+            if own.keys() != get_peft_model_state_dict(model).keys():
+                raise ValueError("its LoRA is of other parts: compare --train_text_encoder and --use_dora")
+            set_peft_model_state_dict(model, own, adapter_name="default")
+    else:
+        weights = load_file(Path(folder, KEYS_VALUES_FILE))
+        for name, parameter in trained_keys_values(trained["unet"]).items():
+            parameter.copy_(weights[name])
+        if args.modifier_token:
+            with safe_open(Path(folder, TOKENS_FILE), framework="pt") as file:
+                tokens = file.metadata()["tokens"]
+                if tokens != args.modifier_token:
+                    raise ValueError(f"its new words are {tokens}, compare --modifier_token")
+                for name, key in TOKEN_KEYS.items():
+                    trained[name].get_input_embeddings().new.copy_(file.get_tensor(key))
+
+
+def save_kohya(args: argparse.Namespace, folder: str | Path) -> None:
+    """Writes a LoRA that `save_trained` wrote once more, with the names of kohya's trainer."""
+    models = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    factors = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    renamed = {}
+    for key, weight in load_file(Path(folder, LORA_FILE)).items():
+        model, *layer, factor, _ = key.split(".")
+        if model in TEXT_ENCODERS and layer[0] != "text_model":
+            layer.insert(0, "text_model")  # some versions of transformers leave it out
+        name = "_".join([models[model], *layer])
+        renamed[f"{name}.{factors[factor]}.weight"] = weight
+        renamed[f"{name}.alpha"] = torch.tensor(float(args.lora_alpha))
+    save_file(renamed, Path(folder, KOHYA_FILE), metadata={"format": "pt"})
+
+
+def register_checkpoint_format(
+    args: argparse.Namespace, accelerator: Accelerator, trained: dict[str, torch.nn.Module]
+) -> None:
+    """Makes accelerate's states hold what was trained as `save_trained` writes it."""
+
+    def save(models, weights, folder):
+        # What stays in these lists, accelerate would save or load once more.
+        weights.clear()
+        if accelerator.is_main_process:
+            save_trained(args, trained, folder)
+
+    def load(models, folder):
+        models.clear()
+        load_trained(args, trained, folder)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
+    """Restores a run and returns the step that it had reached."""
+    try:
+        accelerator.load_state(str(checkpoint))
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        stop(f"--resume_from_checkpoint: cannot resume from {checkpoint}: {error}")
+    return int(checkpoint.name.split("-")[1])
+
+
+def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, global_step: int) -> None:
+    """
+    Writes `checkpoint-<step>`, then deletes what is beyond the limit. A folder has such a name from when it is
+    complete until it begins to be deleted: a run that is killed leaves complete checkpoints only.
+    """
+    checkpoint = Path(args.output_dir, f"checkpoint-{global_step}")
+    unfinished = Path(args.output_dir, "tmp-checkpoint")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(unfinished))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if checkpoint.exists():
+            delete_checkpoint(checkpoint)
+        unfinished.rename(checkpoint)
+        # An earlier run may have left checkpoints of later steps; the new one stays in any case.
+        others = [path for path in list_checkpoints(args.output_dir) if path != checkpoint]
+        for path in others[: max(0, len(others) + 1 - (args.checkpoints_total_limit or math.inf))]:
+            delete_checkpoint(path)
+        logger.info(f"Saved {checkpoint}")
+
+
+def delete_checkpoint(checkpoint: Path) -> None:
+    deleted = checkpoint.with_name("tmp-deleted")
+    shutil.rmtree(deleted, ignore_errors=True)
+    checkpoint.rename(deleted)
+    shutil.rmtree(deleted)
+
+
+def log_validation(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionXLPipeline,
+    prompt_embeds: dict[str, torch.Tensor] | None,
+    global_step: int,
+) -> list[Image.Image]:
+    """
+    Draws the validation images, sends them to the trackers as of this step, and returns them. `prompt_embeds` are
+    those of `encode_for_pipeline`; where the text encoders are there still, as they are trained, they are encoded
+    anew.
+    """
+    # A generator of its own: training goes the same way with and without validation.
+    generator = torch.Generator(accelerator.device)
+    generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
+    images = []
+    with evaluating(pipeline):
+        if pipeline.text_encoder is not None:
+            prompt_embeds = encode_for_pipeline(pipeline, args.validation_prompt)
+        for _ in range(args.num_validation_images):
+            with accelerator.autocast():
+                output = pipeline(**prompt_embeds, num_inference_steps=25, generator=generator, output_type="latent")
+            images += decode_latents(pipeline, output.images)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images("validation", np.stack(images), global_step, dataformats="NHWC")
+        if tracker.name == "wandb":
+            captioned = [
+                wandb.Image(image, caption=f"{i}: {args.validation_prompt}") for i, image in enumerate(images)
+            ]
+            tracker.log({"validation": captioned}, step=global_step)
+    return images
+
+
+def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
+    """The calls that load what was trained, for someone who has diffusers and not this file."""
+    base, result = json.dumps(args.pretrained_model_name_or_path), json.dumps(repo_id or args.output_dir)
+    vae = args.pretrained_vae_model_name_or_path
+    with_vae = vae is not None and args.method != "full"  # the whole pipeline has it inside
+    lines = ["import torch", f"from diffusers import {'AutoencoderKL, ' if with_vae else ''}DiffusionPipeline"]
+    source = result
+    if args.method != "full":
+        kinds = [(name, getattr(args, name)) for name in ("revision", "variant")]
+        source = ", ".join([base, *(f"{name}={json.dumps(value)}" for name, value in kinds if value is not None)])
+        if with_vae:
+            source += f", vae=AutoencoderKL.from_pretrained({json.dumps(vae)}, dtype=torch.float32)"
+    loading = f"pipeline = DiffusionPipeline.from_pretrained({source}, dtype=torch.float32)"
+    if args.method == "full":
+        return "\n".join([*lines, "", loading])
+    if args.method == "lora":
+        return "\n".join([*lines, "", loading, f"pipeline.load_lora_weights({result})"])
+    lines += ["from huggingface_hub import snapshot_download"] if repo_id else []
+    lines += ["from safetensors.torch import load_file", ""]
+    lines += [f"folder = snapshot_download({result})" if repo_id else f"folder = {result}"]
+    lines += [loading, f'pipeline.unet.load_state_dict(load_file(f"{{folder}}/{KEYS_VALUES_FILE}"), strict=False)']
+    if args.modifier_token:
+        lines += [
+            f'rows = load_file(f"{{folder}}/{TOKENS_FILE}")',
+            f"tokens = {json.dumps(args.modifier_token.split('+'))}",
+        ]
+        for name, key in TOKEN_KEYS.items():
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            lines += [
+                f'pipeline.load_textual_inversion(list(rows["{key}"]), token=tokens,'
+                f" text_encoder=pipeline.{name}, tokenizer=pipeline.{tokenizer})"
+            ]
+        lines += ["# Or a new word would be taken for the end of the prompt."]
+        lines += ["pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id"]
+    return "\n".join(lines)
+
+
+def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[Image.Image], folder: Path) -> None:
+    base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
+    settings = {key: value for key, value in vars(args).items() if key.startswith("lipschitz_") and value is not None}
+    tags = "text-to-image dreambooth lipschitz stable-diffusion-xl stable-diffusion-xl-diffusers diffusers-training"
+    method = {"full": [], "lora": ["dora" if args.use_dora else "lora"]}.get(args.method, [args.method])
+    data = ModelCardData(
+        # The Hub refuses a base that is not on it.
+        base_model=None if os.path.isdir(base) else base,
+        library_name="diffusers",
+        tags=tags.split() + method,
+        instance_prompt=args.instance_prompt,
+        **settings,
+    )
+    for index, image in enumerate(images):
+        image.save(Path(folder, f"image_{index}.png"))
+    how = "with" if args.lipschitz_weight > 0 else "without"
+    gallery = "\n".join(f"![{args.validation_prompt}](./image_{index}.png)" for index in range(len(images)))
+    parts = {
+        "full": "U-Net",
+        "lora": f"LoRA of rank {args.rank} on the U-Net",
+        "custom_diffusion": "keys and values of cross-attention",
+    }
+    trained = parts[args.method] + (" and the text encoders" if args.train_text_encoder else "")
+    trained += f", and the new words `{args.modifier_token}`" if args.modifier_token else ""
+    text = f"""# {name}
+
+`{base}`, personalized by DreamBooth {how} the Lipschitz penalty of
+[Preserve and Personalize](https://arxiv.org/abs/2505.19519). Prompt of the subject: `{args.instance_prompt}`
+
+```python
+{loading_code(args, repo_id)}
+```
+
+Trained: {trained}. Penalty: `{json.dumps(settings)}`
+
+{gallery}
+"""
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n").save(Path(folder, "README.md"))
+
+
+def save_result(
+    args: argparse.Namespace, trained: dict[str, torch.nn.Module], images: list[Image.Image], repo_id: str | None
+) -> None:
+    """
+    Writes the whole pipeline, or what LoRA or Custom Diffusion adds to the base, and its model card to `output_dir`,
+    in place of one that is there. The index, without which no pipeline loads, goes first from the old one and comes
+    last with the new one: what loads is complete.
+    """
+    output_dir, unfinished = Path(args.output_dir), Path(args.output_dir, "tmp-pipeline")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if args.method == "full":
+        load_pipeline(args, **trained).save_pretrained(unfinished)
+    else:
+        save_trained(args, trained, unfinished)
+    if args.output_kohya_format:
+        save_kohya(args, unfinished)
+    save_model_card(args, repo_id, images, unfinished)
+    output_dir.joinpath("model_index.json").unlink(missing_ok=True)
+    for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
+        target = output_dir / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        path.replace(target)
+    unfinished.rmdir()
+
+
+def main(args: argparse.Namespace) -> None:
+    # What can be wrong with the arguments is found before anything is written or loaded.
+    accelerator = build_accelerator(args)
+    concepts = read_concepts(args)
+    args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
+    checkpoint = find_checkpoint(args, accelerator)
+    photos, class_images = find_examples(args, concepts)
+    drift_prompts = read_drift_prompts(args)
+    check_scheduler(args, check_base(args))
+    if args.lipschitz_anchor_model is not None:
+        check_base(args, "--lipschitz_anchor_model")
+    repo_id = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
+
+    if args.with_prior_preservation:
+        pairs = zip(concepts, class_images)
+        class_images = [sample_class_images(args, accelerator, concept, images) for concept, images in pairs]
+
+    weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+    pipeline, noise_scheduler, trained = load_models(args, weight_dtype)
+    dataloader, sampler = build_dataloader(args, accelerator, photos, class_images)
+    steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_epochs * steps_per_epoch
+
+    groups = group_parameters(args, accelerator, trained)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = build_optimizer(args, accelerator, groups)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        # accelerate advances the schedule once per process at each step.
+        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=max_train_steps * accelerator.num_processes,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
+    )
+    register_checkpoint_format(args, accelerator, trained)
+    *prepared, optimizer, lr_scheduler = accelerator.prepare(*trained.values(), optimizer, lr_scheduler)
+    models = dict(zip(trained, prepared))
+
+    lipschitz = None
+    if args.lipschitz_weight > 0:
+        # Before the checkpoint is loaded: the anchors are the pretrained weights.
+        lipschitz = attach_lipschitz(args, optimizer, trained)
+        accelerator.register_for_checkpointing(lipschitz)
+
+    pipeline.vae.to(accelerator.device)
+    # SDXL's own autoencoder overflows in float16. And diffusers warns of every cast.
+    if args.pretrained_vae_model_name_or_path is not None and weight_dtype != torch.float32:
+        pipeline.vae.to(weight_dtype)
+    if "text_encoder" not in trained:
+        for name in TEXT_ENCODERS:
+            getattr(pipeline, name).to(accelerator.device, dtype=weight_dtype)
+    probes = None
+    if args.drift_every is not None and accelerator.is_main_process:
+        # Before the checkpoint is loaded, as the lipschitz anchors: predictions of the pretrained weights.
+        probes = build_probes(args, accelerator, pipeline, noise_scheduler, drift_prompts)
+    prompts = distinct_prompts(photos + class_images)
+    tokenizers = [tokenizer_of(pipeline, name) for name in TEXT_ENCODERS]
+    validation_embeds = None
+    if "text_encoder" not in trained:
+        embeds, pooled, validation_embeds = encode_once(args, pipeline, prompts)
+
+    # Each process draws noise of its own.
+    if args.seed is not None:
+        set_seed(args.seed, device_specific=True)
+    global_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
+    os.makedirs(args.output_dir, exist_ok=True)
+    config = {key: value for key, value in vars(args).items() if key != "hub_token"}
+    accelerator.init_trackers("dreambooth", config=config)
+    logger.info(f"Training from step {global_step} to {max_train_steps} on {sum(map(len, photos))} photos.")
+
+    progress_bar = tqdm(
+        total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process
+    )
+    first_epoch, done = divmod(global_step, steps_per_epoch)
+    losses, images = [], []
+    for model in prepared:
+        model.train()
+    for epoch in range(first_epoch, math.ceil(max_train_steps / steps_per_epoch)):
+        sampler.epoch = epoch
+        skipped = done * args.gradient_accumulation_steps if epoch == first_epoch else 0
+        for batch_prompts, batch, time_ids in accelerator.skip_first_batches(dataloader, skipped):
+            if global_step >= max_train_steps:
+                break
+            with accelerator.accumulate(*prepared):
+                batch_prompts = [prompt for kind in batch_prompts for prompt in kind]  # photos, then class images
+                if "text_encoder" in trained:
+                    prompts = list(dict.fromkeys(batch_prompts))
+                    embeds, pooled = encode_prompts(prompts, tokenizers, [models[name] for name in TEXT_ENCODERS])
+                rows = [prompts.index(prompt) for prompt in batch_prompts]
+                instance_loss, prior_loss = compute_loss(
+                    args, noise_scheduler, pipeline.vae, models["unet"], embeds[rows], pooled[rows], batch, time_ids
+                )
+                accelerator.backward(instance_loss + args.prior_loss_weight * prior_loss)
+                losses.append(torch.stack([instance_loss, prior_loss]).detach())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    lipschitz_penalty = lipschitz.metrics()["lipschitz/penalty"] if lipschitz else 0.0
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+
+            global_step += 1
+            instance_loss, prior_loss = accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
+            losses.clear()
+            logs = {"denoising_loss": instance_loss + args.prior_loss_weight * prior_loss}
+            logs["loss"] = logs["denoising_loss"] + lipschitz_penalty
+            if args.with_prior_preservation:
+                logs["prior_loss"] = prior_loss
+            if lipschitz:
+                logs["lipschitz/penalty"] = lipschitz_penalty
+            logs["lr"] = float(lr_scheduler.get_last_lr()[0])  # torchao's is a tensor
+            accelerator.log(logs, step=global_step)
+            progress_bar.update(1)
+            progress_bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
+
+            if global_step % args.checkpointing_steps == 0:
+                save_checkpoint(args, accelerator, global_step)
+            if global_step % validation_steps == 0 or global_step == max_train_steps:
+                if lipschitz:
+                    lipschitz_drift = {name: value for name, value in lipschitz.metrics().items() if "drift" in name}
+                    accelerator.log(lipschitz_drift, step=global_step)
+                if args.validation_prompt is not None and accelerator.is_main_process:
+                    images = log_validation(args, accelerator, pipeline, validation_embeds, global_step)
+            if probes and (global_step % args.drift_every == 0 or global_step == max_train_steps):
+                drift = measure_drift(args, accelerator, pipeline, probes, lipschitz)
+                accelerator.log(drift, step=global_step)
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_result(args, trained, images, repo_id)
+        logger.info(f"Saved the result in {args.output_dir}")
+        if args.push_to_hub:
+            upload_folder(
+                repo_id=repo_id,
+                folder_path=args.output_dir,
+                commit_message="DreamBooth with the Lipschitz penalty",
+                ignore_patterns=["checkpoint-*", "tmp-*"],
+                token=args.hub_token,
+            )
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())
