@@ -107,7 +107,7 @@ class Results(NamedTuple):
         families = {}
         for method, curve in self.curves.items():
             flags = curve.settings[0]["flags"]
-            kind = next((flag.partition("=")[2] for flag in flags if flag.startswith("--method=")), "full")
+            kind = ["full", *(flag.partition("=")[2] for flag in flags if flag.startswith("--method="))][-1]
             families.setdefault(kind, ([], []))["--lipschitz_weight=0" in flags].append(method)
         return families
 
@@ -191,6 +191,20 @@ def show(value: float, limits: np.ndarray, scale: float = 1.0, digits: int = 1) 
         return "–"
     low, high = (f"{scale * limit:.{digits}f}" for limit in limits)
     return f"{scale * value:.{digits}f} [{low}, {high}]"
+
+
+def print_settings(results: Results) -> None:
+    """All that was measured: mean and standard deviation over subjects."""
+    columns = {"fidelity": 100, "alignment": 100, "other colour": 100, "drift": 1, "prediction drift": 100}
+    columns |= {"parameter drift": 1, "seconds": 1}
+    rows = []
+    for method, curve in results.curves.items():
+        for setting, values in zip(curve.settings, curve.values):
+            cells = [scale * values[:, MEASURES.index(name)] for name, scale in columns.items()]
+            setup = [f"{setting['rate']:g}", f"{setting['weight']:g}", str(setting["stop"]), f"{setting['share']:g}"]
+            rows.append([method, *setup, *(f"{cell.mean():.1f} ± {cell.std():.1f}" for cell in cells)])
+    names = [name + (", %" if scale == 100 else "") for name, scale in columns.items()]
+    print_table("All settings", ["method", "rate", "weight", "steps", "share", *names], rows)
 
 
 def print_equal_fidelity(results: Results, family: str, fidelities: np.ndarray, cost: str) -> None:
@@ -394,6 +408,7 @@ def main() -> None:
     results, incomplete = read_results(args.results)
     counted = f"{len(results.subjects)} subjects, seeds {', '.join(map(str, results.seeds))}"
     print(f"{counted}. Settings not measured on all of them, and left out: {incomplete}.")
+    print_settings(results)
     print_same_settings(results)
     fidelities = np.array(args.fidelities)
     for family in results.families():

@@ -6,7 +6,7 @@ python benchmarks/tradeoff.py --shard 1/2      # all of it; 2/2 on another machi
 python benchmarks/plot_tradeoff.py tradeoff/*.jsonl
 
 A stopped run goes on with the same command. Minutes of each part: docs/benchmarks.md. A training is a call of `main`
-of train_dreambooth_lipschitz.py in this process: what a launch of the script trains, less its start of 12 seconds.
+of the training script in this process: what a launch of the script trains, less its start of 12 seconds.
 """
 
 import argparse
@@ -30,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TINYWORLD = ROOT / "examples" / "tinyworld"
 sys.path.insert(0, str(TINYWORLD))
 
-from demo import hash_of  # noqa: E402
-from examine import BASE, Examiner, load, subject_prompt  # noqa: E402
+from demo import SD, SDXL, Setup, hash_of  # noqa: E402
+from examine import Examiner, load, subject_prompt  # noqa: E402
 from world import SUBJECTS  # noqa: E402
 
 
@@ -59,6 +59,15 @@ PENALTY, PRIOR = "--lipschitz_weight={}", "--lipschitz_weight=0 --with_prior_pre
 LORA, CUSTOM = "--method=lora --rank=16 ", "--method=custom_diffusion "
 
 GRIDS = {
+    # The table of docs/methods.md: each method with the penalty and without.
+    "methods": [
+        Row("DreamBooth", (1.5e-3,)),
+        Row("penalty", (1.5e-3,), (350,)),
+        Row("LoRA", (3e-3,), flags=LORA + PENALTY),
+        Row("LoRA, delta", (3e-3,), (10, 30), LORA + PENALTY),
+        Row("Custom Diffusion", (4e-3,), flags=CUSTOM + PENALTY),
+        Row("Custom Diffusion, penalty", (4e-3,), (10, 30), CUSTOM + PENALTY),
+    ],
     # Claims 1, 2, 3 and 6: the penalty, and plain DreamBooth at its best beside it.
     "dreambooth": [
         Row("DreamBooth", (5e-5, 1e-4, 2e-4)),
@@ -105,7 +114,7 @@ GRIDS = {
 }  # fmt: skip
 
 # No decay towards zero: it would be drift that no method asked for.
-COMMON = ["--resolution=64", "--train_batch_size=4", "--lr_warmup_steps=0", "--adam_weight_decay=0"]
+COMMON = ["--method=full", "--resolution=64", "--train_batch_size=4", "--lr_warmup_steps=0", "--adam_weight_decay=0"]
 
 
 class Training(NamedTuple):
@@ -235,10 +244,11 @@ def draw_class_images(script: ModuleType, args: argparse.Namespace) -> float:
     return float(record.read_text())
 
 
-def train(training: Training, subject: str, seed: int, folder: Path) -> dict[str, float]:
+def train(setup: Setup, training: Training, subject: str, seed: int, folder: Path) -> dict[str, float]:
     """Personalizes the base, into `folder`, with checkpoints where it is to be measured. Returns the seconds."""
-    script, kind = load_script("train_dreambooth_lipschitz"), SUBJECTS[subject].kind
-    flags = [*training.flags, f"--pretrained_model_name_or_path={BASE}", f"--seed={seed}", f"--output_dir={folder}"]
+    script, kind = load_script(setup.script.stem), SUBJECTS[subject].kind
+    flags = [*training.flags, f"--pretrained_model_name_or_path={setup.base}"]
+    flags += [f"--seed={seed}", f"--output_dir={folder}"]
     flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / subject}"]
     flags += [f"--instance_prompt={subject_prompt(SUBJECTS[subject], '')}"]
     if training.stops:
@@ -262,12 +272,12 @@ def train(training: Training, subject: str, seed: int, folder: Path) -> dict[str
     return {"seconds": clock() - began, "class seconds": class_seconds}
 
 
-def trained_unet(training: Training, folder: Path, stop: int) -> dict[str, torch.Tensor]:
+def trained_unet(setup: Setup, training: Training, folder: Path, stop: int) -> dict[str, torch.Tensor]:
     """The U-Net after `stop` steps, float32: of a LoRA with it merged, of a Custom Diffusion with it in place."""
     folder = folder if stop == training.steps else folder / f"checkpoint-{stop}"
     if (folder / "unet").is_dir():
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-    pipeline = load(BASE)
+    pipeline = load(setup.base)
     if "--method=lora" in training.flags:
         pipeline.load_lora_weights(folder)
         pipeline.fuse_lora()
@@ -283,14 +293,19 @@ class Ruler:
     parameters. The pictures of one seed have the same noise in all models.
     """
 
-    def __init__(self, settings: dict[str, Any], seed: int, folder: Path):
-        self.evaluation, self.pipeline = load_script("evaluate_dreambooth"), load(BASE)
+    def __init__(self, setup: Setup, settings: dict[str, Any], seed: int, folder: Path):
+        self.evaluation, self.pipeline = load_script("evaluate_dreambooth"), load(setup.base)
         self.base = {name: weight.cpu().clone() for name, weight in self.pipeline.unet.state_dict().items()}
         self.examiner = Examiner(settings["others"], settings["per_scene"], seed)
         self.examiner.base = self.examiner.draw_others(self.pipeline)
         needed = ("pretrained_model_name_or_path", "base_model_name_or_path", "instance_data_dir")
         self.args = self.evaluation.parse_args(
-            [*(f"--{name}={BASE}" for name in needed), "--instance_token=sks", "--class_name=thing", "--batch_size=16"]
+            [
+                *(f"--{name}={setup.base}" for name in needed),
+                "--instance_token=sks",
+                "--class_name=thing",
+                "--batch_size=16",
+            ]
         )
         images = [
             {"kind": "other", "text": text, "file": f"{seed}-{i}.png"}
@@ -324,6 +339,7 @@ def shard(text: str) -> str:
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train and measure a grid of methods on the drawn world.")
+    parser.add_argument("--sdxl", action="store_true", help="Personalize the tiny SDXL.")
     parser.add_argument("--grid", nargs="+", default=list(GRIDS), choices=GRIDS, help="Parts of the grid; all.")
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=SUBJECTS, help="All.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of trainings and pictures.")
@@ -338,7 +354,8 @@ def main(args: argparse.Namespace) -> None:
     name = args.shard.replace("/", "-of-")
     path, work = args.output_dir / f"{name}.jsonl", args.output_dir / f"work-{name}"
     work.mkdir(parents=True, exist_ok=True)
-    settings = {"base": hash_of(BASE), "others": args.others, "per_scene": args.per_scene}
+    setup = SDXL if args.sdxl else SD
+    settings = {"base": hash_of(setup.base), "others": args.others, "per_scene": args.per_scene}
     # Another number of shards, or a file from elsewhere: what is done is done.
     done = {identity(result) for file in args.output_dir.glob("*.jsonl") for result in read_lines(file)}
     # All subjects of a training in turn, so that every shard gets some of each training.
@@ -356,14 +373,14 @@ def main(args: argparse.Namespace) -> None:
         if not rows:
             continue
         if ruler is None or ruler.examiner.seed != seed:
-            ruler = Ruler(settings, seed, work)
+            ruler = Ruler(setup, settings, seed, work)
         folder = work / "model"
         shutil.rmtree(folder, ignore_errors=True)
         seconds = {"seconds": 0.0, "class seconds": 0.0}
         if training is not NO_TRAINING:
-            seconds = train(training, subject, seed, folder)
+            seconds = train(setup, training, subject, seed, folder)
         for row in rows:
-            unet = ruler.base if training is NO_TRAINING else trained_unet(training, folder, row["stop"])
+            unet = ruler.base if training is NO_TRAINING else trained_unet(setup, training, folder, row["stop"])
             if row["share"] != 1:
                 unet = {key: torch.lerp(base, unet[key], row["share"]) for key, base in ruler.base.items()}
             measured = ruler.measure(unet, subject)

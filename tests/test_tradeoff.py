@@ -225,7 +225,7 @@ def test_an_early_stop_takes_its_part_of_the_time_and_class_images_their_own(res
 def test_trains_the_weights_that_a_launch_of_the_script_trains(tmp_path):
     training = tradeoff.trainings_of(["penalty"])[1]
     training = training._replace(flags=[*training.flags, "--max_train_steps=1"])
-    tradeoff.train(training, "mug", 3, tmp_path / "here")
+    tradeoff.train(tradeoff.SD, training, "mug", 3, tmp_path / "here")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", BENCHMARKS.parent / "train_dreambooth_lipschitz.py"]
     command += [*training.flags, f"--pretrained_model_name_or_path={tradeoff.BASE}", "--seed=3"]
@@ -244,9 +244,9 @@ def test_trains_the_weights_that_a_launch_of_the_script_trains(tmp_path):
 def test_what_goes_onto_the_base_is_measured_in_place(part, pattern, tmp_path):
     training = tradeoff.trainings_of([part])[1]
     training = training._replace(flags=[*training.flags, "--max_train_steps=1"])
-    tradeoff.train(training, "mug", 0, tmp_path)
+    tradeoff.train(tradeoff.SD, training, "mug", 0, tmp_path)
     base = tradeoff.load(tradeoff.BASE).unet.state_dict()
-    unet = tradeoff.trained_unet(training, tmp_path, training.steps)
+    unet = tradeoff.trained_unet(tradeoff.SD, training, tmp_path, training.steps)
     assert unet.keys() == base.keys()
     changed = {name for name in base if not torch.equal(base[name], unet[name])}
     assert changed == {name for name in base if re.search(pattern, name)}
