@@ -10,7 +10,7 @@ demo: .venv/ready
 	$(BIN)/python examples/tinyworld/demo.py $(if $(SDXL),--sdxl)
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 style: .venv/ready
 	$(BIN)/ruff format .
