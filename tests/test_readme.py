@@ -1,4 +1,4 @@
-# What the README tells people to type has to work: its command is taken by the script, its three lines run.
+# What the README tells people to type has to work: its commands are taken by the scripts, its three lines run.
 # What it promises about training is claimed in the other files.
 import importlib.util
 import re
@@ -16,17 +16,26 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_script_takes_the_command_of_the_readme():
-    spec = importlib.util.spec_from_file_location("script", ROOT / "train_dreambooth_lipschitz.py")
+def parser_of(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    (command,) = [block for block in blocks("bash") if "accelerate launch" in block]
-    words = shlex.split(command[command.index("accelerate launch") :].replace("\\\n", ""))
-    assert words[:3] == ["accelerate", "launch", "train_dreambooth_lipschitz.py"]
-    args = script.parse_args(words[3:])
-    assert (args.lipschitz_weight, args.learning_rate, args.train_batch_size) == (500.0, 2e-6, 1)
+    return script.parse_args
+
+
+def test_the_scripts_take_the_commands_of_the_readme():
+    sd, sdxl, bf16 = (block for block in blocks("bash") if "--lipschitz_weight" in block)
+    sd, sdxl, bf16 = (shlex.split(block[max(0, block.find("accelerate launch")) :].replace("\\\n", "")) for block in (sd, sdxl, bf16))
+    assert sd[:2] == sdxl[:2] == ["accelerate", "launch"]
+    assert (sd[2], sdxl[2]) == ("train_dreambooth_lipschitz.py", "train_dreambooth_lipschitz_sdxl.py")
+    parse_sd, parse_sdxl = parser_of("train_dreambooth_lipschitz"), parser_of("train_dreambooth_lipschitz_sdxl")
+    args = parse_sd(sd[3:])
+    assert (args.method, args.lipschitz_weight, args.learning_rate) == ("full", 500.0, 2e-6)
+    assert parse_sdxl(sdxl[3:]).method == "lora"
+    last_two_lines = sdxl.index("--train_batch_size=1")
+    assert parse_sdxl([*sdxl[3:last_two_lines], *bf16]).full_bf16
     for flags in re.findall(r"`(--[^`]+)`", README):
-        script.parse_args([*words[3:], *shlex.split(flags)])
+        parse_sd([*sd[3:], *shlex.split(flags)])
 
 
 def test_the_three_lines_of_the_readme_run():
