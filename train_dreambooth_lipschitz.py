@@ -955,7 +955,8 @@ def attach_lipschitz(
                         f"--lipschitz_anchor_model: {args.lipschitz_anchor_model} has another shape than the base:"
                         f" {key} of its {name} is {shape}, not {tuple(parameter.shape)}"
                     )
-                lipschitz_anchors[parameter] = weights[key]
+                # In the bits of the base: what both models lost in rounding is no drift.
+                lipschitz_anchors[parameter] = weights[key].to(parameter.dtype)
     return LipschitzRegularizer(
         optimizer,
         weight=args.lipschitz_weight,
