@@ -311,6 +311,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--validation_prompt", help="Draw images of this prompt during training and at its end.")
     add("--num_validation_images", type=positive_int, default=4, help="Images drawn each time.")
     add("--validation_steps", type=positive_int, default=100, help="Optimizer steps from one time to the next.")
+    add("--validation_epochs", type=positive_int, help="Epochs from one time to the next, in place of steps.")
     add(
         "--drift_every",
         type=positive_int,
@@ -1397,6 +1398,7 @@ def main(args: argparse.Namespace) -> None:
     dataloader, sampler = build_dataloader(args, accelerator, photos, class_images)
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_epochs * steps_per_epoch if args.validation_epochs else args.validation_steps
 
     groups = group_parameters(trained)
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -1498,7 +1500,7 @@ def main(args: argparse.Namespace) -> None:
 
             if global_step % args.checkpointing_steps == 0:
                 save_checkpoint(args, accelerator, global_step)
-            if global_step % args.validation_steps == 0 or global_step == max_train_steps:
+            if global_step % validation_steps == 0 or global_step == max_train_steps:
                 if lipschitz:
                     lipschitz_drift = {name: value for name, value in lipschitz.metrics().items() if "drift" in name}
                     accelerator.log(lipschitz_drift, step=global_step)
