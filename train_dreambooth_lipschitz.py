@@ -1,6 +1,6 @@
 # DreamBooth for Stable Diffusion 1.x and 2.x with the Lipschitz penalty: full fine-tuning, LoRA or Custom Diffusion.
-# Flags and outputs of diffusers' train_dreambooth.py, train_dreambooth_lora.py and train_custom_diffusion.py, less
-# what serves DeepFloyd IF; photos and captions as train_dreambooth_lora_sdxl.py reads them. Holds no SDXL.
+# Flags and outputs of diffusers' train_dreambooth.py and train_dreambooth_lora.py, less what serves DeepFloyd IF; new
+# words as in train_custom_diffusion.py, photos and captions as in train_dreambooth_lora_sdxl.py. Holds no SDXL.
 """
 Teaches Stable Diffusion a subject from 3-6 photos, and keeps the rest of the model where it was, by the penalty of
 "Preserve and Personalize" (arXiv 2505.19519, Algorithm 1):
