@@ -1,6 +1,6 @@
 # DreamBooth for Stable Diffusion 1.x and 2.x with the Lipschitz penalty: full fine-tuning, LoRA or Custom Diffusion.
-# Flags and outputs of diffusers' train_dreambooth.py, train_dreambooth_lora.py and train_custom_diffusion.py, less
-# what serves DeepFloyd IF; photos and captions as train_dreambooth_lora_sdxl.py reads them. Holds no SDXL.
+# Flags and outputs of diffusers' train_dreambooth.py and train_dreambooth_lora.py, less what serves DeepFloyd IF; new
+# words as in train_custom_diffusion.py, photos and captions as in train_dreambooth_lora_sdxl.py. Holds no SDXL.
 """
 Teaches Stable Diffusion a subject from 3-6 photos, and keeps the rest of the model where it was, by the penalty of
 "Preserve and Personalize" (arXiv 2505.19519, Algorithm 1):
@@ -311,6 +311,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--validation_prompt", help="Draw images of this prompt during training and at its end.")
     add("--num_validation_images", type=positive_int, default=4, help="Images drawn each time.")
     add("--validation_steps", type=positive_int, default=100, help="Optimizer steps from one time to the next.")
+    add("--validation_epochs", type=positive_int, help="Epochs from one time to the next, in place of steps.")
     add(
         "--drift_every",
         type=positive_int,
@@ -1399,6 +1400,7 @@ def main(args: argparse.Namespace) -> None:
     dataloader, sampler = build_dataloader(args, accelerator, photos, class_images)
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    validation_steps = args.validation_epochs * steps_per_epoch if args.validation_epochs else args.validation_steps
 
     groups = group_parameters(trained)
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -1500,7 +1502,7 @@ def main(args: argparse.Namespace) -> None:
 
             if global_step % args.checkpointing_steps == 0:
                 save_checkpoint(args, accelerator, global_step)
-            if global_step % args.validation_steps == 0 or global_step == max_train_steps:
+            if global_step % validation_steps == 0 or global_step == max_train_steps:
                 if lipschitz:
                     lipschitz_drift = {name: value for name, value in lipschitz.metrics().items() if "drift" in name}
                     accelerator.log(lipschitz_drift, step=global_step)

@@ -640,6 +640,13 @@ def test_epochs_decide_the_length_where_steps_are_not_given(train, tmp_path):
     assert checkpoints(tmp_path) == ["checkpoint-6"]
 
 
+def test_validation_comes_by_epochs_where_they_are_given(train, tmp_path):
+    # Five photos in batches of two: three steps an epoch.
+    flags = ["--validation_epochs=2", "--max_train_steps=8", "--validation_prompt=a photo of dog"]
+    train(*flags, "--num_validation_images=1", f"--output_dir={tmp_path}")
+    assert scalars(tmp_path)[1] == {6, 8}
+
+
 def test_learning_rate_scales_with_the_samples_of_a_step(train, tmp_path):
     train("--scale_lr", "--gradient_accumulation_steps=3", "--max_train_steps=1", f"--output_dir={tmp_path}")
     assert scalars(tmp_path)[0]["lr"][1] == pytest.approx(2 * 3 * LEARNING_RATE)
