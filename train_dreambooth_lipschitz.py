@@ -71,11 +71,12 @@ logger = get_logger(__name__)
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Learning rates of diffusers' scripts; weights of the paper's authors, and for LoRA that of what it stands in for.
+# Learning rates and folders of diffusers' scripts; weights of the paper's authors, and for LoRA that of what it stands
+# in for.
 DEFAULTS = {
-    "full": {"learning_rate": 5e-6, "lipschitz_weight": 500.0},
-    "lora": {"learning_rate": 5e-4, "lipschitz_weight": 500.0},
-    "custom_diffusion": {"learning_rate": 1e-5, "lipschitz_weight": 175.0},
+    "full": {"learning_rate": 5e-6, "lipschitz_weight": 500.0, "output_dir": "dreambooth-model"},
+    "lora": {"learning_rate": 5e-4, "lipschitz_weight": 500.0, "output_dir": "lora-dreambooth-model"},
+    "custom_diffusion": {"learning_rate": 1e-5, "lipschitz_weight": 175.0, "output_dir": "custom-diffusion-model"},
 }
 LORA_TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],
@@ -250,7 +251,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("training").add_argument
-    add("--output_dir", default="dreambooth-model", help="Folder for the pipeline, checkpoints and logs.")
+    add(
+        "--output_dir",
+        help="Folder for the result, checkpoints and logs; default: dreambooth-model, for lora lora-dreambooth-model,"
+        " for custom_diffusion custom-diffusion-model.",
+    )
     add("--seed", type=int, help="Makes a run repeatable.")
     add("--train_text_encoder", action="store_true", help="Train, and penalize, the text encoder too.")
     add("--train_batch_size", type=positive_int, default=4, help="Photos in a batch, per process.")

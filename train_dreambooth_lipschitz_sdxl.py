@@ -84,11 +84,11 @@ NoiseScheduler = DDPMScheduler | EulerDiscreteScheduler | EDMEulerScheduler
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # LoRA: the learning rate of diffusers' script, and the weight of what it stands in for. Custom Diffusion: both of the
-# paper's authors on SDXL. Full: their weight for SD 1.5.
+# paper's authors on SDXL. Full: their weight for SD 1.5. Folders: those of diffusers' scripts.
 DEFAULTS = {
-    "lora": {"learning_rate": 1e-4, "lipschitz_weight": 500.0},
-    "full": {"learning_rate": 1e-6, "lipschitz_weight": 500.0},
-    "custom_diffusion": {"learning_rate": 1e-4, "lipschitz_weight": 50.0},
+    "lora": {"learning_rate": 1e-4, "lipschitz_weight": 500.0, "output_dir": "lora-dreambooth-model"},
+    "full": {"learning_rate": 1e-6, "lipschitz_weight": 500.0, "output_dir": "dreambooth-model"},
+    "custom_diffusion": {"learning_rate": 1e-4, "lipschitz_weight": 50.0, "output_dir": "custom-diffusion-model"},
 }
 TEXT_ENCODERS = ["text_encoder", "text_encoder_2"]
 LORA_TARGETS = {
@@ -281,7 +281,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
 
     add = parser.add_argument_group("training").add_argument
-    add("--output_dir", default="lora-dreambooth-model", help="Folder for the result, checkpoints and logs.")
+    add(
+        "--output_dir",
+        help="Folder for the result, checkpoints and logs; default: dreambooth-model, for lora lora-dreambooth-model,"
+        " for custom_diffusion custom-diffusion-model.",
+    )
     add("--seed", type=int, help="Makes a run repeatable.")
     add("--train_text_encoder", action="store_true", help="Train, and penalize, both text encoders too.")
     add("--train_batch_size", type=positive_int, default=4, help="Photos in a batch, per process.")

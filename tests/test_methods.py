@@ -203,6 +203,12 @@ def test_penalty_keeps_the_model_closer_to_the_base(case, train, tmp_path):
 # What is trained and saved
 
 
+def test_folder_is_named_as_by_the_script_of_diffusers_for_the_method(script):
+    names = {"full": "dreambooth-model", "lora": "lora-dreambooth-model", "custom_diffusion": "custom-diffusion-model"}
+    needed = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x"]
+    assert {method: script.parse_args([*needed, f"--method={method}"]).output_dir for method in names} == names
+
+
 def test_result_is_small_and_safetensors_only(trained):
     files = {"custom_diffusion": {"custom_diffusion.safetensors", "learned_embeds.safetensors"}}
     files["keys and values alone"] = {"custom_diffusion.safetensors"}

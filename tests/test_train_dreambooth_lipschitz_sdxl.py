@@ -455,20 +455,21 @@ NEEDED = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--insta
 
 
 def test_defaults_are_those_of_the_method(sdxl_script):
-    names = ("learning_rate", "text_encoder_lr", "lipschitz_weight", "adam_weight_decay")
+    names = ("learning_rate", "text_encoder_lr", "lipschitz_weight", "adam_weight_decay", "output_dir")
+    lora, full, custom_diffusion = "lora-dreambooth-model", "dreambooth-model", "custom-diffusion-model"
     expected = {
-        (): [1e-4, 5e-6, 500, 0],
-        ("--lipschitz_weight=0",): [1e-4, 5e-6, 0, 1e-4],
-        ("--method=full",): [1e-6, 1e-6, 500, 0],
-        ("--method=full", "--learning_rate=2e-6"): [2e-6, 2e-6, 500, 0],
-        ("--method=custom_diffusion",): [1e-4, 1e-4, 50, 0],
-        ("--optimizer=prodigy",): [1, 1, 500, 0],
+        (): [1e-4, 5e-6, 500, 0, lora],
+        ("--lipschitz_weight=0",): [1e-4, 5e-6, 0, 1e-4, lora],
+        ("--method=full",): [1e-6, 1e-6, 500, 0, full],
+        ("--method=full", "--learning_rate=2e-6"): [2e-6, 2e-6, 500, 0, full],
+        ("--method=custom_diffusion",): [1e-4, 1e-4, 50, 0, custom_diffusion],
+        ("--optimizer=prodigy",): [1, 1, 500, 0, lora],
     }
     for flags, values in expected.items():
         args = sdxl_script.parse_args([*NEEDED, *flags])
         assert [getattr(args, name) for name in names] == values
     assert (args.method, args.resolution, args.rank, args.lora_alpha) == ("lora", 1024, 4, 4)
-    assert args.prodigy_decouple is True and args.output_dir == "lora-dreambooth-model"
+    assert args.prodigy_decouple is True
     assert sdxl_script.parse_args([*NEEDED, "--prodigy_decouple=False"]).prodigy_decouple is False
 
 
