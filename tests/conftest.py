@@ -71,10 +71,14 @@ def make_unet(**options):
 
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory):
-    """Folder of a `StableDiffusionPipeline` in float32: 16 x 16 pixels, 4 x 8 x 8 latents, about 0.1M parameters."""
+    """
+    Folder of a `StableDiffusionPipeline` in float32, with a safety checker as SD 1.5: 16 x 16 pixels, 4 x 8 x 8
+    latents, about 0.1M parameters.
+    """
     import torch
     from diffusers import PNDMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextModel
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextModel
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
@@ -88,6 +92,10 @@ def tiny_sd(tmp_path_factory):
     scheduler = PNDMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     )
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    safety_checker = StableDiffusionSafetyChecker(
+        CLIPConfig(vision_config={**vision, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    )
     folder = tmp_path_factory.mktemp("tiny-sd")
     StableDiffusionPipeline(
         vae=vae,
@@ -95,9 +103,8 @@ def tiny_sd(tmp_path_factory):
         tokenizer=tokenizer,
         unet=unet,
         scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        safety_checker=safety_checker,
+        feature_extractor=CLIPImageProcessor(size=16, crop_size=16),
     ).save_pretrained(folder)
     return folder
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from test_train_dreambooth_lipschitz import assert_one_clear_line, distance, same_bits, scalars, weights
+from test_train_dreambooth_lipschitz import assert_one_clear_line, checkpoints, distance, same_bits, scalars, weights
 
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,8 @@ def trained(train, drift_flags, tmp_path_factory):
     def call(method):
         if method not in folders:
             folders[method] = tmp_path_factory.mktemp("trained") / "model"
-            flags = ["--max_train_steps=4", "--checkpointing_steps=2", "--lipschitz_weight=50"]
+            flags = ["--max_train_steps=4", "--lipschitz_weight=50"]
+            flags += ["--checkpointing_steps=1", "--checkpoints_total_limit=3"]
             flags += ["--validation_prompt=a photo of a <new1> mug", "--num_validation_images=1"]
             train(*METHODS[method], *flags, *drift_flags, f"--output_dir={folders[method]}")
         return folders[method]
@@ -129,6 +130,11 @@ def test_resume_is_bit_identical(method, trained, train, drift_flags, tmp_path):
     assert not same_bits(result(trained(method) / "checkpoint-2"), whole)
     drifts = [scalars(folder)[0]["drift/prediction"] for folder in (tmp_path, trained(method))]
     assert drifts[0] == {4: drifts[1][4]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_limit_keeps_the_newest_checkpoints(method, trained):
+    assert checkpoints(trained(method)) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -217,6 +223,11 @@ def test_result_is_small_and_safetensors_only(trained):
         expected = files.get(method, {"pytorch_lora_weights.safetensors"})
         assert names == expected | {"README.md", "image_0.png"}
         assert sum((trained(method) / name).stat().st_size for name in expected) < 4e6
+
+
+def test_lora_of_the_unet_alone_is_all_that_its_file_holds(trained):
+    keys = load_file(trained("lora") / "pytorch_lora_weights.safetensors").keys()
+    assert keys and all(re.fullmatch(r"unet\..*\.lora_[AB]\.weight", key) for key in keys)
 
 
 def test_lora_file_holds_both_models_and_its_alpha(trained):

@@ -128,8 +128,9 @@ def checkpoints(output):
 # What is written
 
 
-def test_saved_folder_loads_as_a_pipeline_and_draws(trained):
-    pipeline = DiffusionPipeline.from_pretrained(trained[0])
+@pytest.mark.parametrize("options", [{}, {"safety_checker": None}], ids=["as it is", "without safety checker"])
+def test_saved_folder_loads_as_a_pipeline_and_draws(options, trained):
+    pipeline = DiffusionPipeline.from_pretrained(trained[0], **options)
     pipeline.set_progress_bar_config(disable=True)
     assert isinstance(pipeline, StableDiffusionPipeline)
     assert pipeline("a photo of sks dog", num_inference_steps=1).images[0].size == (16, 16)
@@ -137,8 +138,10 @@ def test_saved_folder_loads_as_a_pipeline_and_draws(trained):
 
 def test_saved_folder_holds_the_trained_unet_and_the_other_parts_of_the_base(trained, tiny_sd):
     assert not same_bits(weights(trained[0]), weights(tiny_sd))
-    for part in ("vae", "text_encoder"):
+    for part in ("vae", "text_encoder", "safety_checker"):
         assert same_bits(weights(trained[0], part), weights(tiny_sd, part))
+    name = "feature_extractor/preprocessor_config.json"
+    assert trained[0].joinpath(name).read_text() == tiny_sd.joinpath(name).read_text()
 
 
 def test_saved_pipeline_holds_safetensors_only(trained):
@@ -562,9 +565,13 @@ def test_resume_after_a_kill_is_bit_identical(alone, base_flags, trained, train,
     assert not list(tmp_path.glob("tmp-*"))
 
 
-def test_resume_is_bit_identical_in_the_middle_of_an_epoch(train, tmp_path):
-    """With all that has a state: text encoder, class images, random crops, flips, accumulation and a schedule."""
+def test_resume_is_bit_identical_in_the_middle_of_an_epoch(run_script, base_flags, tmp_path):
+    """
+    With all that has a state: text encoder, class images, random crops, flips, accumulation and a schedule. And
+    without a seed, to which a resumed run could go back.
+    """
     flags = [
+        *(flag for flag in base_flags if not flag.startswith("--seed")),
         "--train_text_encoder",
         "--random_flip",
         *PRIOR,
@@ -572,8 +579,9 @@ def test_resume_is_bit_identical_in_the_middle_of_an_epoch(train, tmp_path):
         "--gradient_accumulation_steps=2",
     ]
     flags += ["--train_batch_size=1", "--lr_scheduler=linear", "--lr_warmup_steps=2", "--max_train_steps=5"]
-    train(*flags, f"--output_dir={tmp_path / 'whole'}", "--checkpointing_steps=2")
-    train(
+    run_script(*flags, f"--output_dir={tmp_path / 'whole'}", "--checkpointing_steps=2")
+    assert checkpoints(tmp_path / "whole") == ["checkpoint-2", "checkpoint-4"]  # none of the last step, 5
+    run_script(
         *flags,
         f"--output_dir={tmp_path / 'resumed'}",
         f"--resume_from_checkpoint={tmp_path / 'whole' / 'checkpoint-2'}",
