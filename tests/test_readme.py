@@ -25,7 +25,9 @@ def parser_of(name: str):
 
 def test_the_scripts_take_the_commands_of_the_readme():
     sd, sdxl, bf16 = (block for block in blocks("bash") if "--lipschitz_weight" in block)
-    sd, sdxl, bf16 = (shlex.split(block[max(0, block.find("accelerate launch")) :].replace("\\\n", "")) for block in (sd, sdxl, bf16))
+    sd, sdxl, bf16 = (
+        shlex.split(block[max(0, block.find("accelerate launch")) :].replace("\\\n", "")) for block in (sd, sdxl, bf16)
+    )
     assert sd[:2] == sdxl[:2] == ["accelerate", "launch"]
     assert (sd[2], sdxl[2]) == ("train_dreambooth_lipschitz.py", "train_dreambooth_lipschitz_sdxl.py")
     parse_sd, parse_sdxl = parser_of("train_dreambooth_lipschitz"), parser_of("train_dreambooth_lipschitz_sdxl")
