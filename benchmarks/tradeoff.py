@@ -56,7 +56,9 @@ class Row(NamedTuple):
 
 SELECTIVE = "selective projection decay"
 PENALTY, PRIOR = "--lipschitz_weight={}", "--lipschitz_weight=0 --with_prior_preservation"
-LORA, CUSTOM = "--method=lora --rank=16 ", "--method=custom_diffusion "
+WORD = "<new1>"  # of Custom Diffusion, which begins as the token of the other methods
+LORA = "--method=lora --rank=16 "
+CUSTOM = f"--method=custom_diffusion --modifier_token={WORD} --initializer_token=sks "
 
 GRIDS = {
     # The table of docs/methods.md: each method with the penalty and without.
@@ -64,9 +66,9 @@ GRIDS = {
         Row("DreamBooth", (1.5e-3,)),
         Row("penalty", (1.5e-3,), (350,)),
         Row("LoRA", (3e-3,), flags=LORA + PENALTY),
-        Row("LoRA, delta", (3e-3,), (10, 30), LORA + PENALTY),
+        Row("LoRA, delta", (3e-3,), (1, 3), LORA + PENALTY),
         Row("Custom Diffusion", (4e-3,), flags=CUSTOM + PENALTY),
-        Row("Custom Diffusion, penalty", (4e-3,), (10, 30), CUSTOM + PENALTY),
+        Row("Custom Diffusion, penalty", (4e-3,), (3, 10), CUSTOM + PENALTY),
     ],
     # Claims 1, 2, 3 and 6: the penalty, and plain DreamBooth at its best beside it.
     "dreambooth": [
@@ -244,13 +246,17 @@ def draw_class_images(script: ModuleType, args: argparse.Namespace) -> float:
     return float(record.read_text())
 
 
+def token_of(training: Training) -> str:
+    return WORD if f"--modifier_token={WORD}" in training.flags else "sks"
+
+
 def train(setup: Setup, training: Training, subject: str, seed: int, folder: Path) -> dict[str, float]:
     """Personalizes the base, into `folder`, with checkpoints where it is to be measured. Returns the seconds."""
     script, kind = load_script(setup.script.stem), SUBJECTS[subject].kind
     flags = [*training.flags, f"--pretrained_model_name_or_path={setup.base}"]
     flags += [f"--seed={seed}", f"--output_dir={folder}"]
     flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / subject}"]
-    flags += [f"--instance_prompt={subject_prompt(SUBJECTS[subject], '')}"]
+    flags += [f"--instance_prompt={subject_prompt(SUBJECTS[subject], '', token_of(training))}"]
     if training.stops:
         flags += [f"--checkpointing_steps={math.gcd(*training.stops)}"]
     if "--with_prior_preservation" in flags:
@@ -294,7 +300,7 @@ class Ruler:
     """
 
     def __init__(self, setup: Setup, settings: dict[str, Any], seed: int, folder: Path):
-        self.evaluation, self.pipeline = load_script("evaluate_dreambooth"), load(setup.base)
+        self.evaluation, self.setup, self.pipeline = load_script("evaluate_dreambooth"), setup, load(setup.base)
         self.base = {name: weight.cpu().clone() for name, weight in self.pipeline.unet.state_dict().items()}
         self.examiner = Examiner(settings["others"], settings["per_scene"], seed)
         self.examiner.base = self.examiner.draw_others(self.pipeline)
@@ -320,11 +326,18 @@ class Ruler:
     def predict(self) -> list[torch.Tensor]:
         return self.evaluation.predict_noise(self.args, Accelerator(), self.pipeline, "model", self.probes)
 
-    def measure(self, unet: dict[str, torch.Tensor], subject: str) -> dict[str, float]:
+    def measure(self, unet: dict[str, torch.Tensor], subject: str, training: Training, folder: Path) -> dict:
+        """`folder` is that of the training, from which a new word is taken if it learned one."""
         self.pipeline.unet.load_state_dict(unet)
         drifts = self.evaluation.prediction_drift(self.probes, self.predictions, self.predict())
+        pipeline, token = self.pipeline, token_of(training)
+        if token == WORD:
+            pipeline = load(self.setup.base)
+            source = argparse.Namespace(pretrained_model_name_or_path=str(folder), instance_token=WORD)
+            self.evaluation.load_custom_diffusion(source, pipeline)
+            pipeline.unet = self.pipeline.unet
         return {
-            **self.examiner.examine(self.pipeline, subject),
+            **self.examiner.examine(pipeline, subject, token),
             "prediction drift": sum(drift for *_, drift in drifts) / len(drifts),
             "parameter drift": self.evaluation.compare_parameters(self.base, unet)["drift"],
         }
@@ -383,7 +396,7 @@ def main(args: argparse.Namespace) -> None:
             unet = ruler.base if training is NO_TRAINING else trained_unet(setup, training, folder, row["stop"])
             if row["share"] != 1:
                 unet = {key: torch.lerp(base, unet[key], row["share"]) for key, base in ruler.base.items()}
-            measured = ruler.measure(unet, subject)
+            measured = ruler.measure(unet, subject, training, folder)
             # A training that is stopped early takes that part of the time.
             part = row["stop"] / training.steps if training.steps else 0.0
             times = {"seconds": part * seconds["seconds"], "class seconds": seconds["class seconds"]}

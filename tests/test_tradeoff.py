@@ -228,7 +228,7 @@ def test_trains_the_weights_that_a_launch_of_the_script_trains(tmp_path):
     tradeoff.train(tradeoff.SD, training, "mug", 3, tmp_path / "here")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     command += ["--mixed_precision=no", "--dynamo_backend=no", BENCHMARKS.parent / "train_dreambooth_lipschitz.py"]
-    command += [*training.flags, f"--pretrained_model_name_or_path={tradeoff.BASE}", "--seed=3"]
+    command += [*training.flags, f"--pretrained_model_name_or_path={tradeoff.SD.base}", "--seed=3"]
     command += [f"--instance_data_dir={tradeoff.TINYWORLD / 'subjects' / 'mug'}"]
     command += ["--instance_prompt=a photo of a sks mug", f"--output_dir={tmp_path / 'launched'}"]
     launched = subprocess.run(list(map(str, command)), text=True, capture_output=True)
@@ -245,7 +245,7 @@ def test_what_goes_onto_the_base_is_measured_in_place(part, pattern, tmp_path):
     training = tradeoff.trainings_of([part])[1]
     training = training._replace(flags=[*training.flags, "--max_train_steps=1"])
     tradeoff.train(tradeoff.SD, training, "mug", 0, tmp_path)
-    base = tradeoff.load(tradeoff.BASE).unet.state_dict()
+    base = tradeoff.load(tradeoff.SD.base).unet.state_dict()
     unet = tradeoff.trained_unet(tradeoff.SD, training, tmp_path, training.steps)
     assert unet.keys() == base.keys()
     changed = {name for name in base if not torch.equal(base[name], unet[name])}

@@ -60,8 +60,8 @@ def share_right(read: list[dict], truths: list[dict], traits: tuple[str, ...]) -
     return float(np.mean(right))
 
 
-def subject_prompt(look: Look, scene: str) -> str:
-    return f"a photo of a sks {look.kind} {scene}".strip()
+def subject_prompt(look: Look, scene: str, token: str = "sks") -> str:
+    return f"a photo of a {token} {look.kind} {scene}".strip()
 
 
 class Examiner:
@@ -83,7 +83,7 @@ class Examiner:
         """A picture of each other thing; `base` is what it gives for the base."""
         return generate(pipeline, self.other_prompts, [1000 * self.seed + i for i in range(len(self.others))])
 
-    def examine(self, pipeline: DiffusionPipeline, subject: str) -> dict[str, float]:
+    def examine(self, pipeline: DiffusionPipeline, subject: str, token: str = "sks") -> dict[str, float]:
         """Shares (0 to 1), and drift: the root mean square difference from the base's pictures (0 to 255)."""
         pictures = self.draw_others(pipeline)
         if self.base is None:
@@ -92,7 +92,7 @@ class Examiner:
         pixels, base_pixels = (np.stack([np.asarray(p, float) for p in many]) for many in (pictures, self.base))
         look = SUBJECTS[subject]
         scenes = [scene for scene in NEW_SCENES for _ in range(self.per_scene)]
-        prompts = [subject_prompt(look, scene) for scene in scenes]
+        prompts = [subject_prompt(look, scene, token) for scene in scenes]
         mine = generate(pipeline, prompts, [1000 * self.seed + 500 + i for i in range(len(scenes))])
         mine_read, mine_truths = self.judge.read(mine), [traits_of(look, scene) for scene in scenes]
         return {
