@@ -476,7 +476,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save_every", type=int, default=1000, help="Steps between two resumable states.")
     if parser.parse_known_args()[0].sdxl:
         # It starts where sd/ ended.
-        parser.set_defaults(output_dir=HERE / "sdxl", pictures=30_000, steps=2000, learning_rate=4e-4)
+        parser.set_defaults(output_dir=HERE / "sdxl", pictures=30_000, steps=1000, learning_rate=4e-4)
         parser.set_defaults(decay_from=0.3, save_every=250)
     return parser.parse_args()
 
