@@ -60,7 +60,8 @@ def test_wheel_requires_torch_only(wheel):
     metadata = zipfile.ZipFile(wheel).read(name).decode()
     requirements = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
     assert [line for line in requirements if "extra ==" not in line] == ["torch>=2.4"]
-    assert set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE)) == {"scripts", "xformers", "test"}
+    extras = set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE))
+    assert extras == {"scripts", "prodigy", "torchao", "xformers", "test"}
 
 
 def test_installed_wheel_trains_with_torch_alone(installed):
