@@ -66,9 +66,9 @@ GRIDS = {
         Row("DreamBooth", (1.5e-3,)),
         Row("penalty", (1.5e-3,), (350,)),
         Row("LoRA", (4e-3,), flags=LORA + PENALTY),
-        Row("LoRA, delta", (4e-3,), (1, 3), LORA + PENALTY),
+        Row("LoRA, delta", (4e-3,), (1,), LORA + PENALTY),
         Row("Custom Diffusion", (4e-3,), flags=CUSTOM + PENALTY),
-        Row("Custom Diffusion, penalty", (4e-3,), (3, 10), CUSTOM + PENALTY),
+        Row("Custom Diffusion, penalty", (4e-3,), (3,), CUSTOM + PENALTY),
     ],
     # Claims 1, 2, 3 and 6: the penalty, and plain DreamBooth at its best beside it.
     "dreambooth": [
