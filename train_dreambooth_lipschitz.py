@@ -75,7 +75,7 @@ PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16,
 # in for.
 DEFAULTS = {
     "full": {"learning_rate": 5e-6, "lipschitz_weight": 500.0, "output_dir": "dreambooth-model"},
-    "lora": {"learning_rate": 5e-4, "lipschitz_weight": 500.0, "output_dir": "lora-dreambooth-model"},
+    "lora": {"learning_rate": 5e-4, "lipschitz_weight": 1.0, "output_dir": "lora-dreambooth-model"},
     "custom_diffusion": {"learning_rate": 1e-5, "lipschitz_weight": 175.0, "output_dir": "custom-diffusion-model"},
 }
 LORA_TARGETS = {
@@ -203,7 +203,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=non_negative,
         help="Strength of the pull towards the pretrained weights, lambda in the paper. Too small: other prompts start"
         " to show the subject; too large: the subject is not learned. 0 attaches nothing: plain DreamBooth. Default:"
-        " 500, for custom_diffusion 175.",
+        " 500 for full, 1 for lora, 175 for custom_diffusion.",
     )
     add(
         "--lipschitz_reduction",

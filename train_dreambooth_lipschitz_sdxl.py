@@ -7,7 +7,7 @@ Teaches Stable Diffusion XL a subject from 3-6 photos, and keeps the rest of the
     accelerate launch train_dreambooth_lipschitz_sdxl.py \
         --pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 \
         --instance_data_dir=photos --instance_prompt="a photo of sks dog" --output_dir=sks-dog \
-        --train_batch_size=1 --learning_rate=1e-4 --lipschitz_weight=500 --max_train_steps=500 --mixed_precision=bf16
+        --train_batch_size=1 --learning_rate=1e-4 --lipschitz_weight=1 --max_train_steps=500 --mixed_precision=bf16
 
 `--method` says which parameters train, what they are anchored to and what is saved: `lora` small matrices added to the
 U-Net's attention, `full` all of the U-Net, `custom_diffusion` its cross-attention's keys and values and new words.
@@ -86,7 +86,7 @@ PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16,
 # LoRA: the learning rate of diffusers' script, and the weight of what it stands in for. Custom Diffusion: both of the
 # paper's authors on SDXL. Full: their weight for SD 1.5. Folders: those of diffusers' scripts.
 DEFAULTS = {
-    "lora": {"learning_rate": 1e-4, "lipschitz_weight": 500.0, "output_dir": "lora-dreambooth-model"},
+    "lora": {"learning_rate": 1e-4, "lipschitz_weight": 1.0, "output_dir": "lora-dreambooth-model"},
     "full": {"learning_rate": 1e-6, "lipschitz_weight": 500.0, "output_dir": "dreambooth-model"},
     "custom_diffusion": {"learning_rate": 1e-4, "lipschitz_weight": 50.0, "output_dir": "custom-diffusion-model"},
 }
@@ -233,7 +233,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=non_negative,
         help="Strength of the pull towards the pretrained weights, lambda in the paper. Too small: other prompts start"
         " to show the subject; too large: the subject is not learned. 0 attaches nothing: plain DreamBooth. Default:"
-        " 500, for custom_diffusion 50.",
+        " 500 for full, 1 for lora, 50 for custom_diffusion.",
     )
     add(
         "--lipschitz_reduction",

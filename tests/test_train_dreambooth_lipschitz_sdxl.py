@@ -474,12 +474,12 @@ def test_defaults_are_those_of_the_method(sdxl_script):
     names = ("learning_rate", "text_encoder_lr", "lipschitz_weight", "adam_weight_decay", "output_dir")
     lora, full, custom_diffusion = "lora-dreambooth-model", "dreambooth-model", "custom-diffusion-model"
     expected = {
-        (): [1e-4, 5e-6, 500, 0, lora],
+        (): [1e-4, 5e-6, 1, 0, lora],
         ("--lipschitz_weight=0",): [1e-4, 5e-6, 0, 1e-4, lora],
         ("--method=full",): [1e-6, 1e-6, 500, 0, full],
         ("--method=full", "--learning_rate=2e-6"): [2e-6, 2e-6, 500, 0, full],
         ("--method=custom_diffusion",): [1e-4, 1e-4, 50, 0, custom_diffusion],
-        ("--optimizer=prodigy",): [1, 1, 500, 0, lora],
+        ("--optimizer=prodigy",): [1, 1, 1, 0, lora],
     }
     for flags, values in expected.items():
         args = sdxl_script.parse_args([*NEEDED, *flags])
