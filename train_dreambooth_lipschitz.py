@@ -71,8 +71,8 @@ logger = get_logger(__name__)
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Learning rates and folders of diffusers' scripts; weights of the paper's authors, and for LoRA that of what it stands
-# in for.
+# Learning rates and folders of diffusers' scripts; weights of the paper's authors, and for LoRA one that was found in
+# the drawn world (docs/methods.md).
 DEFAULTS = {
     "full": {"learning_rate": 5e-6, "lipschitz_weight": 500.0, "output_dir": "dreambooth-model"},
     "lora": {"learning_rate": 5e-4, "lipschitz_weight": 1.0, "output_dir": "lora-dreambooth-model"},

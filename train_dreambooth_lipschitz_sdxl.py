@@ -83,8 +83,8 @@ NoiseScheduler = DDPMScheduler | EulerDiscreteScheduler | EDMEulerScheduler
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# LoRA: the learning rate of diffusers' script, and the weight of what it stands in for. Custom Diffusion: both of the
-# paper's authors on SDXL. Full: their weight for SD 1.5. Folders: those of diffusers' scripts.
+# LoRA: the learning rate of diffusers' script, and a weight found in the drawn world (docs/methods.md). Custom
+# Diffusion: both of the paper's authors on SDXL. Full: their weight for SD 1.5. Folders: those of diffusers' scripts.
 DEFAULTS = {
     "lora": {"learning_rate": 1e-4, "lipschitz_weight": 1.0, "output_dir": "lora-dreambooth-model"},
     "full": {"learning_rate": 1e-6, "lipschitz_weight": 500.0, "output_dir": "dreambooth-model"},

@@ -405,6 +405,9 @@ def main() -> None:
     parser.add_argument("--fidelities", nargs="+", type=float, default=[0.7, 0.8, 0.9], help="To compare at, 0 to 1.")
     parser.add_argument("--output_dir", type=Path, default=Path("tradeoff"), help="Folder of the figures.")
     args = parser.parse_args()
+    for path in args.results:
+        if not path.is_file():
+            parser.error(f"there are no results in {path}: let tradeoff.py run first")
     results, incomplete = read_results(args.results)
     counted = f"{len(results.subjects)} subjects, seeds {', '.join(map(str, results.seeds))}"
     print(f"{counted}. Settings not measured on all of them, and left out: {incomplete}.")

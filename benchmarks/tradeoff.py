@@ -359,8 +359,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--others", type=int, default=32, help="Pictures that do not show the subject.")
     parser.add_argument("--per_scene", type=int, default=4, help="Pictures of it in each of five new scenes.")
     parser.add_argument("--shard", type=shard, default="1/1", help="i/n: part i of n, for n machines or cores.")
-    parser.add_argument("--output_dir", type=Path, default=Path("tradeoff"), help="A file of results for each shard.")
-    return parser.parse_args(input_args)
+    parser.add_argument(
+        "--output_dir", type=Path, help="A file of results for each shard; default: tradeoff, or tradeoff/sdxl."
+    )
+    args = parser.parse_args(input_args)
+    args.output_dir = args.output_dir or Path("tradeoff", "sdxl" if args.sdxl else "")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:

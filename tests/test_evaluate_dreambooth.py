@@ -843,3 +843,4 @@ def test_a_mistake_is_one_line_and_exit_code_2_under_accelerate(flags, tmp_path)
     assert "no image" in line and result.returncode != 0
     alone = subprocess.run([sys.executable, SCRIPT, "--seed=1"], text=True, capture_output=True)
     assert alone.returncode == 2 and alone.stderr.count("evaluate_dreambooth.py: error") == 1
+    assert "Traceback" not in alone.stderr and "evaluate_dreambooth.py: error" in alone.stderr.splitlines()[-1]

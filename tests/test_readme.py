@@ -32,7 +32,8 @@ def test_the_scripts_take_the_commands_of_the_readme():
     assert (sd[2], sdxl[2]) == ("train_dreambooth_lipschitz.py", "train_dreambooth_lipschitz_sdxl.py")
     parse_sd, parse_sdxl = parser_of("train_dreambooth_lipschitz"), parser_of("train_dreambooth_lipschitz_sdxl")
     args = parse_sd(sd[3:])
-    assert (args.method, args.lipschitz_weight, args.learning_rate) == ("full", 500.0, 2e-6)
+    assert (args.lipschitz_weight, args.learning_rate, args.train_batch_size) == (500.0, 2e-6, 1)
+    assert args.method == "full"
     assert parse_sdxl(sdxl[3:]).method == "lora"
     last_two_lines = sdxl.index("--train_batch_size=1")
     assert parse_sdxl([*sdxl[3:last_two_lines], *bf16]).full_bf16
