@@ -229,9 +229,10 @@ def print_equal_fidelity(results: Results, family: str, fidelities: np.ndarray, 
         rows = []
         for name in [*rivals, "the best of these"]:
             theirs = [methods.index(name)] if name in rivals else slice(len(ours), None)
+            least, resampled = values[theirs].min(0), samples[:, theirs].min(1)
             with np.errstate(invalid="ignore"):  # neither gets there
-                saved = 100 * (1 - values[i] / values[theirs].min(0))
-                limits = interval(100 * (1 - samples[:, i] / samples[:, theirs].min(1)))
+                saved = np.where(np.isinf(least), np.nan, 100 * (1 - values[i] / least))
+                limits = interval(100 * (1 - samples[:, i] / resampled))
             rows.append([name, *map(show, saved, limits.T)])
         print_table(f"{family}: {method} needs less of it, by (%)", ["than", *head[1:]], rows)
 
@@ -293,22 +294,20 @@ def print_monotone(results: Results) -> None:
     head = ["falls at every step of the weight; share of the steps of single subjects", "weights"]
     print_table("Claim 3: drift against the weight", [*head, "parameters", "predictions"], rows)
     rows = []
-    for family in results.families():
-        x, y = drifts_of(results, family)
+    for method, curve in results.curves.items():
+        x, y = curve.of("parameter drift"), curve.of("prediction drift")
 
         def fit(subjects):
-            return proportional_fit(x[:, subjects].ravel(), y[:, subjects].ravel())
+            x_of, y_of = x[:, subjects].ravel(), y[:, subjects].ravel()
+            return *proportional_fit(x_of, y_of), np.polyfit(np.log(x_of), np.log(y_of), 1)[0]
 
-        (slope, left), limits = fit(slice(None)), interval(bootstrap(len(results.subjects), fit))
-        rows.append([family, show(slope, limits[:, 0], digits=4), show(left, limits[:, 1], 100)])
-    head = ["trained", "prediction drift per unit of parameter drift", "RMS error, % of the RMS"]
-    print_table("Claim 3: predictions in proportion to parameters, over all results", head, rows)
-
-
-def drifts_of(results: Results, family: str) -> tuple[np.ndarray, np.ndarray]:
-    """Drift of parameters and of predictions in all results, (settings, subjects) each."""
-    curves = [results.curves[method] for methods in results.families()[family] for method in methods]
-    return tuple(np.concatenate([c.of(name) for c in curves]) for name in ("parameter drift", "prediction drift"))
+        if len(curve.settings) > 1:
+            limits = interval(bootstrap(len(results.subjects), fit)).T
+            cells = map(show, fit(slice(None)), limits, (100, 100, 1), (2, 1, 2))
+            rows.append([method, str(len(curve.settings)), *cells])
+    head = ["", "settings", "prediction drift, %, per unit of parameter drift", "RMS error, % of the RMS"]
+    title = "Claim 3: predictions in proportion to parameters, and the power that fits best (1: in proportion)"
+    print_table(title, [*head, "power"], rows)
 
 
 def print_times(results: Results) -> None:
@@ -378,12 +377,9 @@ def draw_drift(results: Results, path: Path) -> None:
             axis.loglog(weights, drift.mean(1), "o-", color=f"C{index}", label=name)
             axis.set_xlabel("weight of the penalty")
             axis.set_ylabel(COSTS[measure])
-    for index, family in enumerate(results.families()):
-        x, y = (drift.ravel() for drift in drifts_of(results, family))
-        slope, left = proportional_fit(x, y)
-        axes[2].plot(x, y, ".", color=f"C{index}", alpha=0.4)
-        label = f"{family}: in proportion, up to {left:.0%}"
-        axes[2].plot([0, x.max()], [0, slope * x.max()], color=f"C{index}", label=label)
+    for index, (method, curve) in enumerate(results.curves.items()):
+        x, y = (curve.of(name).mean(1) for name in ("parameter drift", "prediction drift"))
+        axes[2].loglog(x, y, "o^sDvPX*"[index // 10], color=f"C{index % 10}", alpha=0.7, label=method)
     axes[2].set_xlabel(COSTS["parameter drift"])
     axes[2].set_ylabel(COSTS["prediction drift"])
     for axis in axes:
@@ -409,7 +405,7 @@ def main() -> None:
         if not path.is_file():
             parser.error(f"there are no results in {path}: let tradeoff.py run first")
     results, incomplete = read_results(args.results)
-    counted = f"{len(results.subjects)} subjects, seeds {', '.join(map(str, results.seeds))}"
+    counted = f"Subjects: {', '.join(results.subjects)}; seeds: {', '.join(map(str, results.seeds))}"
     print(f"{counted}. Settings not measured on all of them, and left out: {incomplete}.")
     print_settings(results)
     print_same_settings(results)

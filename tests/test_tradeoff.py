@@ -132,7 +132,8 @@ PATHS = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instan
 CLASS = ["--class_prompt=x", "--class_data_dir=x"]
 
 
-def test_no_result_is_in_two_parts_of_the_grid():
+def test_what_is_in_two_parts_of_the_grid_is_measured_once():
+    assert tradeoff.trainings_of(["lora", "lora"]) == tradeoff.trainings_of(["lora"])
     trainings = tradeoff.trainings_of(list(tradeoff.GRIDS))
     rows = [json.dumps([t.flags, t.weight, result]) for t in trainings for result in tradeoff.results_of(t)]
     assert len(set(rows)) == len(rows)
@@ -300,7 +301,8 @@ def test_half_of_the_drift_at_equal_fidelity_is_found(claims):
 def test_drift_that_falls_with_the_weight_and_in_proportion_is_found(claims):
     falls = cells_of(claims, "Claim 3: drift against the weight", "penalty, linear rate 0.0004, 250 steps")
     assert falls == ["1, 2, 4", "yes; 100%", "yes; 100%"]
-    assert cells_of(claims, "Claim 3: predictions", "full") == ["0.1000 [0.1000, 0.1000]", "0.0 [0.0, 0.0]"]
+    in_proportion = ["3", "10.00 [10.00, 10.00]", "0.0 [0.0, 0.0]", "1.00 [1.00, 1.00]"]
+    assert cells_of(claims, "Claim 3: predictions", "penalty") == in_proportion
 
 
 def test_interpolation_ends_at_the_training_itself(tmp_path):
