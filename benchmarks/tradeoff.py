@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINYWORLD = ROOT / "examples" / "tinyworld"
 sys.path.insert(0, str(TINYWORLD))
 
-from demo import SD, SDXL, Setup, hash_of  # noqa: E402
+from demo import BASE_NAME, SD, SDXL, Setup, hash_of, save_picture  # noqa: E402
 from examine import Examiner, load, subject_prompt  # noqa: E402
 from world import SUBJECTS  # noqa: E402
 
@@ -90,6 +90,12 @@ GRIDS = {
     "prior": [
         Row("prior preservation", (2e-4, 5e-4), flags=PRIOR, steps=(120,)),
         Row("prior preservation", (1e-3,), flags=PRIOR, steps=(120, 250)),
+    ],
+    # Claim 6, for --draw: no penalty, the weight that is about right, and too much.
+    "limits": [
+        Row("DreamBooth", (2e-4,), steps=(120,)),
+        Row("DreamBooth", (1e-3,), steps=(120,), shares=(0.4, 0.7)),
+        Row("penalty", (1e-3,), (300, 1000, 3000), steps=(120,)),
     ],
     # Claim 4: what reaches a fidelity in fewer steps.
     "short": [Row("penalty", (1e-3, 2e-3), (100,), steps=(60,))],
@@ -339,6 +345,17 @@ class Ruler:
         }
 
 
+def draw(setup: Setup, trainings: list[Training], subject: str, seed: int, work: Path, path: Path) -> None:
+    """The demo's picture with a row for each of these trainings, which have to be of all weights."""
+    models = {BASE_NAME: setup.base}
+    for training in tqdm(trainings, desc=f"trainings on {subject}"):
+        name = f"{training.method}, rate {training.rate:g}"
+        name += f", weight {training.weight:g}" if training.weight else ""
+        models[name] = work / name
+        train(setup, training, subject, seed, models[name])
+    save_picture(subject, seed, models, path)
+
+
 def shard(text: str) -> str:
     i, n = map(int, text.split("/"))
     if not 1 <= i <= n:
@@ -358,7 +375,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", type=Path, help="A file of results for each shard; default: tradeoff, or tradeoff/sdxl."
     )
+    parser.add_argument("--draw", action="store_true", help="A picture of each subject and seed; nothing is measured.")
     args = parser.parse_args(input_args)
+    if args.draw and not {"methods", "lora", "custom"}.isdisjoint(args.grid):
+        parser.error("--draw is for full fine-tuning: choose another --grid")
     args.output_dir = args.output_dir or Path("tradeoff", "sdxl" if args.sdxl else "")
     return args
 
@@ -371,6 +391,11 @@ def main(args: argparse.Namespace) -> None:
     settings = {"base": hash_of(setup.base), "others": args.others, "per_scene": args.per_scene}
     # Another number of shards, or a file from elsewhere: what is done is done.
     done = {identity(result) for file in args.output_dir.glob("*.jsonl") for result in read_lines(file)}
+    if args.draw:
+        for seed, subject in itertools.product(args.seeds, args.subjects):
+            draw(setup, trainings_of(args.grid)[1:], subject, seed, work, args.output_dir / f"{subject}-{seed}.png")
+        shutil.rmtree(work)
+        return
     # All subjects of a training in turn, so that every shard gets some of each training.
     pairs = [(seed, subject) for seed in args.seeds for subject in args.subjects]
     trainings = [(i, training, *pair) for i, training in enumerate(trainings_of(args.grid)) for pair in pairs]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 
@@ -251,6 +252,21 @@ def test_what_goes_onto_the_base_is_measured_in_place(part, pattern, tmp_path):
     assert unet.keys() == base.keys()
     changed = {name for name in base if not torch.equal(base[name], unet[name])}
     assert changed == {name for name in base if re.search(pattern, name)}
+
+
+def test_draws_one_picture_of_all_trainings_of_a_subject(tmp_path, monkeypatch):
+    monkeypatch.setitem(tradeoff.GRIDS, "test", [tradeoff.Row("penalty", (1e-3,), (1,), steps=(1,))])
+    command = ["--draw", "--grid=test", "--subjects=mug", "--seeds=0", f"--output_dir={tmp_path}"]
+    tradeoff.main(tradeoff.parse_args(command))
+    assert [path.name for path in tmp_path.iterdir()] == ["mug-0.png"]
+    width, height = Image.open(tmp_path / "mug-0.png").size
+    assert height == pytest.approx(width * 3 * 1.75 / (7 * 1.6), rel=0.01)  # photos, base, training; seven columns
+
+
+def test_draws_nothing_that_is_no_whole_pipeline(capsys):
+    with pytest.raises(SystemExit):
+        tradeoff.parse_args(["--draw", "--grid", "lora"])
+    assert "--draw is for full fine-tuning" in capsys.readouterr().err
 
 
 # Figures and claims

@@ -102,7 +102,8 @@ def save_picture(subject: str, seed: int, models: dict[str, Path], path: Path) -
                 axis.imshow(pictures[column], interpolation="lanczos")
             if name == BASE_NAME:
                 axis.set_title(textwrap.fill(prompts[column].removeprefix("a photo of "), 20), fontsize=8)
-        line[0].text(-0.08, 0.5, name, rotation=90, ha="right", va="center", transform=line[0].transAxes, fontsize=9)
+        label = textwrap.fill(name, 20)
+        line[0].text(-0.08, 0.5, label, rotation=90, ha="right", va="center", transform=line[0].transAxes, fontsize=9)
     figure.subplots_adjust(left=0.04, right=0.995, bottom=0.005, top=0.995, wspace=0.04, hspace=0.16)
     figure.savefig(path, dpi=110)
     plt.close(figure)
