@@ -1037,8 +1037,7 @@ h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere
 h2 { font-size: 20px; margin: 40px 0 8px; }
 p { margin: 6px 0; max-width: 75ch; }
 .soft, figcaption, small { color: var(--soft); }
-small { font-size: 13px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; margin-top: 24px; }
+small { font-size: 13px; line-height: 1.4; display: block; }
 .card, .panel { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; }
 .card h3 { font-size: 15px; margin: 0; }
 .card .value { font-size: 34px; font-weight: 650; line-height: 1.25; }
@@ -1046,7 +1045,6 @@ small { font-size: 13px; }
 .good { color: var(--good); } .fair { color: var(--fair); } .poor { color: var(--poor); }
 .track { height: 8px; border-radius: 4px; background: var(--line); margin: 6px 0 10px; overflow: hidden; }
 .track i { display: block; height: 100%; background: currentColor; }
-.panel { overflow-x: auto; }
 .panel:has(> table:first-child) { padding: 6px 18px; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; }
 th, td { text-align: left; padding: 9px 16px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -1054,59 +1052,70 @@ tr:last-child td { border-bottom: 0; }
 th { font-size: 13px; color: var(--soft); font-weight: 600; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td:first-child { white-space: nowrap; }
-.dense td, .dense th { padding: 3px 0; border: 0; }
-td.what { min-width: 300px; }
-.wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; align-items: start; }
-figure { margin: 0 0 18px; }
-figure:last-child { margin: 0; }
-figure img { width: 100%; max-width: 100%; display: block; border-radius: 6px; }
-figcaption { font-size: 14px; margin-bottom: 4px; }
-.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 24px; font-weight: 600; margin-bottom: 8px; }
+.dense td, .dense th { padding: 3px 8px 3px 0; border: 0; }
+.cards, .wide, .prompts, .pair { display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fit, minmax(min(var(--width), 100%), 1fr)); }
+.cards { --width: 240px; margin-top: 24px; }
+.wide { --width: 420px; margin-top: 16px; }
+.prompts { --width: calc(var(--pictures) * 250px); }
+.pair { --width: calc(var(--pictures) * 110px); }
+figure { margin: 0; min-width: 0; }
+figcaption { font-size: 15px; margin-bottom: 4px; }
+img { display: block; max-width: 100%; border-radius: 6px; }
+.photos { display: flex; flex-wrap: wrap; gap: 8px; }
+.photos img { width: min(160px, 50% - 4px); }
+@media (max-width: 700px) {
+  table:not(.dense) tr { display: flex; flex-wrap: wrap; padding: 9px 0; border-bottom: 1px solid var(--line); }
+  table:not(.dense) tr:first-child { display: none; }
+  table:not(.dense) tr:last-child { border: 0; }
+  table:not(.dense) td { border: 0; padding: 0; flex: 1 0 100%; }
+  table:not(.dense) td.n { flex: 1; text-align: left; }
+  td[data-label]::before { content: attr(data-label); display: block; font-size: 13px; color: var(--soft); }
+  table:not(.dense) td:first-child { font-weight: 600; }
+}
 details { margin-top: 40px; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-size: 12px; fill: var(--soft); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; }
 """
+TITLES = {"personalized": "personalized", "base": "base, same seeds"}
 THUMBNAIL, GAP = 160, 8
 SHOWN_PROMPTS, SHOWN_IMAGES = 8, 4
 
 
-def strip_of(paths: list[list[Path]]) -> Image.Image:
-    """Pictures in one row: groups of equal length, with a wider gap between groups."""
-    step, width = THUMBNAIL + GAP, sum(map(len, paths)) * (THUMBNAIL + GAP) + (len(paths) - 1) * 2 * GAP - GAP
-    strip = Image.new("RGB", (width, THUMBNAIL), "white")
-    x = 0
-    for group in paths:
-        for path in group:
-            strip.paste(open_photo(path).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS), (x, 0))
-            x += step
-        x += 2 * GAP
+def strip_of(paths: list[Path]) -> Image.Image:
+    """Pictures in one row."""
+    strip = Image.new("RGB", (len(paths) * (THUMBNAIL + GAP) - GAP, THUMBNAIL), "white")
+    for i, path in enumerate(paths):
+        thumbnail = open_photo(path).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        strip.paste(thumbnail, (i * (THUMBNAIL + GAP), 0))
     return strip
 
 
-def build_strips(images: list[dict], folders: dict[str, Path], kind: str) -> list[tuple[str, Image.Image]]:
-    """Some of the prompts, evenly chosen, each with a row of pictures: the personalized model's, then the base's."""
+def build_strips(images: list[dict], folders: dict[str, Path], kind: str) -> list[tuple[str, dict[str, Image.Image]]]:
+    """Some of the prompts, evenly chosen, each with a row of pictures by each model."""
     prompts = sorted({image["prompt_index"] for image in images if image["kind"] == kind})
     count = min(SHOWN_PROMPTS, len(prompts))
     strips = []
     for index in [prompts[i * len(prompts) // count] for i in range(count)]:
         chosen = [image for image in images if (image["kind"], image["prompt_index"]) == (kind, index)][:SHOWN_IMAGES]
-        paths = [[folders[model] / image["file"] for image in chosen] for model in reversed(MODELS)]
-        strips.append((chosen[0]["text"], strip_of(paths)))
+        by_model = {model: strip_of([folders[model] / image["file"] for image in chosen]) for model in MODELS}
+        strips.append((chosen[0]["text"], by_model))
     return strips
 
 
-def stack_strips(strips: list[tuple[str, Image.Image]]) -> Image.Image:
-    """A grid of all rows, each under its prompt."""
-    font, head = ImageFont.load_default(15), 26
-    grid = Image.new("RGB", (strips[0][1].width + 2 * GAP, len(strips) * (THUMBNAIL + head + GAP) + head), "white")
+def stack_strips(strips: list[tuple[str, dict[str, Image.Image]]]) -> Image.Image:
+    """A grid of all rows, each under its prompt: the personalized model's pictures, then the base's."""
+    font, head, width = ImageFont.load_default(15), 26, strips[0][1]["base"].width + 3 * GAP
+    grid = Image.new("RGB", (2 * width, len(strips) * (THUMBNAIL + head + GAP) + head), "white")
     pen = ImageDraw.Draw(grid)
-    pen.text((GAP, 4), "personalized", "black", font)
-    pen.text((grid.width // 2 + GAP, 4), "base, same seeds", "black", font)
-    for i, (text, strip) in enumerate(strips):
-        y = head + i * (THUMBNAIL + head + GAP)
-        pen.text((GAP, y + 3), text, "gray", font)
-        grid.paste(strip, (GAP, y + head))
+    for x, (model, title) in zip((GAP, GAP + width), TITLES.items()):
+        pen.text((x, 4), title, "black", font)
+        for i, (text, by_model) in enumerate(strips):
+            y = head + i * (THUMBNAIL + head + GAP)
+            grid.paste(by_model[model], (x, y + head))
+            if model == "personalized":
+                pen.text((x, y + 3), text, "gray", font)
     return grid
 
 
@@ -1131,11 +1140,11 @@ def card(title: str, value: float | None, good: float, fair: float, words: tuple
 
 
 def html_table(head: list[str], rows: list[list[str]]) -> str:
-    """Name, numbers, and in the last column what they mean."""
+    """Name, numbers, and in the last column what they mean. Narrow screens show `data-label` above each number."""
 
     def cells(tag, values):
-        classes = ["", *[' class="n"'] * (len(values) - 2), ' class="what"']
-        return "".join(f"<{tag}{kind}>{value}</{tag}>" for kind, value in zip(classes, values))
+        numbers = [f'<{tag} class="n" data-label="{n}">{v}</{tag}>' for n, v in list(zip(head, values))[1:-1]]
+        return f"<{tag}>{values[0]}</{tag}>{''.join(numbers)}<{tag}>{values[-1]}</{tag}>"
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="panel"><table><tr>{cells("th", head)}</tr>{body}</table></div>'
@@ -1143,18 +1152,23 @@ def html_table(head: list[str], rows: list[list[str]]) -> str:
 
 def timestep_chart(prediction: dict[str, dict]) -> str:
     """Prediction drift by timestep as a drawing in SVG: other prompts and the subject."""
-    width, height, left, bottom = 520, 250, 52, 40
+    width, height, left, bottom = 440, 300, 46, 40
     largest = max(max(curve["by_timestep"].values()) for curve in prediction.values()) or 1.0
     last = max(max(curve["by_timestep"]) for curve in prediction.values())
+    # Three to six lines at round numbers.
+    power = 10 ** math.floor(math.log10(largest))
+    step = power * (0.5 if largest < 2 * power else 1 if largest < 5 * power else 2)
+    ticks = [i * step for i in range(math.ceil(largest / step) + 1)]
 
     def place(timestep, drift):
-        return left + (width - left - 12) * timestep / last, height - bottom - (height - bottom - 28) * drift / largest
+        share = drift / ticks[-1]
+        return left + (width - left - 12) * timestep / last, height - bottom - (height - bottom - 28) * share
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Prediction drift by timestep">']
-    for share in (0, 0.5, 1):
-        y = place(0, share * largest)[1]
+    for tick in ticks:
+        y = place(0, tick)[1]
         parts.append(f'<line x1="{left}" x2="{width - 12}" y1="{y}" y2="{y}" stroke="#dfe3e8"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{100 * share * largest:.3g}%</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{100 * tick:.6g}%</text>')
     for kind, colour, x in (("other", "#3b6fb6", left), ("subject", "#c77d0a", left + 190)):
         points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in prediction[kind]["by_timestep"].items())
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
@@ -1174,13 +1188,17 @@ def timestep_chart(prediction: dict[str, dict]) -> str:
 def block_chart(parameters: dict[str, dict]) -> str:
     """Relative drift as a table with bars: of every part, and of the blocks of those that have moved."""
     largest = max(block["relative"] for part in parameters.values() for block in part["blocks"].values()) or 1.0
+    digits = max(0, -math.floor(math.log10(largest)))  # three digits of the largest per cent
     rows = []
     for part, values in parameters.items():
-        rows.append(f'<tr><th>{part}</th><th></th><th class="n">{100 * values["relative"]:.3g}%</th></tr>')
-        for name, block in values["blocks"].items() if values["drift"] > 0 else ():
-            share = 100 * block["relative"] / largest
+        number = f'<td class="n">{100 * values["relative"]:.{digits}f}%</td>'
+        rows.append(f"<tr><th>{part}</th><th></th>{number}</tr>")
+        blocks = values["blocks"] if values["drift"] > 0 else ()
+        # In the order of the data: the U-Net registers its middle last but for the output.
+        for name in sorted(blocks, key=lambda name: name.startswith(("up_blocks", "conv_norm_out", "conv_out"))):
+            share = 100 * blocks[name]["relative"] / largest
             bar = f'<div class="track" style="color:var(--bar)"><i style="width:{share:.0f}%"></i></div>'
-            number = f'<td class="n">{100 * block["relative"]:.3g}%</td>'
+            number = f'<td class="n">{100 * blocks[name]["relative"]:.{digits}f}%</td>'
             rows.append(f'<tr><td>{name}</td><td style="width:45%">{bar}</td>{number}</tr>')
     return f'<table class="dense">{"".join(rows)}</table>'
 
@@ -1190,53 +1208,33 @@ def write_report(
 ) -> None:
     """The page: answers first, then every number beside the base's with what it means, then pictures."""
 
-    def picture(image: Image.Image, caption: str) -> str:
+    def picture(image: Image.Image, text: str) -> str:
         file = io.BytesIO()
         image.save(file, format="jpeg", quality=88)
         data = base64.b64encode(file.getvalue()).decode()
-        text = html.escape(caption)
-        return (
-            f'<figure><figcaption>{text}</figcaption><img src="data:image/jpeg;base64,{data}" alt="{text}"></figure>'
-        )
+        return f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(text)}">'
+
+    def figure(text: str, by_model: dict[str, Image.Image]) -> str:
+        sides = [f"<div><small>{title}</small>{picture(by_model[m], title)}</div>" for m, title in TITLES.items()]
+        return f'<figure><figcaption>{html.escape(text)}</figcaption><div class="pair">{"".join(sides)}</div></figure>'
 
     summary, subject, other, drift = (metrics[name] for name in ("summary", "subject", "other", "drift"))
     ours, base, own, unrelated = (subject[name] for name in ("personalized", "base", "photos", "unrelated"))
     seeds, prediction = drift["between_seeds"], metrics["prediction_drift"]
-    cards = [
-        card(
-            "Was the subject learned?",
-            summary["learned"],
-            0.6,
-            0.3,
-            ("yes", "in part", "hardly"),
-            "By DINO: 0% is what the base draws, 100% as alike as the photos are among themselves.",
-        ),
-        card(
-            "Are prompts still obeyed?",
-            summary["obeyed"],
-            0.9,
-            0.7,
-            ("as the base does", "less than the base does", "often ignored"),
-            "By CLIP-T, on pictures of the subject: 0% as if text and picture were unrelated, 100% as the base does.",
-        ),
-        card(
-            "Has the rest moved?",
-            summary["moved"],
-            0.25,
-            0.6,
-            ("hardly", "visibly", "nearly as much as another seed, or more"),
-            "By DINO, on prompts that do not name the subject: 0% the base's very pictures, 100% as different as the"
-            " base's with another seed.",
-        ),
-        card(
-            "Are photos copied?",
-            summary["copies"],
-            0.1,
-            0.5,
-            ("hardly", "some pictures", "most pictures"),
-            "Pictures of the subject that are closer to a photo than any two photos are to each other.",
-        ),
-    ]
+    answers = [
+        ["Was the subject learned?", summary["learned"], 0.6, 0.3, ("yes", "in part", "hardly"),
+         "By DINO: 0% is what the base draws, 100% as alike as the photos are among themselves. Needs two photos."],
+        ["Are prompts still obeyed?", summary["obeyed"], 0.9, 0.7,
+         ("as the base does, or better", "less than the base does", "often ignored"),
+         "By CLIP-T, on pictures of the subject: 0% as if text and picture were unrelated, 100% as the base does."
+         " Needs two prompts."],
+        ["Has the rest moved?", summary["moved"], 0.25, 0.6,
+         ("hardly", "visibly", "nearly as much as another seed, or more"),
+         "By DINO, on prompts that do not name the subject: 0% the base's very pictures, 100% as different as the"
+         " base's with another seed. Needs two pictures of a prompt."],
+        ["Are photos copied?", summary["copies"], 0.1, 0.5, ("hardly", "some pictures", "most pictures"),
+         "Pictures of the subject closer to a photo than any two photos are to each other. Needs two photos."],
+    ]  # fmt: skip
     fidelity = [
         ["DINO", show(ours["dino"]), show(base["dino"]), show(own["dino"]),
          "Likeness to the photos: of this very subject. Higher is better, up to the photos' own."],
@@ -1262,38 +1260,46 @@ def write_report(
         ["pixels, RMS", show(drift["pixel_rms"], 1), show(seeds["pixel_rms"], 1),
          "Grey levels of 255. Sensitive to any shift of a thing, even a harmless one."],
         ["CMMD", show(drift["cmmd"]), "–",
-         "Distance of all pictures as a whole, not one by one: has the kind of pictures changed? 0: no."],
-        ["Fréchet, CLIP", show(drift["frechet_clip"], 2), "–",
-         "The same question by mean and covariance. Only compare models drawn with the same prompts and judges."],
+         "Distance of all pictures as a whole, not one by one: has the kind of pictures changed? 0: no. Has no"
+         " yardstick here, as all below: compare with other models, drawn with the same prompts and judges."],
+        ["Fréchet, CLIP", show(drift["frechet_clip"], 2), "–", "The same question by mean and covariance."],
         ["Fréchet, DINO", show(drift["frechet_dino"], 2), "–", "And in DINO's features."],
         ["predictions", f"{100 * prediction['other']['mean']:.2f}%", "–",
          "Change of the predicted noise relative to its size, on the base's pictures of other prompts;"
          f" on the photos, where change was wanted, {100 * prediction['subject']['mean']:.2f}%."],
     ]  # fmt: skip
-    pictures = {kind: "".join(picture(image, text) for text, image in rows) for kind, rows in strips.items()}
-    sides = '<div class="sides"><span>personalized</span><span>base, same seeds</span></div>'
-    name = html.escape(Path(args.pretrained_model_name_or_path).name)
-    base_name = html.escape(args.base_model_name_or_path)
-    subject_name = html.escape(f"{args.instance_token} {args.class_name}")
+    figures = {kind: "".join(figure(*strip) for strip in rows) for kind, rows in strips.items()}
+    shown = f'style="--pictures:{min(args.num_images_per_prompt, SHOWN_IMAGES)}"'
+    thumbnails = "".join(picture(strip_of([photo]), photo.name) for photo in photos[:SHOWN_PROMPTS])
+    kind = {"pipeline": "A pipeline", "lora": "A LoRA", "custom_diffusion": "Custom Diffusion"}[args.kind]
+    about = (
+        f"{kind}, {args.pretrained_model_name_or_path}, against its base, {args.base_model_name_or_path}."
+        f" {len(photos)} photo{'s' * (len(photos) > 1)}, and {metrics['images']} pictures of each model from the same"
+        f" prompts and seeds, in {args.num_inference_steps} steps with guidance {args.guidance_scale:g}; judged by"
+        f" {args.clip_model} and {args.dino_model}. {metrics['settings']['date']}."
+    )
+    if args.new_words:
+        about += f" The base cannot read {args.new_words}: asked without, its pictures show any {args.class_name}."
+    title = f"{Path(args.pretrained_model_name_or_path).name}: “{args.instance_token} {args.class_name}”"
+    title, about = html.escape(title), html.escape(about)
     settings = html.escape(json.dumps(metrics["settings"], indent=1))
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}: evaluation</title><style>{STYLE}</style></head><body><main>
-<h1>{name}</h1>
-<p class="soft">“{subject_name}” from {len(photos)} photo{"s" * (len(photos) > 1)}, against its base {base_name}:
-{metrics["images"]} pictures of each model, same prompts and seeds.</p>
-<div class="cards">{"".join(cards)}</div>
+<title>{title}: evaluation</title><style>{STYLE}</style></head><body><main>
+<h1>{title}</h1>
+<p class="soft">{about}</p>
+<div class="cards">{"".join(card(*answer) for answer in answers)}</div>
 <p><small>The words are rules of thumb, the numbers are measured. Look at the pictures too.</small></p>
 <h2>Subject and prompts</h2>
 {html_table(["", "personalized", "base", "photos", "what it means"], fidelity)}
 <h2>Drift from the base, on prompts that do not name the subject</h2>
 {html_table(["", "drift", "another seed", "what it means"], distance)}
-<div class="wide" style="margin-top:16px"><div class="panel"><b>Predictions, by timestep</b>
+<div class="wide"><div class="panel"><b>Predictions, by timestep</b>
 {timestep_chart(prediction)}</div><div class="panel"><b>Weights, by block, relative to the base's norm</b>
 {block_chart(metrics["parameter_drift"])}</div></div>
-<h2>The photos</h2><div class="panel">{picture(strip_of([photos[:SHOWN_PROMPTS]]), "")}</div>
-<h2>The subject</h2><div class="panel">{sides}{pictures["subject"]}</div>
-<h2>Other prompts: the two sides should look alike</h2><div class="panel">{sides}{pictures["other"]}</div>
+<h2>The photos</h2><div class="panel photos">{thumbnails}</div>
+<h2>The subject</h2><div class="panel prompts" {shown}>{figures["subject"]}</div>
+<h2>Other prompts: the two sides should look alike</h2><div class="panel prompts" {shown}>{figures["other"]}</div>
 <details><summary>Settings</summary><pre>{settings}</pre></details>
 </main></body></html>
 """

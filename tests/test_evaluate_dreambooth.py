@@ -2,6 +2,7 @@
 # Judges and weights are random here; how well the drawn world's own judges see is in test_tinyworld.py.
 import base64
 import csv
+import html
 import importlib.util
 import io
 import json
@@ -466,7 +467,7 @@ def test_the_report_needs_no_other_file(evaluated):
     page = evaluated[0].joinpath("report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page) and "<script" not in page
     pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
-    assert len(pictures) == 1 + 2 + 2
+    assert len(pictures) == 5 + 2 * (2 + 2)
     for data in pictures:
         Image.open(io.BytesIO(base64.b64decode(data))).load()
 
@@ -474,7 +475,7 @@ def test_the_report_needs_no_other_file(evaluated):
 def test_the_report_shows_the_numbers_beside_those_of_the_base(evaluated):
     page, measured = evaluated[0].joinpath("report.html").read_text(), read_metrics(evaluated[0])
     row = re.search(r"<td>CLIP-T</td>(.*?)</tr>", page, re.DOTALL)[1]
-    shown = re.findall(r'<td class="n">([^<]*)</td>', row)
+    shown = re.findall(r'<td class="n"[^>]*>([^<]*)</td>', row)
     assert shown[:2] == [f"{measured['subject'][model]['clip_t']:.3f}" for model in ("personalized", "base")]
 
 
@@ -500,20 +501,58 @@ def test_wandb_gets_numbers_and_grids(evaluate, monkeypatch, tmp_path):
     assert b"prediction_drift/other/mean" in record.read_bytes()
 
 
-def test_the_report_looks_right_in_a_browser(evaluated, tmp_path):
+def test_charts_are_labelled_with_round_numbers_in_the_order_of_the_model(script):
+    curve = {"by_timestep": {250: 0.447, 750: 0.02}}
+    labels = re.findall(r">([^<]*%)</text>", script.timestep_chart({"other": curve, "subject": curve}))
+    assert labels == ["0%", "10%", "20%", "30%", "40%", "50%"]
+    blocks = {
+        name: {"relative": r} for name, r in (("up_blocks.0", 0.038), ("mid_block", 0.00122), ("conv_out", 0.03))
+    }
+    chart = script.block_chart({"unet": {"drift": 1.0, "relative": 0.02, "blocks": blocks}})
+    assert re.findall(r"<td>(\w+)", chart) == ["mid_block", "up_blocks", "conv_out"]
+    assert re.findall(r">([^<]*%)</td>", chart) == ["2.00%", "0.12%", "3.80%", "3.00%"]
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Runs Chromium on a page."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium here: apt-get install chromium")
-    screenshot = tmp_path / "report.png"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1600"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={screenshot}"]
-    subprocess.run([*command, evaluated[0].joinpath("report.html").as_uri()], capture_output=True, timeout=120)
+    command.append(f"--user-data-dir={tmp_path / 'profile'}")
+
+    def call(page, flag):
+        return subprocess.run([*command, flag, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+
+    return call
+
+
+def test_the_report_looks_right_in_a_browser(evaluated, browse, tmp_path):
+    screenshot = tmp_path / "report.png"
+    browse(evaluated[0] / "report.html", f"--screenshot={screenshot}")
     pixels = np.asarray(Image.open(screenshot).convert("RGB"), dtype=int)
     assert pixels.shape == (1600, 1200, 3)
     # The paper of the cards on the grey page, and nothing that runs over the margin.
     assert (pixels == 255).all(axis=2).mean() > 0.2
     margin = pixels[:, -20:]
     assert (margin == margin[0, 0]).all()
+
+
+def test_nothing_in_the_report_is_wider_than_the_screen_or_cut_off(evaluated, browse, tmp_path):
+    """In frames, as the window of a browser has a least width of its own."""
+    report = html.escape(evaluated[0].joinpath("report.html").read_text())
+    measure = """
+      onload = () => document.title = Array.from(frames, frame => {
+        const all = [...frame.document.querySelectorAll("html, body *:not(svg *)")];
+        const wide = e => e.getBoundingClientRect().right > frame.innerWidth || e.scrollWidth > e.clientWidth + 1;
+        const names = all.filter(e => e.clientWidth && wide(e)).map(e => e.tagName + "." + e.className);
+        return [frame.innerWidth, ...names].join(" ");
+      }).join(", ")"""
+    framed = "".join(f'<iframe width="{width}" srcdoc="{report}" style="border:0"></iframe>' for width in (1200, 400))
+    page = tmp_path / "page.html"
+    page.write_text(f"<title></title><script>{measure}</script>{framed}")
+    assert re.search("<title>(.*?)</title>", browse(page, "--dump-dom"))[1] == "1200, 400"
 
 
 # How it is run
@@ -649,6 +688,7 @@ def test_custom_diffusion_is_measured_on_top_of_the_base(evaluate, tmp_path):
     assert parameters["unet"]["drift"] == pytest.approx(expected, rel=1e-3) and expected > 0
     assert parameters["unet"]["blocks"]["conv_in"]["drift"] == 0 and parameters["text_encoder"]["drift"] == 0
     assert metrics["drift"]["pixel_rms"] > 0 and metrics["prediction_drift"]["other"]["mean"] > 0
+    assert "The base cannot read &lt;new1&gt;" in tmp_path.joinpath("out", "report.html").read_text()
 
 
 def test_the_base_is_asked_without_words_that_only_custom_diffusion_knows(script, flags, tmp_path):
@@ -816,7 +856,8 @@ def test_one_photo_and_one_picture_a_prompt_leave_empty_what_needs_two(evaluate,
     assert subject["personalized"]["diversity"] is None and subject["personalized"]["copies"] is None
     assert subject["personalized"]["dino"] is not None and metrics["drift"]["dino_distance"] > 0
     assert metrics["summary"]["learned"] is None and metrics["summary"]["moved"] is None
-    assert "–" in tmp_path.joinpath("out", "report.html").read_text()
+    page = tmp_path.joinpath("out", "report.html").read_text()
+    assert "–" in page and "Needs two pictures of a prompt" in page
 
 
 # What is refused, each in one line, with exit code 2
