@@ -26,7 +26,8 @@ import os
 import re
 import shutil
 import sys
-from datetime import timedelta
+from datetime import date, timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,7 +44,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, ImageDraw, ImageFont
 from PIL.ImageOps import exif_transpose, fit
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
@@ -64,6 +65,13 @@ KEYS_VALUES, NEW_TOKENS = "custom_diffusion.safetensors", "learned_embeds.safete
 # A personalized model is what the first of these files that it has says.
 KINDS = {"model_index.json": "pipeline", LORA_WEIGHTS: "lora", KEYS_VALUES: "custom_diffusion"}
 MODELS = ("base", "personalized")
+# Beside the pictures: what they were drawn with.
+RECORD = "drawn_with.json"
+FLAGS = {"base": "--base_model_name_or_path", "personalized": "--pretrained_model_name_or_path"}
+TRAINED_PARTS = ("unet", "text_encoder", "text_encoder_2")
+# What loading raises; the Hub's errors are among them.
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+MISFIT = "it was made for another base: name its own with --base_model_name_or_path"
 
 # What is asked of the subject, when no --prompts_file is given. The first part is for all.
 PLACES = [
@@ -208,8 +216,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", default="evaluation", help="Folder for the report, the figures and the pictures.")
     add("--base_images_dir", help="Folder of the base's pictures, which evaluations of many models can share.")
     add("--overwrite", action="store_true", help="Draw afresh what was drawn with other models or settings.")
-    add("--report_to", help='Also log to "tensorboard", "wandb", or "all" that are installed.')
+    add("--report_to", choices=["tensorboard", "wandb", "all"], help="Also log there, or to all that are installed.")
+    # The words that a Custom Diffusion learned, with spaces between them: `check_models` finds them.
+    parser.set_defaults(new_words="")
     args = parser.parse_args(input_args)
+    for name in ("instance_token", "class_name"):
+        if not getattr(args, name).strip():
+            parser.error(f"--{name} must not be empty")
+    if not math.isfinite(args.guidance_scale):
+        parser.error(f"--guidance_scale must be a number, not {args.guidance_scale}")
     if args.resolution and args.resolution % 8:
         parser.error(f"--resolution must be a multiple of 8, not {args.resolution}")
     return args
@@ -238,7 +253,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     logger.setLevel(logging.INFO)
     for library in (transformers, diffusers):
         library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
+        # What they log as an error, line by line, they also raise: `stop` says it in one.
+        library.utils.logging.set_verbosity(logging.CRITICAL)
     return accelerator
 
 
@@ -328,56 +344,78 @@ def build_prompts(args: argparse.Namespace) -> dict[str, list[dict[str, str]]]:
     return {"subject": both(subject), "other": both(other)}
 
 
-def find_file(flag: str, source: str, name: str, revision: str | None = None) -> Path | None:
-    """A file of a model in a folder or on the Hub; `None` if the model has no such file."""
+def source_of(args: argparse.Namespace, model: str) -> tuple[str, str | None]:
+    """Folder or Hub name of one of the two models, and its revision."""
+    if model == "base":
+        return args.base_model_name_or_path, args.revision
+    return args.pretrained_model_name_or_path, None
+
+
+def find_file(args: argparse.Namespace, model: str, name: str) -> Path | None:
+    """A file of a model in a folder or on the Hub; `None` if the model, or offline its cache, has no such file."""
+    source, revision = source_of(args, model)
     if os.path.isdir(source):
         return Path(source, name) if Path(source, name).is_file() else None
+    if os.path.isfile(source):
+        stop(f"{FLAGS[model]}: {source} is a file: name the folder that it is in")
     try:
         return Path(hf_hub_download(source, name, revision=revision))
     except EntryNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        stop(f"{flag}: there is no folder {source}, and from the Hub: {error}")
+        stop(f"{FLAGS[model]}: there is no folder {source}, and from the Hub: {error}")
 
 
 def check_models(args: argparse.Namespace) -> None:
     """
     Stops unless both are pipelines of one architecture, or the personalized one goes onto the base; reads
-    configurations only. Sets `args.pipeline_class`, `args.scheduler_class` and `args.kind`, one of `KINDS`.
+    configurations only. Sets `args.pipeline_class`, `args.scheduler_class`, `args.kind`, one of `KINDS`, and
+    `args.new_words`.
     """
-    flags = {"base": "--base_model_name_or_path", "personalized": "--pretrained_model_name_or_path"}
-    sources = {
-        "base": (args.base_model_name_or_path, args.revision),
-        "personalized": (args.pretrained_model_name_or_path,),
-    }
 
     def read(model, name):
-        path = find_file(flags[model], sources[model][0], name, *sources[model][1:])
+        path = find_file(args, model, name)
         try:
             return json.loads(path.read_text()) if path else None
         except ValueError as error:
-            stop(f"{flags[model]}: {path} is broken: {error}")
+            stop(f"{FLAGS[model]}: {path} is broken: {error}")
 
     classes = {model: (read(model, "model_index.json") or {}).get("_class_name") for model in MODELS}
-    found = (file for file in KINDS if find_file(flags["personalized"], args.pretrained_model_name_or_path, file))
-    args.kind = KINDS[next(found, "model_index.json")]
+    args.kind = KINDS[next((file for file in KINDS if find_file(args, "personalized", file)), "model_index.json")]
     for model in MODELS if args.kind == "pipeline" else MODELS[:1]:
+        source, _ = source_of(args, model)
         if classes[model] is None:
             files = KINDS if model == "personalized" else ["model_index.json"]
-            stop(f"{flags[model]}: {sources[model][0]} is no pipeline: it has no {' and no '.join(files)}")
+            if os.path.isdir(source):
+                stop(f"{FLAGS[model]}: {source} is no pipeline: it has no {' and no '.join(files)}")
+            there = f"nor a model of that name with {' or '.join(files)} on the Hub (offline: in its cache)"
+            stop(f"{FLAGS[model]}: there is no folder {source}, {there}")
         if classes[model] not in PIPELINES:
-            stop(f"{flags[model]}: {sources[model][0]} is a {classes[model]}, not one of {', '.join(PIPELINES)}")
+            stop(f"{FLAGS[model]}: {source} is a {classes[model]}, not one of {', '.join(PIPELINES)}")
+    scheduler = read("base", "scheduler/scheduler_config.json")
+    if scheduler is None:
+        stop(f"{FLAGS['base']}: {args.base_model_name_or_path} has no scheduler/scheduler_config.json")
     args.pipeline_class, args.scheduler_class = classes["base"], read("base", "model_index.json")["scheduler"][1]
-    prediction_type = read("base", "scheduler/scheduler_config.json").get("prediction_type", "epsilon")
+    prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
-        stop(f"--base_model_name_or_path: it predicts {prediction_type}, not epsilon or v_prediction")
+        stop(f"{FLAGS['base']}: it predicts {prediction_type}, not epsilon or v_prediction")
+    if args.num_inference_steps > (most := scheduler.get("num_train_timesteps", 1000)):
+        stop(f"--num_inference_steps must be at most {most}, which is all that the base has")
+    if args.kind == "custom_diffusion" and (path := find_file(args, "personalized", NEW_TOKENS)):
+        try:
+            words = read_new_words(path)
+        except (*LOAD_ERRORS, TypeError) as error:
+            stop(f"{FLAGS['personalized']}: {path} is broken: {error}")
+        if not set(words) & set(args.instance_token.split()):
+            stop(f"--instance_token {args.instance_token} is none of the words that were learned: {', '.join(words)}")
+        args.new_words = " ".join(words)
     if args.kind != "pipeline":
         return
 
-    another = f"--base_model_name_or_path: {args.base_model_name_or_path} is of another architecture than the model"
+    another = f"{FLAGS['base']}: {args.base_model_name_or_path} is of another architecture than the model"
     if classes["personalized"] != classes["base"]:
         stop(f"{another}: a {classes['base']}, not a {classes['personalized']}")
-    for part in ("unet", "text_encoder", "text_encoder_2"):
+    for part in TRAINED_PARTS:
         base, personalized = (read(model, f"{part}/config.json") or {} for model in MODELS)
         # Versions of the libraries write more keys or fewer.
         shared = {key for key in base.keys() & personalized.keys() if not key.startswith("_")} - {"sample_size"}
@@ -391,19 +429,28 @@ def check_models(args: argparse.Namespace) -> None:
         stop(f"{another}: it predicts {prediction_type}, not {own_type}")
 
 
-def check_judges(args: argparse.Namespace) -> None:
-    """Stops unless the models that measure are there; reads configurations only."""
-    for flag, name in (("--clip_model", args.clip_model), ("--dino_model", args.dino_model)):
+def read_new_words(path: Path) -> list[str]:
+    """The words whose embeddings are in the file: SD's tensors bear their names, SDXL's have them in the metadata."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()["tokens"].split("+") if "clip_l" in file.keys() else list(file.keys())
+
+
+def load_judges(args: argparse.Namespace) -> dict[str, tuple]:
+    """The models that measure, "clip" and "dino": each with its image processor and CLIP's with its tokenizer."""
+    judges = {}
+    for judge, name in (("clip", args.clip_model), ("dino", args.dino_model)):
+        flag, loaders = f"--{judge}_model", [AutoModel, AutoImageProcessor]
         try:
             config = AutoConfig.from_pretrained(name)
-            AutoImageProcessor.from_pretrained(name)
-            if flag == "--clip_model":
-                AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+            if (judge == "clip") != hasattr(config, "text_config"):
+                kind = "model of images and text" if judge == "clip" else "model of images alone"
+                stop(f"{flag}: {name} is a {config.model_type}, not a {kind}")
+            loaders += [AutoTokenizer] * (judge == "clip")
+            model, *processors = (loader.from_pretrained(name) for loader in loaders)
+        except LOAD_ERRORS as error:
             stop(f"{flag}: cannot load {name}: {error}")
-        if (flag == "--clip_model") != hasattr(config, "text_config"):
-            kind = "model of images and text" if flag == "--clip_model" else "model of images alone"
-            stop(f"{flag}: {name} is a {config.model_type}, not a {kind}")
+        judges[judge] = (model.float().eval(), *processors)
+    return judges
 
 
 # Pictures
@@ -411,60 +458,71 @@ def check_judges(args: argparse.Namespace) -> None:
 
 def load_pipeline(args: argparse.Namespace, model: str, dtype: torch.dtype) -> Any:
     """One of the two models, "base" or "personalized", on the CPU. The base's sampler draws for both."""
-    base = {"pretrained_model_name_or_path": args.base_model_name_or_path, "revision": args.revision}
-    base["variant"] = args.variant
     kind = args.kind if model == "personalized" else "base"
-    own = {"pretrained_model_name_or_path": args.pretrained_model_name_or_path}
+    source, revision = source_of(args, model if kind == "pipeline" else "base")
     options = {"safety_checker": None, "requires_safety_checker": False}
     if args.pipeline_class == "StableDiffusionXLPipeline":
         options = {"add_watermarker": False}
+    options |= {"revision": revision, "variant": None if kind == "pipeline" else args.variant, "dtype": dtype}
     try:
-        source = own if kind == "pipeline" else base
-        pipeline = PIPELINES[args.pipeline_class].from_pretrained(**source, dtype=dtype, **options)
+        pipeline = PIPELINES[args.pipeline_class].from_pretrained(source, **options)
         if kind == "pipeline":
             pipeline.scheduler = getattr(diffusers, args.scheduler_class).from_pretrained(
                 args.base_model_name_or_path, subfolder="scheduler", revision=args.revision
             )
         elif kind == "lora":
-            pipeline.load_lora_weights(args.pretrained_model_name_or_path, weight_name=LORA_WEIGHTS)
+            load_lora(args, pipeline)
         elif kind == "custom_diffusion":
             load_custom_diffusion(args, pipeline)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        name = args.base_model_name_or_path if model == "base" else args.pretrained_model_name_or_path
-        stop(f"cannot load the {model} model {name}: {error}")
+    except LOAD_ERRORS as error:
+        error = MISFIT if "size mismatch" in str(error) else error
+        onto = "" if kind in ("base", "pipeline") else f" onto {source}"
+        stop(f"cannot load the {model} model {source_of(args, model)[0]}{onto}: {error}")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_lora(args: argparse.Namespace, pipeline: Any) -> None:
+    """Puts a LoRA onto the base. Raises `ValueError` if a part of it finds no place, which diffusers only warns of."""
+    source = {"pretrained_model_name_or_path_or_dict": args.pretrained_model_name_or_path, "weight_name": LORA_WEIGHTS}
+    pipeline.load_lora_weights(**source)
+    in_file, *_ = pipeline.lora_state_dict(**source, unet_config=pipeline.unet.config)
+    modules = [getattr(pipeline, part) for part in TRAINED_PARTS if hasattr(pipeline, part)]
+    in_place = [name for module in modules for name, _ in module.named_parameters()]
+    there, loaded = (sum("lora" in name for name in names) for names in (in_file, in_place))
+    if not loaded or loaded < there:
+        raise ValueError(f"{MISFIT} (of its {there} matrices, {loaded} have a place here)")
 
 
 def load_custom_diffusion(args: argparse.Namespace, pipeline: Any) -> None:
     """
     Puts keys, values and new words in their places, by the calls that the model's card shows. The file of the words
     has SD's by their names, (width,). For SDXL it has those of both encoders, (words, width), as `clip_l` and
-    `clip_g`, and the names, joined by "+", in its metadata.
+    `clip_g`. Raises `ValueError` if the base has no such place.
     """
-    keys_values, tokens = (
-        find_file("--pretrained_model_name_or_path", args.pretrained_model_name_or_path, file)
-        for file in (KEYS_VALUES, NEW_TOKENS)
-    )
+    keys_values, tokens = (find_file(args, "personalized", file) for file in (KEYS_VALUES, NEW_TOKENS))
     unknown = pipeline.unet.load_state_dict(load_file(keys_values), strict=False).unexpected_keys
     if unknown:
-        raise ValueError(f"its base has another architecture, as this one has no {unknown[0]}")
+        raise ValueError(f"{MISFIT} (which has no {unknown[0]})")
     if tokens is None:
         return
-    rows = load_file(tokens)
+    rows, words = load_file(tokens), read_new_words(tokens)
     if "clip_l" not in rows:
-        words = list(rows)
-        pipeline.load_textual_inversion(list(rows.values()), token=words)
-    else:
-        with safe_open(tokens, framework="pt") as file:
-            words = file.metadata()["tokens"].split("+")
-        for name, suffix in (("clip_l", ""), ("clip_g", "_2")):
-            encoder, tokenizer = (getattr(pipeline, part + suffix) for part in ("text_encoder", "tokenizer"))
-            pipeline.load_textual_inversion(list(rows[name]), token=words, text_encoder=encoder, tokenizer=tokenizer)
-        # Old configurations take the token of the highest number for the end of the prompt: a new word now.
-        pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
-    if not set(words) & set(args.instance_token.split()):
-        raise ValueError(f"--instance_token {args.instance_token} is none of its new words, {', '.join(words)}")
+        pipeline.load_textual_inversion([rows[word] for word in words], token=words)
+        return
+    for name, suffix in (("clip_l", ""), ("clip_g", "_2")):
+        encoder, tokenizer = (getattr(pipeline, part + suffix) for part in ("text_encoder", "tokenizer"))
+        pipeline.load_textual_inversion(list(rows[name]), token=words, text_encoder=encoder, tokenizer=tokenizer)
+    # Old configurations take the token of the highest number for the end of the prompt: a new word now.
+    pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
+
+
+def wording(args: argparse.Namespace, model: str, text: str) -> str:
+    """A prompt as this model is asked: the base without the words that Custom Diffusion learned and it cannot read."""
+    if model == "base":
+        for word in sorted(args.new_words.split(), key=len, reverse=True):  # as one may begin with another
+            text = text.replace(word, "")
+    return " ".join(text.split())
 
 
 def plan_images(args: argparse.Namespace, prompts: dict[str, list[dict[str, str]]]) -> list[dict[str, Any]]:
@@ -481,10 +539,9 @@ def plan_images(args: argparse.Namespace, prompts: dict[str, list[dict[str, str]
 
 def digest_weights(args: argparse.Namespace, model: str) -> str:
     """Tells a model from another one written to the same place later: a hash of its files, or its Hub commit."""
-    source = args.base_model_name_or_path if model == "base" else args.pretrained_model_name_or_path
-    revision = args.revision if model == "base" else None
+    source, _ = source_of(args, model)
     kind = args.kind if model == "personalized" else "pipeline"
-    entry = find_file(model, source, next(file for file in KINDS if KINDS[file] == kind), revision)
+    entry = find_file(args, model, next(file for file in KINDS if KINDS[file] == kind))
     if not os.path.isdir(source):
         return entry.parent.name
     files = [entry, *Path(source).glob(NEW_TOKENS)] if kind == "custom_diffusion" else [entry]
@@ -496,38 +553,50 @@ def digest_weights(args: argparse.Namespace, model: str) -> str:
         with path.open("rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
-def prepare_folders(args: argparse.Namespace, images: list[dict[str, Any]]) -> None:
+def check_folders(args: argparse.Namespace, images: list[dict[str, Any]]) -> dict[Path, dict[str, Any]]:
     """
-    Makes the folder of each model's pictures. Stops if one holds pictures of another model or other settings, unless
-    they are to be overwritten; only folders that this script has written are ever emptied. For one process to call.
+    The folders that are to be emptied before drawing, and the record of settings that each then gets. Stops if one
+    holds pictures of another model or other settings, unless they are to be overwritten, or files of someone else.
     """
-    names = ("num_inference_steps", "guidance_scale", "resolution", "precision")
-    settings = {"pictures": [[image["text"], image["seed"]] for image in images]}
-    settings |= {name: getattr(args, name) for name in names}
-    stale = {}
+    names = ("num_images_per_prompt", "seed", "num_inference_steps", "guidance_scale", "resolution", "precision")
+    settings, stale = {name: getattr(args, name) for name in names}, {}
     for model, folder in picture_folders(args).items():
+        for kind in ("subject", "other"):
+            texts = [wording(args, model, image["text"]) for image in images if image["kind"] == kind]
+            settings[f"{kind} prompts"] = texts
         settings[f"{model} model"] = digest_weights(args, model)
-        record = folder / "settings.json"
-        if record.is_file():
+        record, files = folder / RECORD, [path for path in folder.rglob("*") if path.is_file()]
+        if files and record not in files:
+            stop(f"{folder} holds files that this script has not written: choose another folder")
+        if len(files) > 1:
             old = json.loads(record.read_text())
-            changed = sorted(name for name in settings if old.get(name) != settings[name])
-            if changed and not args.overwrite:
-                stop(
-                    f"{folder} holds pictures drawn with other settings ({', '.join(changed)}):"
-                    " choose another --output_dir, or add --overwrite to draw them afresh"
-                )
+            changed = [name for name in settings if old.get(name) != settings[name]]
             if not changed:
                 continue
-        elif folder.exists() and any(folder.iterdir()):
-            stop(f"{folder} holds files that this script has not written: choose another folder")
+            was, now = old.get(changed[0]), settings[changed[0]]
+            if isinstance(now, list):
+                was, now = next(pair for pair in zip_longest(was or [], now) if pair[0] != pair[1])
+            remedy = "choose another --output_dir, or add --overwrite to draw them afresh"
+            if model == "base" and args.base_images_dir:
+                remedy = "choose another --base_images_dir; --overwrite would delete what other evaluations share"
+            if not args.overwrite:
+                stop(f"{folder} holds pictures of another {', '.join(changed)} ({was}, now {now}): {remedy}")
         stale[folder] = dict(settings)
-    for folder, fresh in stale.items():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        folder.joinpath("settings.json").write_text(json.dumps(fresh))
+    return stale
+
+
+def prepare_folders(stale: dict[Path, dict[str, Any]]) -> None:
+    """Empties the folders that `check_folders` found and leaves the records there; for one process to call."""
+    for folder, settings in stale.items():
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            folder.joinpath(RECORD).write_text(json.dumps(settings))
+        except OSError as error:
+            stop(f"cannot write to {folder}, choose another one: {error}")
 
 
 def picture_folders(args: argparse.Namespace) -> dict[str, Path]:
@@ -563,7 +632,7 @@ def draw_images(
     own, broken = own_share(accelerator, missing), []
     for batch in tqdm(own, desc=f"{model}: pictures", disable=not accelerator.is_main_process):
         arrays = pipeline(
-            [image["text"] for image in batch],
+            [wording(args, model, image["text"]) for image in batch],
             num_inference_steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
             height=args.resolution,
@@ -572,7 +641,7 @@ def draw_images(
             output_type="np",
         ).images
         if not np.isfinite(arrays).all():
-            broken.append(batch[0]["text"])
+            broken.append(f'draws NaN instead of pictures ("{batch[0]["text"]}")')
             break
         for image, array in zip(batch, arrays):
             path = folder / image["file"]
@@ -580,12 +649,15 @@ def draw_images(
             unfinished = path.with_name(f".{path.name}")
             Image.fromarray((array * 255).round().astype(np.uint8)).save(unfinished, format="png")
             unfinished.replace(path)
+    stop_at_nan(args, model, broken)
+
+
+def stop_at_nan(args: argparse.Namespace, model: str, broken: list[str]) -> None:
+    """Stops all processes if any of them says what was no number. The weights are, as `check_weights` found."""
     broken = gather_object(broken)
     if broken:
-        stop(
-            f'the {model} model draws NaN instead of pictures ("{broken[0]}"): if it was trained well, its numbers'
-            f" overflow in {args.precision}; draw in --precision bf16 or fp32"
-        )
+        remedy = "draw in --precision bf16 or fp32" if args.precision == "fp16" else "an earlier checkpoint may do"
+        stop(f"the {model} model {broken[0]}: its numbers overflow in {args.precision}; {remedy}")
 
 
 # Drift of predictions and parameters
@@ -644,7 +716,7 @@ def predict_noise(
         latents, noise = (torch.stack([probe[name] for probe in batch]) for name in ("latents", "noise"))
         noisy = scheduler.add_noise(latents, noise, timesteps)
         embeds, _, *pooled = pipeline.encode_prompt(
-            prompt=[probe["text"] for probe in batch],
+            prompt=[wording(args, model, probe["text"]) for probe in batch],
             device=unet.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
@@ -689,31 +761,41 @@ def block_of(name: str) -> str:
     return f"{first}.{second}" if second.isdigit() else first
 
 
+def check_weights(args: argparse.Namespace, model: str, pipeline: Any) -> None:
+    """Stops if a weight is missing, NaN or infinite, before it has cost hours of drawing."""
+    name, _ = source_of(args, model)
+    modules = {part: module for part, module in pipeline.components.items() if isinstance(module, torch.nn.Module)}
+    for part, module in modules.items():
+        for key, weight in module.named_parameters():
+            if weight.is_meta:
+                stop(f"{FLAGS[model]}: the {part} of {name} lacks {key}: its file is incomplete or of another version")
+            if not weight.isfinite().all():
+                stop(f"{FLAGS[model]}: the {part} of {name} is NaN or infinite in {key}: take an earlier checkpoint")
+
+
 def parameter_drift(args: argparse.Namespace) -> dict[str, dict]:
     """
     How far the weights of U-Net and text encoders have moved, as `compare_parameters` has it. In float32 on the CPU, a
     LoRA merged into the base; new words, of which the base knows nothing, do not count.
     """
-    pipeline = load_pipeline(args, "personalized", torch.float32)
+    pipelines = {}
+    for model in MODELS:
+        pipelines[model] = load_pipeline(args, model, torch.float32)
+        check_weights(args, model, pipelines[model])
     if args.kind == "lora":
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
+        pipelines["personalized"].fuse_lora()
+        pipelines["personalized"].unload_lora_weights()
     result = {}
-    for part in ("unet", "text_encoder", "text_encoder_2"):
-        model = getattr(pipeline, part, None)
+    for part in TRAINED_PARTS:
+        base, model = (getattr(pipeline, part, None) for pipeline in pipelines.values())
         if model is None:
             continue
-        # One part of the base at a time, as host memory is short too.
-        source = {"subfolder": part, "revision": args.revision, "variant": args.variant}
-        base = type(model).from_pretrained(args.base_model_name_or_path, **source).float()
         if args.kind == "custom_diffusion" and part != "unet":
             model.resize_token_embeddings(base.get_input_embeddings().num_embeddings)
-        base, moved = (dict(model.named_parameters()) for model in (base, model))
+        base, moved = (dict(module.named_parameters()) for module in (base, model))
         if {name: p.shape for name, p in base.items()} != {name: p.shape for name, p in moved.items()}:
-            stop(f"--base_model_name_or_path: its {part} is of another architecture than the personalized model's")
+            stop(f"{FLAGS['base']}: its {part} is of another architecture than the personalized model's")
         result[part] = compare_parameters(base, moved)
-        if not math.isfinite(result[part]["drift"]):
-            stop(f"the {part} of one of the models holds weights that are NaN or infinite")
     return result
 
 
@@ -730,7 +812,7 @@ def compare_parameters(base: dict[str, torch.Tensor], moved: dict[str, torch.Ten
 
 
 def distances(squared_drift: float, squared_norm: float) -> dict[str, float]:
-    drift = math.sqrt(squared_drift) if math.isfinite(squared_drift) else math.nan
+    drift = math.sqrt(squared_drift)
     return {"drift": drift, "relative": drift / math.sqrt(squared_norm) if squared_norm > 0 else 0.0}
 
 
@@ -739,15 +821,15 @@ def distances(squared_drift: float, squared_norm: float) -> dict[str, float]:
 
 @torch.no_grad()
 def encode(
-    args: argparse.Namespace, accelerator: Accelerator, judge: str, pictures: dict[str, list[Path]], texts: list[str]
+    args: argparse.Namespace, accelerator: Accelerator, judge: str, loaded: tuple, pictures: dict, texts: list[str]
 ) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """
-    Features of sets of pictures, and of texts if the judge is "clip": float64, (pictures or texts, width), not
-    normalized. CLIP's are its projections; DINO's the class token after the last layer.
+    Features of `pictures`, a list of paths for each set, and of texts if the judge is "clip": float64, (pictures or
+    texts, width), not normalized. CLIP's are its projections; DINO's the class token after the last layer. `loaded` is
+    this judge as `load_judges` has it.
     """
-    name = args.clip_model if judge == "clip" else args.dino_model
-    processor = AutoImageProcessor.from_pretrained(name)
-    model = AutoModel.from_pretrained(name).float().eval().to(accelerator.device)
+    model, processor, *tokenizer = loaded
+    model.to(accelerator.device)
 
     def image_features(paths: list[Path]) -> torch.Tensor:
         images = [open_photo(path) for path in paths]
@@ -763,14 +845,13 @@ def encode(
         rows = [row for batch in bar for row in image_features(batch).cpu().double().numpy()]
         features[set_name] = np.stack(gather_object(rows))
     if judge == "clip":
-        tokenizer = AutoTokenizer.from_pretrained(name)
         rows = []
         for batch in in_batches(texts, args.batch_size):
-            tokens = tokenizer(batch, padding="max_length", truncation=True, return_tensors="pt")
+            tokens = tokenizer[0](batch, padding="max_length", truncation=True, return_tensors="pt")
             rows.append(projection(model.get_text_features(**tokens.to(accelerator.device))).cpu().double().numpy())
         text_features = np.concatenate(rows)
     if not all(np.isfinite(rows).all() for rows in features.values()):
-        stop(f"--{judge}_model: {name} makes NaN of pictures")
+        stop(f"--{judge}_model makes NaN of pictures: name another")
     return features, text_features
 
 
@@ -956,8 +1037,7 @@ h1 { font-size: 28px; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere
 h2 { font-size: 20px; margin: 40px 0 8px; }
 p { margin: 6px 0; max-width: 75ch; }
 .soft, figcaption, small { color: var(--soft); }
-small { font-size: 13px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); gap: 16px; margin-top: 24px; }
+small { font-size: 13px; line-height: 1.4; display: block; }
 .card, .panel { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; }
 .card h3 { font-size: 15px; margin: 0; }
 .card .value { font-size: 34px; font-weight: 650; line-height: 1.25; }
@@ -965,7 +1045,6 @@ small { font-size: 13px; }
 .good { color: var(--good); } .fair { color: var(--fair); } .poor { color: var(--poor); }
 .track { height: 8px; border-radius: 4px; background: var(--line); margin: 6px 0 10px; overflow: hidden; }
 .track i { display: block; height: 100%; background: currentColor; }
-.panel { overflow-x: auto; }
 .panel:has(> table:first-child) { padding: 6px 18px; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; }
 th, td { text-align: left; padding: 9px 16px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -973,59 +1052,70 @@ tr:last-child td { border-bottom: 0; }
 th { font-size: 13px; color: var(--soft); font-weight: 600; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td:first-child { white-space: nowrap; }
-.dense td, .dense th { padding: 3px 0; border: 0; }
-td.what { min-width: 300px; }
-.wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; align-items: start; }
-figure { margin: 0 0 18px; }
-figure:last-child { margin: 0; }
-figure img { width: 100%; max-width: 100%; display: block; border-radius: 6px; }
-figcaption { font-size: 14px; margin-bottom: 4px; }
-.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 24px; font-weight: 600; margin-bottom: 8px; }
+.dense td, .dense th { padding: 3px 8px 3px 0; border: 0; }
+.cards, .wide, .prompts, .pair { display: grid; gap: 16px;
+  grid-template-columns: repeat(auto-fit, minmax(min(var(--width), 100%), 1fr)); }
+.cards { --width: 240px; margin-top: 24px; }
+.wide { --width: 420px; margin-top: 16px; }
+.prompts { --width: calc(var(--pictures) * 250px); }
+.pair { --width: calc(var(--pictures) * 110px); }
+figure { margin: 0; min-width: 0; }
+figcaption { font-size: 15px; margin-bottom: 4px; }
+img { display: block; max-width: 100%; border-radius: 6px; }
+.photos { display: flex; flex-wrap: wrap; gap: 8px; }
+.photos img { width: min(160px, 50% - 4px); }
+@media (max-width: 700px) {
+  table:not(.dense) tr { display: flex; flex-wrap: wrap; padding: 9px 0; border-bottom: 1px solid var(--line); }
+  table:not(.dense) tr:first-child { display: none; }
+  table:not(.dense) tr:last-child { border: 0; }
+  table:not(.dense) td { border: 0; padding: 0; flex: 1 0 100%; }
+  table:not(.dense) td.n { flex: 1; text-align: left; }
+  td[data-label]::before { content: attr(data-label); display: block; font-size: 13px; color: var(--soft); }
+  table:not(.dense) td:first-child { font-weight: 600; }
+}
 details { margin-top: 40px; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-size: 12px; fill: var(--soft); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; }
 """
+TITLES = {"personalized": "personalized", "base": "base, same seeds"}
 THUMBNAIL, GAP = 160, 8
 SHOWN_PROMPTS, SHOWN_IMAGES = 8, 4
 
 
-def strip_of(paths: list[list[Path]]) -> Image.Image:
-    """Pictures in one row: groups of equal length, with a wider gap between groups."""
-    step, width = THUMBNAIL + GAP, sum(map(len, paths)) * (THUMBNAIL + GAP) + (len(paths) - 1) * 2 * GAP - GAP
-    strip = Image.new("RGB", (width, THUMBNAIL), "white")
-    x = 0
-    for group in paths:
-        for path in group:
-            strip.paste(open_photo(path).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS), (x, 0))
-            x += step
-        x += 2 * GAP
+def strip_of(paths: list[Path]) -> Image.Image:
+    """Pictures in one row."""
+    strip = Image.new("RGB", (len(paths) * (THUMBNAIL + GAP) - GAP, THUMBNAIL), "white")
+    for i, path in enumerate(paths):
+        thumbnail = open_photo(path).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        strip.paste(thumbnail, (i * (THUMBNAIL + GAP), 0))
     return strip
 
 
-def build_strips(images: list[dict], folders: dict[str, Path], kind: str) -> list[tuple[str, Image.Image]]:
-    """Some of the prompts, evenly chosen, each with a row of pictures: the personalized model's, then the base's."""
+def build_strips(images: list[dict], folders: dict[str, Path], kind: str) -> list[tuple[str, dict[str, Image.Image]]]:
+    """Some of the prompts, evenly chosen, each with a row of pictures by each model."""
     prompts = sorted({image["prompt_index"] for image in images if image["kind"] == kind})
     count = min(SHOWN_PROMPTS, len(prompts))
     strips = []
     for index in [prompts[i * len(prompts) // count] for i in range(count)]:
         chosen = [image for image in images if (image["kind"], image["prompt_index"]) == (kind, index)][:SHOWN_IMAGES]
-        paths = [[folders[model] / image["file"] for image in chosen] for model in reversed(MODELS)]
-        strips.append((chosen[0]["text"], strip_of(paths)))
+        by_model = {model: strip_of([folders[model] / image["file"] for image in chosen]) for model in MODELS}
+        strips.append((chosen[0]["text"], by_model))
     return strips
 
 
-def stack_strips(strips: list[tuple[str, Image.Image]]) -> Image.Image:
-    """A grid of all rows, each under its prompt."""
-    font, head = ImageFont.load_default(15), 26
-    grid = Image.new("RGB", (strips[0][1].width + 2 * GAP, len(strips) * (THUMBNAIL + head + GAP) + head), "white")
+def stack_strips(strips: list[tuple[str, dict[str, Image.Image]]]) -> Image.Image:
+    """A grid of all rows, each under its prompt: the personalized model's pictures, then the base's."""
+    font, head, width = ImageFont.load_default(15), 26, strips[0][1]["base"].width + 3 * GAP
+    grid = Image.new("RGB", (2 * width, len(strips) * (THUMBNAIL + head + GAP) + head), "white")
     pen = ImageDraw.Draw(grid)
-    pen.text((GAP, 4), "personalized", "black", font)
-    pen.text((grid.width // 2 + GAP, 4), "base, same seeds", "black", font)
-    for i, (text, strip) in enumerate(strips):
-        y = head + i * (THUMBNAIL + head + GAP)
-        pen.text((GAP, y + 3), text, "gray", font)
-        grid.paste(strip, (GAP, y + head))
+    for x, (model, title) in zip((GAP, GAP + width), TITLES.items()):
+        pen.text((x, 4), title, "black", font)
+        for i, (text, by_model) in enumerate(strips):
+            y = head + i * (THUMBNAIL + head + GAP)
+            grid.paste(by_model[model], (x, y + head))
+            if model == "personalized":
+                pen.text((x, y + 3), text, "gray", font)
     return grid
 
 
@@ -1050,11 +1140,11 @@ def card(title: str, value: float | None, good: float, fair: float, words: tuple
 
 
 def html_table(head: list[str], rows: list[list[str]]) -> str:
-    """Name, numbers, and in the last column what they mean."""
+    """Name, numbers, and in the last column what they mean. Narrow screens show `data-label` above each number."""
 
     def cells(tag, values):
-        classes = ["", *[' class="n"'] * (len(values) - 2), ' class="what"']
-        return "".join(f"<{tag}{kind}>{value}</{tag}>" for kind, value in zip(classes, values))
+        numbers = [f'<{tag} class="n" data-label="{n}">{v}</{tag}>' for n, v in list(zip(head, values))[1:-1]]
+        return f"<{tag}>{values[0]}</{tag}>{''.join(numbers)}<{tag}>{values[-1]}</{tag}>"
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="panel"><table><tr>{cells("th", head)}</tr>{body}</table></div>'
@@ -1062,18 +1152,23 @@ def html_table(head: list[str], rows: list[list[str]]) -> str:
 
 def timestep_chart(prediction: dict[str, dict]) -> str:
     """Prediction drift by timestep as a drawing in SVG: other prompts and the subject."""
-    width, height, left, bottom = 520, 250, 52, 40
+    width, height, left, bottom = 440, 300, 46, 40
     largest = max(max(curve["by_timestep"].values()) for curve in prediction.values()) or 1.0
     last = max(max(curve["by_timestep"]) for curve in prediction.values())
+    # Three to six lines at round numbers.
+    power = 10 ** math.floor(math.log10(largest))
+    step = power * (0.5 if largest < 2 * power else 1 if largest < 5 * power else 2)
+    ticks = [i * step for i in range(math.ceil(largest / step) + 1)]
 
     def place(timestep, drift):
-        return left + (width - left - 12) * timestep / last, height - bottom - (height - bottom - 28) * drift / largest
+        share = drift / ticks[-1]
+        return left + (width - left - 12) * timestep / last, height - bottom - (height - bottom - 28) * share
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Prediction drift by timestep">']
-    for share in (0, 0.5, 1):
-        y = place(0, share * largest)[1]
+    for tick in ticks:
+        y = place(0, tick)[1]
         parts.append(f'<line x1="{left}" x2="{width - 12}" y1="{y}" y2="{y}" stroke="#dfe3e8"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{100 * share * largest:.3g}%</text>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{100 * tick:.6g}%</text>')
     for kind, colour, x in (("other", "#3b6fb6", left), ("subject", "#c77d0a", left + 190)):
         points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in prediction[kind]["by_timestep"].items())
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
@@ -1093,13 +1188,17 @@ def timestep_chart(prediction: dict[str, dict]) -> str:
 def block_chart(parameters: dict[str, dict]) -> str:
     """Relative drift as a table with bars: of every part, and of the blocks of those that have moved."""
     largest = max(block["relative"] for part in parameters.values() for block in part["blocks"].values()) or 1.0
+    digits = max(0, -math.floor(math.log10(largest)))  # three digits of the largest per cent
     rows = []
     for part, values in parameters.items():
-        rows.append(f'<tr><th>{part}</th><th></th><th class="n">{100 * values["relative"]:.3g}%</th></tr>')
-        for name, block in values["blocks"].items() if values["drift"] > 0 else ():
-            share = 100 * block["relative"] / largest
+        number = f'<td class="n">{100 * values["relative"]:.{digits}f}%</td>'
+        rows.append(f"<tr><th>{part}</th><th></th>{number}</tr>")
+        blocks = values["blocks"] if values["drift"] > 0 else ()
+        # In the order of the data: the U-Net registers its middle last but for the output.
+        for name in sorted(blocks, key=lambda name: name.startswith(("up_blocks", "conv_norm_out", "conv_out"))):
+            share = 100 * blocks[name]["relative"] / largest
             bar = f'<div class="track" style="color:var(--bar)"><i style="width:{share:.0f}%"></i></div>'
-            number = f'<td class="n">{100 * block["relative"]:.3g}%</td>'
+            number = f'<td class="n">{100 * blocks[name]["relative"]:.{digits}f}%</td>'
             rows.append(f'<tr><td>{name}</td><td style="width:45%">{bar}</td>{number}</tr>')
     return f'<table class="dense">{"".join(rows)}</table>'
 
@@ -1109,53 +1208,33 @@ def write_report(
 ) -> None:
     """The page: answers first, then every number beside the base's with what it means, then pictures."""
 
-    def picture(image: Image.Image, caption: str) -> str:
+    def picture(image: Image.Image, text: str) -> str:
         file = io.BytesIO()
         image.save(file, format="jpeg", quality=88)
         data = base64.b64encode(file.getvalue()).decode()
-        text = html.escape(caption)
-        return (
-            f'<figure><figcaption>{text}</figcaption><img src="data:image/jpeg;base64,{data}" alt="{text}"></figure>'
-        )
+        return f'<img src="data:image/jpeg;base64,{data}" alt="{html.escape(text)}">'
+
+    def figure(text: str, by_model: dict[str, Image.Image]) -> str:
+        sides = [f"<div><small>{title}</small>{picture(by_model[m], title)}</div>" for m, title in TITLES.items()]
+        return f'<figure><figcaption>{html.escape(text)}</figcaption><div class="pair">{"".join(sides)}</div></figure>'
 
     summary, subject, other, drift = (metrics[name] for name in ("summary", "subject", "other", "drift"))
     ours, base, own, unrelated = (subject[name] for name in ("personalized", "base", "photos", "unrelated"))
     seeds, prediction = drift["between_seeds"], metrics["prediction_drift"]
-    cards = [
-        card(
-            "Was the subject learned?",
-            summary["learned"],
-            0.6,
-            0.3,
-            ("yes", "in part", "hardly"),
-            "By DINO: 0% is what the base draws, 100% as alike as the photos are among themselves.",
-        ),
-        card(
-            "Are prompts still obeyed?",
-            summary["obeyed"],
-            0.9,
-            0.7,
-            ("as the base does", "less than the base does", "often ignored"),
-            "By CLIP-T, on pictures of the subject: 0% as if text and picture were unrelated, 100% as the base does.",
-        ),
-        card(
-            "Has the rest moved?",
-            summary["moved"],
-            0.25,
-            0.6,
-            ("hardly", "visibly", "nearly as much as another seed, or more"),
-            "By DINO, on prompts that do not name the subject: 0% the base's very pictures, 100% as different as the"
-            " base's with another seed.",
-        ),
-        card(
-            "Are photos copied?",
-            summary["copies"],
-            0.1,
-            0.5,
-            ("hardly", "some pictures", "most pictures"),
-            "Pictures of the subject that are closer to a photo than any two photos are to each other.",
-        ),
-    ]
+    answers = [
+        ["Was the subject learned?", summary["learned"], 0.6, 0.3, ("yes", "in part", "hardly"),
+         "By DINO: 0% is what the base draws, 100% as alike as the photos are among themselves. Needs two photos."],
+        ["Are prompts still obeyed?", summary["obeyed"], 0.9, 0.7,
+         ("as the base does, or better", "less than the base does", "often ignored"),
+         "By CLIP-T, on pictures of the subject: 0% as if text and picture were unrelated, 100% as the base does."
+         " Needs two prompts."],
+        ["Has the rest moved?", summary["moved"], 0.25, 0.6,
+         ("hardly", "visibly", "nearly as much as another seed, or more"),
+         "By DINO, on prompts that do not name the subject: 0% the base's very pictures, 100% as different as the"
+         " base's with another seed. Needs two pictures of a prompt."],
+        ["Are photos copied?", summary["copies"], 0.1, 0.5, ("hardly", "some pictures", "most pictures"),
+         "Pictures of the subject closer to a photo than any two photos are to each other. Needs two photos."],
+    ]  # fmt: skip
     fidelity = [
         ["DINO", show(ours["dino"]), show(base["dino"]), show(own["dino"]),
          "Likeness to the photos: of this very subject. Higher is better, up to the photos' own."],
@@ -1181,38 +1260,46 @@ def write_report(
         ["pixels, RMS", show(drift["pixel_rms"], 1), show(seeds["pixel_rms"], 1),
          "Grey levels of 255. Sensitive to any shift of a thing, even a harmless one."],
         ["CMMD", show(drift["cmmd"]), "–",
-         "Distance of all pictures as a whole, not one by one: has the kind of pictures changed? 0: no."],
-        ["Fréchet, CLIP", show(drift["frechet_clip"], 2), "–",
-         "The same question by mean and covariance. Only compare models drawn with the same prompts and judges."],
+         "Distance of all pictures as a whole, not one by one: has the kind of pictures changed? 0: no. Has no"
+         " yardstick here, as all below: compare with other models, drawn with the same prompts and judges."],
+        ["Fréchet, CLIP", show(drift["frechet_clip"], 2), "–", "The same question by mean and covariance."],
         ["Fréchet, DINO", show(drift["frechet_dino"], 2), "–", "And in DINO's features."],
         ["predictions", f"{100 * prediction['other']['mean']:.2f}%", "–",
          "Change of the predicted noise relative to its size, on the base's pictures of other prompts;"
          f" on the photos, where change was wanted, {100 * prediction['subject']['mean']:.2f}%."],
     ]  # fmt: skip
-    pictures = {kind: "".join(picture(image, text) for text, image in rows) for kind, rows in strips.items()}
-    sides = '<div class="sides"><span>personalized</span><span>base, same seeds</span></div>'
-    name = html.escape(Path(args.pretrained_model_name_or_path).name)
-    base_name = html.escape(args.base_model_name_or_path)
-    subject_name = html.escape(f"{args.instance_token} {args.class_name}")
+    figures = {kind: "".join(figure(*strip) for strip in rows) for kind, rows in strips.items()}
+    shown = f'style="--pictures:{min(args.num_images_per_prompt, SHOWN_IMAGES)}"'
+    thumbnails = "".join(picture(strip_of([photo]), photo.name) for photo in photos[:SHOWN_PROMPTS])
+    kind = {"pipeline": "A pipeline", "lora": "A LoRA", "custom_diffusion": "Custom Diffusion"}[args.kind]
+    about = (
+        f"{kind}, {args.pretrained_model_name_or_path}, against its base, {args.base_model_name_or_path}."
+        f" {len(photos)} photo{'s' * (len(photos) > 1)}, and {metrics['images']} pictures of each model from the same"
+        f" prompts and seeds, in {args.num_inference_steps} steps with guidance {args.guidance_scale:g}; judged by"
+        f" {args.clip_model} and {args.dino_model}. {metrics['settings']['date']}."
+    )
+    if args.new_words:
+        about += f" The base cannot read {args.new_words}: asked without, its pictures show any {args.class_name}."
+    title = f"{Path(args.pretrained_model_name_or_path).name}: “{args.instance_token} {args.class_name}”"
+    title, about = html.escape(title), html.escape(about)
     settings = html.escape(json.dumps(metrics["settings"], indent=1))
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name}: evaluation</title><style>{STYLE}</style></head><body><main>
-<h1>{name}</h1>
-<p class="soft">“{subject_name}” from {len(photos)} photo{"s" * (len(photos) > 1)}, against its base {base_name}:
-{metrics["images"]} pictures of each model, same prompts and seeds.</p>
-<div class="cards">{"".join(cards)}</div>
+<title>{title}: evaluation</title><style>{STYLE}</style></head><body><main>
+<h1>{title}</h1>
+<p class="soft">{about}</p>
+<div class="cards">{"".join(card(*answer) for answer in answers)}</div>
 <p><small>The words are rules of thumb, the numbers are measured. Look at the pictures too.</small></p>
 <h2>Subject and prompts</h2>
 {html_table(["", "personalized", "base", "photos", "what it means"], fidelity)}
 <h2>Drift from the base, on prompts that do not name the subject</h2>
 {html_table(["", "drift", "another seed", "what it means"], distance)}
-<div class="wide" style="margin-top:16px"><div class="panel"><b>Predictions, by timestep</b>
+<div class="wide"><div class="panel"><b>Predictions, by timestep</b>
 {timestep_chart(prediction)}</div><div class="panel"><b>Weights, by block, relative to the base's norm</b>
 {block_chart(metrics["parameter_drift"])}</div></div>
-<h2>The photos</h2><div class="panel">{picture(strip_of([photos[:SHOWN_PROMPTS]]), "")}</div>
-<h2>The subject</h2><div class="panel">{sides}{pictures["subject"]}</div>
-<h2>Other prompts: the two sides should look alike</h2><div class="panel">{sides}{pictures["other"]}</div>
+<h2>The photos</h2><div class="panel photos">{thumbnails}</div>
+<h2>The subject</h2><div class="panel prompts" {shown}>{figures["subject"]}</div>
+<h2>Other prompts: the two sides should look alike</h2><div class="panel prompts" {shown}>{figures["other"]}</div>
 <details><summary>Settings</summary><pre>{settings}</pre></details>
 </main></body></html>
 """
@@ -1263,19 +1350,19 @@ def write_results(
 
 
 def main(args: argparse.Namespace) -> None:
-    # What can be wrong with the input is found before anything is drawn.
+    # What can be wrong is found, as far as loading shows it, before anything is written or drawn.
     accelerator = build_accelerator(args)
     photos = find_photos(args.instance_data_dir)
     images = plan_images(args, build_prompts(args))
     check_models(args)
-    check_judges(args)
-    settings = dict(vars(args))
+    judges = load_judges(args)
+    settings = {**vars(args), "date": date.today().isoformat()}
     folders = picture_folders(args)
     parameters = None
     if accelerator.is_main_process:
-        prepare_folders(args, images)
-        # First of all the work, as it is what finds that a LoRA belongs to another base.
+        stale = check_folders(args, images)
         parameters = parameter_drift(args)
+        prepare_folders(stale)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("evaluation", config=settings)
 
@@ -1289,6 +1376,8 @@ def main(args: argparse.Namespace) -> None:
             batches = own_share(accelerator, in_batches(probes, args.batch_size))
             probes = [probe for batch in batches for probe in batch]
         predictions[model] = predict_noise(args, accelerator, pipeline, model, probes)
+        finite = all(prediction.isfinite().all() for prediction in predictions[model])
+        stop_at_nan(args, model, [] if finite else ["predicts NaN instead of noise"])
         del pipeline
         gc.collect()
         torch.cuda.empty_cache()
@@ -1296,8 +1385,8 @@ def main(args: argparse.Namespace) -> None:
 
     files = {"photos": photos, **{model: [folders[model] / image["file"] for image in images] for model in MODELS}}
     texts = [image["clip_text"] for image in images]
-    clip, text_features = encode(args, accelerator, "clip", files, texts)
-    dino, _ = encode(args, accelerator, "dino", files, texts)
+    clip, text_features = encode(args, accelerator, "clip", judges["clip"], files, texts)
+    dino, _ = encode(args, accelerator, "dino", judges["dino"], files, texts)
 
     if accelerator.is_main_process:
         metrics, table = measure_images(images, photos, folders, clip, text_features, dino)

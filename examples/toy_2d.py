@@ -208,6 +208,8 @@ def main() -> None:
     args = parser.parse_args()
     if not all(0 <= weight < float("inf") for weight in args.lipschitz_weight):
         parser.error(f"--lipschitz_weight: weights must be finite and at least 0, not {args.lipschitz_weight}")
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, not {args.steps}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # faster at this size, and the same result on every number of cores
 

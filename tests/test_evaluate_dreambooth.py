@@ -2,6 +2,7 @@
 # Judges and weights are random here; how well the drawn world's own judges see is in test_tinyworld.py.
 import base64
 import csv
+import html
 import importlib.util
 import io
 import json
@@ -466,7 +467,7 @@ def test_the_report_needs_no_other_file(evaluated):
     page = evaluated[0].joinpath("report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page) and "<script" not in page
     pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
-    assert len(pictures) == 1 + 2 + 2
+    assert len(pictures) == 5 + 2 * (2 + 2)
     for data in pictures:
         Image.open(io.BytesIO(base64.b64decode(data))).load()
 
@@ -474,7 +475,7 @@ def test_the_report_needs_no_other_file(evaluated):
 def test_the_report_shows_the_numbers_beside_those_of_the_base(evaluated):
     page, measured = evaluated[0].joinpath("report.html").read_text(), read_metrics(evaluated[0])
     row = re.search(r"<td>CLIP-T</td>(.*?)</tr>", page, re.DOTALL)[1]
-    shown = re.findall(r'<td class="n">([^<]*)</td>', row)
+    shown = re.findall(r'<td class="n"[^>]*>([^<]*)</td>', row)
     assert shown[:2] == [f"{measured['subject'][model]['clip_t']:.3f}" for model in ("personalized", "base")]
 
 
@@ -500,20 +501,58 @@ def test_wandb_gets_numbers_and_grids(evaluate, monkeypatch, tmp_path):
     assert b"prediction_drift/other/mean" in record.read_bytes()
 
 
-def test_the_report_looks_right_in_a_browser(evaluated, tmp_path):
+def test_charts_are_labelled_with_round_numbers_in_the_order_of_the_model(script):
+    curve = {"by_timestep": {250: 0.447, 750: 0.02}}
+    labels = re.findall(r">([^<]*%)</text>", script.timestep_chart({"other": curve, "subject": curve}))
+    assert labels == ["0%", "10%", "20%", "30%", "40%", "50%"]
+    blocks = {
+        name: {"relative": r} for name, r in (("up_blocks.0", 0.038), ("mid_block", 0.00122), ("conv_out", 0.03))
+    }
+    chart = script.block_chart({"unet": {"drift": 1.0, "relative": 0.02, "blocks": blocks}})
+    assert re.findall(r"<td>(\w+)", chart) == ["mid_block", "up_blocks", "conv_out"]
+    assert re.findall(r">([^<]*%)</td>", chart) == ["2.00%", "0.12%", "3.80%", "3.00%"]
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """Runs Chromium on a page."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium here: apt-get install chromium")
-    screenshot = tmp_path / "report.png"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1600"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={screenshot}"]
-    subprocess.run([*command, evaluated[0].joinpath("report.html").as_uri()], capture_output=True, timeout=120)
+    command.append(f"--user-data-dir={tmp_path / 'profile'}")
+
+    def call(page, flag):
+        return subprocess.run([*command, flag, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+
+    return call
+
+
+def test_the_report_looks_right_in_a_browser(evaluated, browse, tmp_path):
+    screenshot = tmp_path / "report.png"
+    browse(evaluated[0] / "report.html", f"--screenshot={screenshot}")
     pixels = np.asarray(Image.open(screenshot).convert("RGB"), dtype=int)
     assert pixels.shape == (1600, 1200, 3)
     # The paper of the cards on the grey page, and nothing that runs over the margin.
     assert (pixels == 255).all(axis=2).mean() > 0.2
     margin = pixels[:, -20:]
     assert (margin == margin[0, 0]).all()
+
+
+def test_nothing_in_the_report_is_wider_than_the_screen_or_cut_off(evaluated, browse, tmp_path):
+    """In frames, as the window of a browser has a least width of its own."""
+    report = html.escape(evaluated[0].joinpath("report.html").read_text())
+    measure = """
+      onload = () => document.title = Array.from(frames, frame => {
+        const all = [...frame.document.querySelectorAll("html, body *:not(svg *)")];
+        const wide = e => e.getBoundingClientRect().right > frame.innerWidth || e.scrollWidth > e.clientWidth + 1;
+        const names = all.filter(e => e.clientWidth && wide(e)).map(e => e.tagName + "." + e.className);
+        return [frame.innerWidth, ...names].join(" ");
+      }).join(", ")"""
+    framed = "".join(f'<iframe width="{width}" srcdoc="{report}" style="border:0"></iframe>' for width in (1200, 400))
+    page = tmp_path / "page.html"
+    page.write_text(f"<title></title><script>{measure}</script>{framed}")
+    assert re.search("<title>(.*?)</title>", browse(page, "--dump-dom"))[1] == "1200, 400"
 
 
 # How it is run
@@ -549,6 +588,13 @@ def test_pictures_of_other_settings_are_refused_or_drawn_afresh(evaluated, evalu
     assert numbers(read_metrics(tmp_path / "out")) == numbers(read_metrics(evaluated[0]))
     fresh = evaluate(f"--output_dir={tmp_path / 'out'}", "--guidance_scale=2", "--overwrite")
     assert fresh["subject"]["base"] != read_metrics(evaluated[0])["subject"]["base"]
+
+
+def test_a_shared_folder_of_other_prompts_is_named_with_what_has_changed(evaluated, refused, tmp_path):
+    shared = f"--base_images_dir={evaluated[0] / 'images' / 'base'}"
+    line = refused(f"--output_dir={tmp_path / 'out'}", shared, "--instance_token=xyz")
+    assert "another --base_images_dir" in line and "another --output_dir" not in line
+    assert "a photo of a sks mug in the snow" in line and "a photo of a xyz mug in the snow" in line
 
 
 def test_pictures_of_a_model_that_was_trained_anew_are_refused(evaluated, refused, tmp_path):
@@ -610,6 +656,17 @@ def test_a_lora_is_measured_on_top_of_the_base(evaluate, tmp_path):
     assert metrics["drift"]["pixel_rms"] > 0 and metrics["prediction_drift"]["other"]["mean"] > 0
 
 
+def test_refuses_a_lora_of_which_a_part_has_no_place(refused, tmp_path):
+    pytest.importorskip("peft")
+    lora_of(StableDiffusionPipeline.from_pretrained(BASE), tmp_path / "lora", 0.05)
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    weights = {name.replace("down_blocks.1", "down_blocks.7"): weight for name, weight in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    line = refused(f"--pretrained_model_name_or_path={file.parent}", f"--output_dir={tmp_path / 'out'}")
+    assert "another base" in line and "--base_model_name_or_path" in line
+    assert "name the folder" in refused(f"--pretrained_model_name_or_path={file}")
+
+
 def custom_diffusion_of(base, folder, words=()):
     """Half of the weights of all attn2.to_k and attn2.to_v are added; each word has the embedding 0.1, 0.1, ..."""
     folder.mkdir()
@@ -631,6 +688,44 @@ def test_custom_diffusion_is_measured_on_top_of_the_base(evaluate, tmp_path):
     assert parameters["unet"]["drift"] == pytest.approx(expected, rel=1e-3) and expected > 0
     assert parameters["unet"]["blocks"]["conv_in"]["drift"] == 0 and parameters["text_encoder"]["drift"] == 0
     assert metrics["drift"]["pixel_rms"] > 0 and metrics["prediction_drift"]["other"]["mean"] > 0
+    assert "The base cannot read &lt;new1&gt;" in tmp_path.joinpath("out", "report.html").read_text()
+
+
+def test_the_base_is_asked_without_words_that_only_custom_diffusion_knows(script, flags, tmp_path):
+    """So that models with words of their own share its pictures."""
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32, safety_checker=None)
+
+    def plan(word):
+        custom_diffusion_of(BASE, tmp_path / word, ["<new1>", word])
+        own = [f"--pretrained_model_name_or_path={tmp_path / word}", f"--output_dir={tmp_path / 'out' / word}"]
+        shared = [f"--base_images_dir={tmp_path / 'base'}", "--precision=fp32", f"--instance_token={word}"]
+        args = script.parse_args([*flags, *own, *shared])
+        script.check_models(args)
+        images = script.plan_images(args, script.build_prompts(args))
+        return args, images, script.check_folders(args, images)
+
+    args, images, stale = plan("<new1>")
+    script.prepare_folders(stale)
+    script.draw_images(args, script.Accelerator(cpu=True), pipeline, "base", images[:1], tmp_path / "base")
+    generator = torch.Generator().manual_seed(0)
+    image = pipeline("a photo of a mug in the snow", num_inference_steps=2, generator=generator).images[0]
+    drawn = Image.open(tmp_path / "base" / "subject" / "000-0.png")
+    assert np.array_equal(np.asarray(image), np.asarray(drawn))
+    assert list(plan("<new10>")[2]) == [tmp_path / "out" / "<new10>" / "images" / "personalized"]
+
+
+def test_the_base_predicts_without_words_that_only_custom_diffusion_knows(script):
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
+    args = script.parse_args([f"--{name}=x" for name in REQUIRED])
+    args.new_words = "<new1>"
+    latents, noise = torch.randn(2, 4, 16, 16)
+    texts = ("a photo of a <new1> mug", "a photo of a mug")
+    probes = [{"latents": latents, "noise": noise, "timestep": 500, "text": text} for text in texts]
+    accelerator = script.Accelerator(cpu=True)
+    same, different = (
+        script.predict_noise(args, accelerator, pipeline, model, probes) for model in ("base", "personalized")
+    )
+    assert torch.equal(*same) and not torch.equal(*different)
 
 
 def test_custom_diffusion_is_loaded_as_its_model_card_loads_it(script, tmp_path):
@@ -685,13 +780,14 @@ def test_a_new_word_of_sdxl_is_not_taken_for_the_end_of_the_prompt(script, tiny_
 def test_refuses_a_token_that_custom_diffusion_did_not_learn(refused, tmp_path):
     custom_diffusion_of(BASE, tmp_path / "model", ["<new1>"])
     line = refused(f"--pretrained_model_name_or_path={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}")
-    assert "--instance_token" in line and "<new1>" in line
+    assert "error: --instance_token" in line and "<new1>" in line and not tmp_path.joinpath("out").exists()
 
 
-def test_refuses_custom_diffusion_of_another_architecture_before_anything_is_drawn(refused, tiny_sd, tmp_path):
+def test_refuses_custom_diffusion_of_another_architecture_before_anything_is_written(refused, tiny_sd, tmp_path):
     custom_diffusion_of(tiny_sd, tmp_path / "model")
-    refused(f"--pretrained_model_name_or_path={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}")
-    assert not list(tmp_path.joinpath("out").rglob("*.png"))
+    line = refused(f"--pretrained_model_name_or_path={tmp_path / 'model'}", f"--output_dir={tmp_path / 'out'}")
+    assert "another base" in line and "--base_model_name_or_path" in line and "size mismatch" not in line
+    assert not tmp_path.joinpath("out").exists()
 
 
 @pytest.fixture(scope="session")
@@ -760,10 +856,26 @@ def test_one_photo_and_one_picture_a_prompt_leave_empty_what_needs_two(evaluate,
     assert subject["personalized"]["diversity"] is None and subject["personalized"]["copies"] is None
     assert subject["personalized"]["dino"] is not None and metrics["drift"]["dino_distance"] > 0
     assert metrics["summary"]["learned"] is None and metrics["summary"]["moved"] is None
-    assert "–" in tmp_path.joinpath("out", "report.html").read_text()
+    page = tmp_path.joinpath("out", "report.html").read_text()
+    assert "–" in page and "Needs two pictures of a prompt" in page
 
 
 # What is refused, each in one line, with exit code 2
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        ("--instance_token=", "--instance_token must not be empty"),
+        ("--class_name= ", "--class_name must not be empty"),
+        ("--guidance_scale=nan", "--guidance_scale must be a number"),
+        ("--num_inference_steps=2000", "--num_inference_steps must be at most 1000"),
+        ("--report_to=csv", "--report_to: invalid choice: 'csv'"),
+        ("--pretrained_model_name_or_path=sks-dog", "there is no folder sks-dog"),
+    ],
+)
+def test_refuses_values_that_cannot_be_meant(refused, flag, said):
+    assert said in refused(flag)
 
 
 def test_refuses_a_folder_without_an_image(refused, tmp_path):
@@ -802,39 +914,91 @@ def test_refuses_a_folder_that_is_no_pipeline(refused, tmp_path):
     assert "some/model" in refused("--base_model_name_or_path=some/model")
 
 
+def test_refuses_a_base_without_a_scheduler(refused, tmp_path):
+    base = shutil.copytree(BASE, tmp_path / "base", ignore=shutil.ignore_patterns("scheduler"))
+    assert "has no scheduler/scheduler_config.json" in refused(f"--base_model_name_or_path={base}")
+
+
+def test_refuses_an_output_folder_that_cannot_be_made_before_anything_is_drawn(refused, tmp_path):
+    tmp_path.joinpath("file").write_text("in the way")
+    line = refused(f"--output_dir={tmp_path / 'file'}")
+    assert "cannot write to" in line and str(tmp_path / "file") in line
+
+
 def test_refuses_a_base_of_another_architecture(refused, tiny_sd, tiny_sdxl):
     assert "another architecture" in refused(f"--base_model_name_or_path={tiny_sd}")
     assert "another architecture" in refused(f"--base_model_name_or_path={tiny_sdxl}")
 
 
-def test_refuses_a_lora_of_another_architecture_before_anything_is_drawn(refused, tiny_sd, tmp_path):
+def test_refuses_a_lora_of_another_architecture_before_anything_is_written(refused, tiny_sd, tmp_path):
     pytest.importorskip("peft")
     lora_of(StableDiffusionPipeline.from_pretrained(tiny_sd), tmp_path / "lora", 0.05)
-    refused(f"--pretrained_model_name_or_path={tmp_path / 'lora'}", f"--output_dir={tmp_path / 'out'}")
-    assert not list(tmp_path.joinpath("out").rglob("*.png"))
+    line = refused(f"--pretrained_model_name_or_path={tmp_path / 'lora'}", f"--output_dir={tmp_path / 'out'}")
+    assert "another base" in line and "--base_model_name_or_path" in line and "size mismatch" not in line
+    assert not tmp_path.joinpath("out").exists()
 
 
-def nan_in(name):
-    return lambda weights: {n: torch.full_like(w, math.nan) if n == name else w for n, w in weights.items()}
+VAE = "vae/diffusion_pytorch_model.safetensors"
 
 
-def test_refuses_a_model_that_draws_nan(refused, tmp_path):
-    file = "vae/diffusion_pytorch_model.safetensors"
-    model = changed_copy(BASE, tmp_path / "model", file, nan_in("decoder.conv_out.bias"))
-    line = refused(f"--pretrained_model_name_or_path={model}", f"--output_dir={tmp_path / 'out'}")
-    assert "NaN" in line and "personalized" in line
+def filled(name, value=math.nan):
+    """Writes `value` all over one weight."""
+    return lambda weights: weights | {name: torch.full_like(weights[name], value, dtype=torch.float32)}
 
 
-def test_refuses_weights_that_are_nan_before_anything_is_drawn(refused, tmp_path):
-    model = changed_copy(BASE, tmp_path / "model", UNET, nan_in("conv_in.bias"))
-    assert "NaN" in refused(f"--pretrained_model_name_or_path={model}", f"--output_dir={tmp_path / 'out'}")
-    assert not list(tmp_path.joinpath("out").rglob("*.png"))
+def renamed(name):
+    return lambda weights: {"old." * (n == name) + n: w for n, w in weights.items()}
 
 
-def test_refuses_judges_that_are_not_there_or_of_the_wrong_kind(refused, judges):
+@pytest.mark.parametrize(
+    "flag, file, change, said",
+    [
+        ("--pretrained_model_name_or_path", UNET, filled("conv_in.bias"), "NaN or infinite in conv_in.bias"),
+        ("--pretrained_model_name_or_path", VAE, filled("decoder.conv_out.bias"), "NaN or infinite in decoder"),
+        ("--base_model_name_or_path", VAE, filled("encoder.conv_in.bias"), "NaN or infinite in encoder"),
+        ("--base_model_name_or_path", UNET, renamed("conv_in.bias"), "lacks conv_in.bias"),
+    ],
+)
+def test_refuses_weights_that_are_nan_or_missing_before_anything_is_written(
+    refused, tmp_path, flag, file, change, said
+):
+    model = changed_copy(BASE, tmp_path / "model", file, change)
+    line = refused(f"{flag}={model}", f"--output_dir={tmp_path / 'out'}")
+    assert f"error: {flag}" in line and str(model) in line and said in line
+    assert not tmp_path.joinpath("out").exists()
+
+
+def test_refuses_a_new_word_that_is_nan_before_anything_is_written(refused, tmp_path):
+    custom_diffusion_of(BASE, tmp_path / "model", ["<new1>"])
+    words = tmp_path / "model" / "learned_embeds.safetensors"
+    save_file(filled("<new1>")(load_file(words)), words)
+    flags = [f"--pretrained_model_name_or_path={words.parent}", "--instance_token=<new1>"]
+    assert "NaN" in refused(*flags, f"--output_dir={tmp_path / 'out'}") and not tmp_path.joinpath("out").exists()
+
+
+def test_stops_where_weights_so_large_that_numbers_overflow_draw_nan(refused, tmp_path):
+    base = changed_copy(BASE, tmp_path / "base", VAE, filled("decoder.conv_norm_out.weight", 3e38))
+    flags = [f"--base_model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}", "--num_inference_steps=1"]
+    line = refused(*flags)
+    assert "base model draws NaN" in line and "fp32" in line and "--precision" not in line
+    # Nothing was drawn: a command with other settings is as welcome as the first.
+    assert refused(*flags, "--guidance_scale=2") == line
+
+
+def test_stops_where_weights_so_large_that_numbers_overflow_predict_nan(refused, tmp_path):
+    base = changed_copy(BASE, tmp_path / "base", VAE, filled("encoder.conv_norm_out.weight", 3e38))
+    flags = [f"--base_model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}", "--num_inference_steps=1"]
+    assert "base model predicts NaN" in refused(*flags)
+
+
+def test_refuses_judges_that_are_not_there_or_of_the_wrong_kind(refused, judges, tmp_path):
     assert "some/clip" in refused("--clip_model=some/clip")
     assert "--clip_model" in refused(f"--clip_model={judges / 'vit'}")
     assert "--dino_model" in refused(f"--dino_model={judges / 'clip'}")
+    broken = shutil.copytree(judges / "vit", tmp_path / "vit") / "model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    assert "--dino_model" in refused(f"--dino_model={broken.parent}", f"--output_dir={tmp_path / 'out'}")
+    assert not tmp_path.joinpath("out").exists()
 
 
 def test_a_mistake_is_one_line_and_exit_code_2_under_accelerate(flags, tmp_path):

@@ -42,7 +42,10 @@ def test_the_new_embedding_alone_moves_no_old_class(table):
     assert table["new embedding alone"][:6] == [0.0] * 6
 
 
-def test_a_negative_weight_is_refused_in_one_line():
-    command = [sys.executable, ROOT / "examples" / "toy_2d.py", "--lipschitz_weight", "50", "-1"]
+@pytest.mark.parametrize(
+    "flags, said", [(["--lipschitz_weight", "50", "-1"], "at least 0"), (["--steps=0"], "at least 1")]
+)
+def test_a_value_that_cannot_be_meant_is_refused_in_one_line(flags, said):
+    command = [sys.executable, ROOT / "examples" / "toy_2d.py", *flags]
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert result.returncode == 2 and "at least 0" in result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and said in result.stderr.splitlines()[-1]
