@@ -102,6 +102,15 @@ class Results(NamedTuple):
         curve = self.curves[method]
         return curve.values[:, subjects][:, :, both].mean(1)[curve.neighbours]
 
+    def ease(self, family: str) -> np.ndarray:
+        """
+        How much more fidelity than the average subject each one gets, over all settings: (subjects,). A resample of
+        subjects that are easy is compared at a fidelity that is higher by so much; else it would be another question.
+        """
+        methods = [method for part in self.families()[family] for method in part]
+        means = np.concatenate([self.curves[method].of("fidelity") for method in methods]).mean(0)
+        return means - means.mean()
+
     def families(self) -> dict[str, tuple[list[str], list[str]]]:
         """For "full", "lora" and "custom_diffusion": the methods with the penalty, and their rivals without it."""
         families = {}
@@ -210,10 +219,11 @@ def print_settings(results: Results) -> None:
 def print_equal_fidelity(results: Results, family: str, fidelities: np.ndarray, cost: str) -> None:
     """Claims 2, 4 and 5: the cost of fidelities, and how much of it each penalized method saves."""
     ours, rivals = results.families()[family]
-    methods = ours + rivals
+    methods, ease = ours + rivals, results.ease(family)
 
     def costs(subjects):
-        return [cost_at(fidelities, results.segments(method, cost, subjects)) for method in methods]
+        asked = fidelities + ease[subjects].mean()
+        return [cost_at(asked, results.segments(method, cost, subjects)) for method in methods]
 
     values, samples = np.array(costs(slice(None))), bootstrap(len(results.subjects), costs)
     digits = 3 if cost == "prediction drift" else 1
@@ -343,13 +353,14 @@ def draw_tradeoff(results: Results, path: Path) -> None:
     families = results.families()
     figure, axes = plt.subplots(len(families), 3, figsize=(15, 4.6 * len(families)), squeeze=False)
     for line, (family, (ours, rivals)) in zip(axes, families.items()):
+        ease = results.ease(family)
         for axis, cost in zip(line, ("disobeyed", "drift", "prediction drift")):
             for index, method in enumerate(ours + rivals):
                 points = results.segments(method, cost)
                 grid = np.linspace(points[:, :, 0].min(), points[:, :, 0].max(), 60)
 
                 def curve(subjects):
-                    costs = cost_at(grid, results.segments(method, cost, subjects))
+                    costs = cost_at(grid + ease[subjects].mean(), results.segments(method, cost, subjects))
                     return np.where(np.isinf(costs), np.nan, costs)
 
                 samples = bootstrap(len(results.subjects), curve, 200)
@@ -402,7 +413,7 @@ def save(figure: plt.Figure, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Figures and claims from the results of tradeoff.py.")
     parser.add_argument("results", nargs="+", type=Path, help="JSONL files of tradeoff.py.")
-    parser.add_argument("--fidelities", nargs="+", type=float, default=[0.7, 0.8, 0.9], help="To compare at, 0 to 1.")
+    parser.add_argument("--fidelities", nargs="+", type=float, default=[0.7, 0.75, 0.8], help="To compare at, 0 to 1.")
     parser.add_argument("--output_dir", type=Path, default=Path("tradeoff"), help="Folder of the figures.")
     args = parser.parse_args()
     for path in args.results:
