@@ -338,8 +338,8 @@ def print_subjects(results: Results, family: str) -> None:
         fidelity = 0.9 * max(results.curves[method].of("fidelity")[:, i].max() for method in rivals)
         costs = {m: cost_at(np.array([fidelity]), results.segments(m, "drift", [i]))[0] for m in ours + rivals}
         best = min(rivals, key=costs.get)
-        cells = ["–" if np.isinf(costs[m]) else f"{costs[m]:.1f}" for m in ours]
-        cells = [cell + " (hurts)" * bool(costs[m] > costs[best]) for m, cell in zip(ours, cells)]
+        hurts = {m: " (hurts)" * bool(costs[m] > costs[best]) for m in ours}
+        cells = ["–" if np.isinf(costs[m]) else f"{costs[m]:.1f}{hurts[m]}" for m in ours]
         rows.append([subject, f"{fidelity:.0%}", f"{best}: {costs[best]:.1f}", *cells])
     title = f"Claim 6: {family}, {COSTS['drift']}, at nine tenths of the best rival's fidelity"
     print_table(title, ["subject", "fidelity", "best rival", *ours], rows)
@@ -369,7 +369,7 @@ def draw_tradeoff(results: Results, path: Path) -> None:
                     1 - values if cost == "disobeyed" else values
                     for values in (curve(slice(None)), interval(samples), points[..., 1])
                 )
-                axis.fill_between(grid, *limits, color=f"C{index}", alpha=0.12, linewidth=0)
+                axis.fill_between(grid, *limits, color=f"C{index}", alpha=0.08, linewidth=0)
                 axis.plot(grid, least, "-" if method in ours else "--", color=f"C{index}", label=method)
                 axis.plot(points[..., 0].ravel(), dots.ravel(), ".", color=f"C{index}", alpha=0.5)
             axis.set_xlabel(f"subject fidelity ({family})")

@@ -107,7 +107,7 @@ GRIDS = {
     "lora": [
         Row("LoRA", (2e-3, 4e-3), flags=LORA + PENALTY),
         Row("LoRA, delta", (4e-3,), (0.3, 1), LORA + PENALTY),
-        Row("LoRA, factors", (4e-3,), (1e-5, 1e-4), LORA + FACTORS),
+        Row("LoRA, factors", (4e-3,), (1e-4,), LORA + FACTORS),
     ],
     "custom": [
         Row("Custom Diffusion", (1e-3,), flags=CUSTOM + PENALTY),
