@@ -400,7 +400,7 @@ def draw_drift(results: Results, path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, **({"loc": "center left", "bbox_to_anchor": (1, 0.5)} if axis is axes[2] else {}))
     save(figure, path)
 
 
