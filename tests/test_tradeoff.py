@@ -343,3 +343,12 @@ def test_settings_that_lack_a_subject_are_left_out(tmp_path):
     path.write_text("".join(lines[:-1]))
     results, incomplete = plot_tradeoff.read_results([path])
     assert incomplete == 1 and [s["weight"] for s in results.curves["penalty"].settings] == [1, 2]
+
+
+def test_every_interval_in_the_docs_follows_from_the_committed_results(tmp_path):
+    docs = BENCHMARKS.parent / "docs"
+    command = [sys.executable, BENCHMARKS / "plot_tradeoff.py", docs / "tradeoff.jsonl", f"--output_dir={tmp_path}"]
+    fidelities = ["--fidelities", "0.4", "0.5", "0.6", "0.7", "0.75", "0.8"]
+    printed = subprocess.run([*command, *fidelities], text=True, capture_output=True, check=True).stdout
+    cells = re.findall(r"-?[\d.]+ \[[^\]]+\]", docs.joinpath("results.md").read_text())
+    assert len(cells) > 80 and [cell for cell in cells if cell not in printed] == []
