@@ -90,8 +90,7 @@ GRIDS = {
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR, steps=(120,))],
     # Claim 6, for --draw: no penalty, the weight that is about right, and too much.
     "limits": [
-        Row("DreamBooth", (2e-4,), steps=(120,)),
-        Row("DreamBooth", (1e-3,), steps=(120,), shares=(0.4, 0.7)),
+        Row("DreamBooth", (2e-4, 1e-3), steps=(120,)),
         Row("penalty", (1e-3,), (300, 1000, 3000), steps=(120,)),
     ],
     # Claim 4: what reaches a fidelity in fewer steps.
@@ -105,13 +104,17 @@ GRIDS = {
         Row("penalty, constant rate", (5e-4,), (300,), schedule="constant", steps=(120,)),
     ],
     "lora": [
-        Row("LoRA", (2e-3, 4e-3), flags=LORA + PENALTY),
+        Row("LoRA", (2e-3,), flags=LORA + PENALTY),
+        Row("LoRA", (4e-3,), flags=LORA + PENALTY, shares=(0.5, 0.75)),
+        Row("LoRA, stopped early", (4e-3,), (0,), LORA + PENALTY, "constant", (120,), (30, 60)),
         Row("LoRA, delta", (4e-3,), (0.3, 1), LORA + PENALTY),
         Row("LoRA, factors", (4e-3,), (1e-4,), LORA + FACTORS),
     ],
     "custom": [
         Row("Custom Diffusion", (1e-3,), flags=CUSTOM + PENALTY),
-        Row("Custom Diffusion", (4e-3,), flags=CUSTOM + PENALTY, steps=(60, 250)),
+        Row("Custom Diffusion", (4e-3,), flags=CUSTOM + PENALTY, steps=(60,)),
+        Row("Custom Diffusion", (4e-3,), flags=CUSTOM + PENALTY, shares=(0.5, 0.75)),
+        Row("Custom Diffusion, stopped early", (4e-3,), (0,), CUSTOM + PENALTY, "constant", (120,), (30, 60)),
         Row("Custom Diffusion, penalty", (4e-3,), (3,), CUSTOM + PENALTY, steps=(60, 250)),
         Row("Custom Diffusion, prior preservation", (4e-3,), flags=CUSTOM + PRIOR),
     ],
@@ -129,12 +132,12 @@ class Training(NamedTuple):
     weight: float
     schedule: str
     steps: int
-    flags: list[str]
+    flags: tuple[str, ...]
     stops: tuple[int, ...]
     shares: tuple[float, ...]
 
 
-NO_TRAINING = Training("base", 0.0, 0.0, "none", 0, [], (), ())
+NO_TRAINING = Training("base", 0.0, 0.0, "none", 0, (), (), ())
 
 
 class Result(NamedTuple):
@@ -146,15 +149,18 @@ class Result(NamedTuple):
 
 
 def trainings_of(names: list[str]) -> list[Training]:
-    """The trainings of some grids, each once, the base, which needs none, first."""
-    trainings = [NO_TRAINING]
+    """The trainings of some grids, each once with all that is measured of it; the base, which needs none, first."""
+    trainings = {NO_TRAINING: ((), ())}
     for row in (row for name in names for row in GRIDS[name]):
         for rate, weight, steps in itertools.product(row.rates, row.weights, row.steps):
-            flags = [*COMMON, *row.flags.format(weight).split(), f"--learning_rate={rate}"]
-            flags += [f"--lr_scheduler={row.schedule}", f"--max_train_steps={steps}"]
-            training = Training(row.method, rate, weight, row.schedule, steps, flags, row.stops, row.shares)
-            trainings += [training] if training not in trainings else []
-    return trainings
+            flags = (*COMMON, *row.flags.format(weight).split(), f"--learning_rate={rate}")
+            flags += (f"--lr_scheduler={row.schedule}", f"--max_train_steps={steps}")
+            training = Training(row.method, rate, weight, row.schedule, steps, flags, (), ())
+            stops, shares = trainings.get(training, ((), ()))
+            trainings[training] = (dict.fromkeys((*stops, *row.stops)), dict.fromkeys((*shares, *row.shares)))
+    return [
+        training._replace(stops=tuple(stops), shares=tuple(shares)) for training, (stops, shares) in trainings.items()
+    ]
 
 
 def results_of(training: Training) -> list[Result]:
@@ -277,9 +283,8 @@ def train(setup: Setup, training: Training, subject: str, seed: int, folder: Pat
     return {"seconds": clock() - began, "class seconds": class_seconds}
 
 
-def trained_unet(setup: Setup, training: Training, folder: Path, stop: int) -> dict[str, torch.Tensor]:
-    """The U-Net after `stop` steps, float32: of a LoRA with it merged, of a Custom Diffusion with it in place."""
-    folder = folder if stop == training.steps else folder / f"checkpoint-{stop}"
+def trained_unet(setup: Setup, training: Training, folder: Path) -> dict[str, torch.Tensor]:
+    """The U-Net of a result or a checkpoint, float32: with a LoRA merged, with a Custom Diffusion in place."""
     if (folder / "unet").is_dir():
         return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     pipeline = load(setup.base)
@@ -326,7 +331,7 @@ class Ruler:
         return self.evaluation.predict_noise(self.args, Accelerator(), self.pipeline, "model", self.probes)
 
     def measure(self, unet: dict[str, torch.Tensor], subject: str, training: Training, folder: Path) -> dict:
-        """`folder` is that of the training, from which a new word is taken if it learned one."""
+        """`folder` is that of the result or checkpoint, from which a new word is taken if it learned one."""
         self.pipeline.unet.load_state_dict(unet)
         drifts = self.evaluation.prediction_drift(self.probes, self.predictions, self.predict())
         pipeline, token = self.pipeline, token_of(training)
@@ -345,9 +350,12 @@ class Ruler:
 def draw(setup: Setup, trainings: list[Training], subject: str, seed: int, work: Path, path: Path) -> None:
     """The demo's picture with a row for each of these trainings, which have to be of all weights."""
     models = {BASE_NAME: setup.base}
+    several = {field for field in ("schedule", "steps") if len({getattr(t, field) for t in trainings}) > 1}
     for training in tqdm(trainings, desc=f"trainings on {subject}"):
         name = f"{training.method}, rate {training.rate:g}"
         name += f", weight {training.weight:g}" if training.weight else ""
+        name += f", {training.schedule}" if "schedule" in several else ""
+        name += f", {training.steps} steps" if "steps" in several else ""
         models[name] = work / name
         train(setup, training, subject, seed, models[name])
     save_picture(subject, seed, models, path)
@@ -360,14 +368,20 @@ def shard(text: str) -> str:
     return text
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train and measure a grid of methods on the drawn world.")
     parser.add_argument("--sdxl", action="store_true", help="Personalize the tiny SDXL.")
     parser.add_argument("--grid", nargs="+", default=list(GRIDS), choices=GRIDS, help="Parts of the grid; all.")
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=SUBJECTS, help="All.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of trainings and pictures.")
-    parser.add_argument("--others", type=int, default=16, help="Pictures that do not show the subject.")
-    parser.add_argument("--per_scene", type=int, default=2, help="Pictures of it in each of five new scenes.")
+    parser.add_argument("--others", type=positive, default=16, help="Pictures that do not show the subject.")
+    parser.add_argument("--per_scene", type=positive, default=2, help="Pictures of it in each of five new scenes.")
     parser.add_argument("--shard", type=shard, default="1/1", help="i/n: part i of n, for n machines or cores.")
     parser.add_argument(
         "--output_dir", type=Path, help="A file of results for each shard; default: tradeoff, or tradeoff/sdxl."
@@ -415,10 +429,11 @@ def main(args: argparse.Namespace) -> None:
         if training is not NO_TRAINING:
             seconds = train(setup, training, subject, seed, folder)
         for row in rows:
-            unet = ruler.base if training is NO_TRAINING else trained_unet(setup, training, folder, row["stop"])
+            trained = folder if row["stop"] == training.steps else folder / f"checkpoint-{row['stop']}"
+            unet = ruler.base if training is NO_TRAINING else trained_unet(setup, training, trained)
             if row["share"] != 1:
                 unet = {key: torch.lerp(base, unet[key], row["share"]) for key, base in ruler.base.items()}
-            measured = ruler.measure(unet, subject, training, folder)
+            measured = ruler.measure(unet, subject, training, trained)
             # A training that is stopped early takes that part of the time.
             part = row["stop"] / training.steps if training.steps else 0.0
             times = {"seconds": part * seconds["seconds"], "class seconds": seconds["class seconds"]}

@@ -116,11 +116,13 @@ def test_shards_are_disjoint_and_complete(count):
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b"])
-def test_refuses_a_shard_that_is_none(shard, capsys):
+@pytest.mark.parametrize(
+    "flag", ["--shard=0/2", "--shard=3/2", "--shard=1", "--shard=a/b", "--others=0", "--per_scene=-1"]
+)
+def test_refuses_a_shard_that_is_none_and_no_pictures(flag, capsys):
     with pytest.raises(SystemExit):
-        tradeoff.parse_args([f"--shard={shard}"])
-    assert "--shard" in capsys.readouterr().err
+        tradeoff.parse_args([flag])
+    assert flag.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_all_flags_of_the_grid_are_flags_of_the_script(script):
@@ -135,6 +137,8 @@ CLASS = ["--class_prompt=x", "--class_data_dir=x"]
 
 def test_what_is_in_two_parts_of_the_grid_is_measured_once():
     assert tradeoff.trainings_of(["lora", "lora"]) == tradeoff.trainings_of(["lora"])
+    (both,) = [t for t in tradeoff.trainings_of(["methods", "lora"]) if t.method == "LoRA" and t.rate == 4e-3]
+    assert both.shares == (0.5, 0.75)
     trainings = tradeoff.trainings_of(list(tradeoff.GRIDS))
     rows = [json.dumps([t.flags, t.weight, result]) for t in trainings for result in tradeoff.results_of(t)]
     assert len(set(rows)) == len(rows)
@@ -153,6 +157,8 @@ PRIOR = "--lipschitz_weight=0 --with_prior_preservation --num_class_images=1"
 GRID = [
     tradeoff.Row("DreamBooth", (1e-3,), schedule="constant", steps=(2,), stops=(1,), shares=(0.5,)),
     tradeoff.Row("prior preservation", (1e-3,), flags=PRIOR, steps=(1,)),
+    tradeoff.Row("LoRA", (1e-3,), (0,), tradeoff.LORA + tradeoff.PENALTY, "constant", (2,), (1,)),
+    tradeoff.Row("Custom Diffusion", (1e-3,), (0,), tradeoff.CUSTOM + tradeoff.PENALTY, "constant", (2,), (1,)),
 ]
 
 
@@ -199,6 +205,7 @@ def test_a_killed_run_goes_on_and_measures_nothing_twice(results):
             ("DreamBooth", 2, 1.0),
             ("DreamBooth, interpolated", 2, 0.5),
             ("prior preservation", 1, 1.0),
+            *((method, stop, 1.0) for method in ("LoRA", "Custom Diffusion") for stop in (1, 2)),
         ]
     )
 
@@ -210,15 +217,17 @@ def test_the_base_has_drifted_nowhere_and_took_no_time(results):
 
 
 def test_half_of_the_way_is_half_of_the_parameter_drift(results):
-    half, whole = (next(row for row in results[1] if (row["stop"], row["share"]) == (2, a)) for a in (0.5, 1.0))
+    half, whole = (
+        next(row for row in results[1] if "DreamBooth" in row["method"] and (row["stop"], row["share"]) == (2, a))
+        for a in (0.5, 1.0)
+    )
     assert half["parameter drift"] == pytest.approx(whole["parameter drift"] / 2, rel=1e-4)
     assert 0 < half["prediction drift"] < whole["prediction drift"]
 
 
-def test_an_early_stop_takes_its_part_of_the_time_and_class_images_their_own(results):
-    first, second = (
-        next(row for row in results[1] if row["method"] == "DreamBooth" and row["stop"] == n) for n in (1, 2)
-    )
+@pytest.mark.parametrize("method", ["DreamBooth", "LoRA", "Custom Diffusion"])
+def test_an_early_stop_takes_its_part_of_the_time_and_class_images_their_own(results, method):
+    first, second = (next(row for row in results[1] if row["method"] == method and row["stop"] == n) for n in (1, 2))
     (prior,) = [row for row in results[1] if row["method"] == "prior preservation"]
     assert 0 < first["parameter drift"] < second["parameter drift"]
     assert first["seconds"] > 0 and second["class seconds"] == 0 and prior["class seconds"] > 0
@@ -248,19 +257,20 @@ def test_what_goes_onto_the_base_is_measured_in_place(part, pattern, tmp_path):
     training = training._replace(flags=[*training.flags, "--max_train_steps=1"])
     tradeoff.train(tradeoff.SD, training, "mug", 0, tmp_path)
     base = tradeoff.load(tradeoff.SD.base).unet.state_dict()
-    unet = tradeoff.trained_unet(tradeoff.SD, training, tmp_path, training.steps)
+    unet = tradeoff.trained_unet(tradeoff.SD, training, tmp_path)
     assert unet.keys() == base.keys()
     changed = {name for name in base if not torch.equal(base[name], unet[name])}
     assert changed == {name for name in base if re.search(pattern, name)}
 
 
 def test_draws_one_picture_of_all_trainings_of_a_subject(tmp_path, monkeypatch):
-    monkeypatch.setitem(tradeoff.GRIDS, "test", [tradeoff.Row("penalty", (1e-3,), (1,), steps=(1,))])
+    monkeypatch.setitem(tradeoff.GRIDS, "test", [tradeoff.Row("penalty", (1e-3,), (1,), steps=(1, 2))])
     command = ["--draw", "--grid=test", "--subjects=mug", "--seeds=0", f"--output_dir={tmp_path}"]
     tradeoff.main(tradeoff.parse_args(command))
     assert [path.name for path in tmp_path.iterdir()] == ["mug-0.png"]
     width, height = Image.open(tmp_path / "mug-0.png").size
-    assert height == pytest.approx(width * 3 * 1.75 / (7 * 1.6), rel=0.01)  # photos, base, training; seven columns
+    # Photos, base and two trainings; seven columns.
+    assert height == pytest.approx(width * 4 * 1.75 / (7 * 1.6), rel=0.01)
 
 
 def test_draws_nothing_that_is_no_whole_pipeline(capsys):
