@@ -31,6 +31,7 @@ COSTS = {
     "disobeyed": "what prompts ask for and is missing",
     "total seconds": "seconds, class images included",
 }
+FIDELITIES = (0.4, 0.5, 0.55, 0.7, 0.75, 0.8)
 MEASURES = ("fidelity", "alignment", *OBEYED, "seconds", "class seconds", *COSTS)
 
 
@@ -124,10 +125,10 @@ class Results(NamedTuple):
         return [method for ours, _ in self.families().values() for method in ours]
 
 
-def read_results(paths: list[Path]) -> tuple[Results, int]:
+def read_results(paths: list[Path], seeds: list[int] | None = None) -> tuple[Results, int]:
     """
-    The results of settings that were measured for all subjects and seeds that the base was, and the number of other
-    settings, which are left out: means over different subjects do not compare.
+    The results, of these seeds or of all, of settings that were measured for all subjects and seeds that the base was,
+    and the number of other settings, which are left out: means over different subjects do not compare.
     """
     rows = []
     for line in (line for path in paths for line in path.read_text().splitlines()):
@@ -135,6 +136,7 @@ def read_results(paths: list[Path]) -> tuple[Results, int]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:  # of a run that was killed
             continue
+    rows = [row for row in rows if seeds is None or row["seed"] in seeds]
     newest = rows[-1]["settings"] if rows else None
     groups = {}
     for row in (row for row in rows if row["settings"] == newest):
@@ -153,7 +155,7 @@ def read_results(paths: list[Path]) -> tuple[Results, int]:
     everyone = next((found.keys() for setting, found in groups.values() if setting["method"] == "base"), None)
     if everyone is None:
         raise SystemExit("plot_tradeoff.py: error: no result of the base in these files: let tradeoff.py run first")
-    subjects, seeds = (list(dict.fromkeys(values)) for values in zip(*sorted(everyone)))
+    subjects, seeds = (sorted(set(values)) for values in zip(*everyone))
     curves, incomplete = {}, 0
     for setting, found in groups.values():
         if not everyone <= found.keys():
@@ -168,7 +170,7 @@ def read_results(paths: list[Path]) -> tuple[Results, int]:
         method: Curve(settings, np.array(values), find_neighbours(settings))
         for method, (settings, values) in curves.items()
     }
-    return Results(subjects, sorted(set(seeds)), curves), incomplete
+    return Results(subjects, seeds, curves), incomplete
 
 
 def find_neighbours(settings: list[dict[str, Any]]) -> np.ndarray:
@@ -217,9 +219,11 @@ def print_settings(results: Results) -> None:
 
 
 def print_equal_fidelity(results: Results, family: str, fidelities: np.ndarray, cost: str) -> None:
-    """Claims 2, 4 and 5: the cost of fidelities, and how much of it each penalized method saves."""
+    """Claims 2, 4 and 5: the cost of those fidelities that are reached, and what each penalized method saves."""
     ours, rivals = results.families()[family]
     methods, ease = ours + rivals, results.ease(family)
+    highest = max(results.curves[method].of("fidelity").mean(1).max() for method in methods)
+    fidelities = fidelities[fidelities <= highest]
 
     def costs(subjects):
         asked = fidelities + ease[subjects].mean()
@@ -413,13 +417,14 @@ def save(figure: plt.Figure, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Figures and claims from the results of tradeoff.py.")
     parser.add_argument("results", nargs="+", type=Path, help="JSONL files of tradeoff.py.")
-    parser.add_argument("--fidelities", nargs="+", type=float, default=[0.7, 0.75, 0.8], help="To compare at, 0 to 1.")
+    parser.add_argument("--seeds", nargs="+", type=int, help="All.")
+    parser.add_argument("--fidelities", nargs="+", type=float, default=FIDELITIES, help="To compare at, 0 to 1.")
     parser.add_argument("--output_dir", type=Path, default=Path("tradeoff"), help="Folder of the figures.")
     args = parser.parse_args()
     for path in args.results:
         if not path.is_file():
             parser.error(f"there are no results in {path}: let tradeoff.py run first")
-    results, incomplete = read_results(args.results)
+    results, incomplete = read_results(args.results, args.seeds)
     counted = f"Subjects: {', '.join(results.subjects)}; seeds: {', '.join(map(str, results.seeds))}"
     print(f"{counted}. Settings not measured on all of them, and left out: {incomplete}.")
     print_settings(results)
