@@ -568,6 +568,8 @@ def check_folders(args: argparse.Namespace, images: list[dict[str, Any]]) -> dic
             texts = [wording(args, model, image["text"]) for image in images if image["kind"] == kind]
             settings[f"{kind} prompts"] = texts
         settings[f"{model} model"] = digest_weights(args, model)
+        # A folder's digest is that of all its variants; a result has one of its own.
+        settings["variant"] = None if (model, args.kind) == ("personalized", "pipeline") else args.variant
         record, files = folder / RECORD, [path for path in folder.rglob("*") if path.is_file()]
         if files and record not in files:
             stop(f"{folder} holds files that this script has not written: choose another folder")

@@ -53,6 +53,7 @@ from diffusers.utils import check_min_version, is_wandb_available, is_xformers_a
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from PIL import Image
 from PIL.ImageOps import exif_transpose
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
@@ -82,6 +83,8 @@ LORA_TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
 }
+# What comes of files that are missing, broken or of another model.
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 INTERPOLATION = {mode.name.lower(): mode for mode in Image.Resampling}
 # Where drift is measured unless --drift_prompts_file says otherwise: no subject is named. Guidance needs the last.
 DRIFT_PROMPTS = [
@@ -113,13 +116,14 @@ class OneLineParser(argparse.ArgumentParser):
         stop(message)
 
 
-def number(convert, minimum, exclusive=False):
-    """An argparse type: a finite number that is at least, or `exclusive`ly above, the minimum."""
+def number(convert, minimum, exclusive=False, below=math.inf):
+    """An argparse type: a finite number that is at least, or `exclusive`ly above, the minimum, and `below` a limit."""
 
     def parse(text):
         value = convert(text)
-        if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+        if not minimum <= value < below or (exclusive and value == minimum):  # NaN is neither
             bound = f"above {minimum}" if exclusive else f"at least {minimum}"
+            bound += f" and below {below}" if math.isfinite(below) else ""
             raise argparse.ArgumentTypeError(f"must be a finite number {bound}, not {text}")
         return value
 
@@ -128,7 +132,8 @@ def number(convert, minimum, exclusive=False):
     return parse
 
 
-positive_int, non_negative, positive = number(int, 1), number(float, 0), number(float, 0, exclusive=True)
+positive_int, count = number(int, 1), number(int, 0)
+non_negative, positive, share = number(float, 0), number(float, 0, exclusive=True), number(float, 0, below=1)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -154,7 +159,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add("--rank", type=positive_int, help="lora: rank of the added matrices; default: 4.")
     add("--lora_alpha", type=positive_int, help="lora: they are scaled by this over the rank; default: the rank.")
-    add("--lora_dropout", type=non_negative, help="lora: share of their inputs left out in training; default: 0.")
+    add("--lora_dropout", type=share, help="lora: share of their inputs left out in training; default: 0.")
     add("--use_dora", action="store_true", help="lora: train the lengths of the weights' rows apart from directions.")
     add("--modifier_token", help='custom_diffusion: new words, one for each concept: "<new1>+<new2>".')
     add("--initializer_token", help="custom_diffusion: words whose meaning they begin with; default: ktn+pll+ucd.")
@@ -195,7 +200,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="How images are scaled to the resolution.",
     )
     add("--repeats", type=positive_int, default=1, help="Times that each photo comes in an epoch.")
-    add("--dataloader_num_workers", type=int, default=0, help="Processes that read images; 0: the main one.")
+    add("--dataloader_num_workers", type=count, default=0, help="Processes that read images; 0: the main one.")
 
     add = parser.add_argument_group("Lipschitz penalty").add_argument
     add(
@@ -256,7 +261,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Folder for the result, checkpoints and logs; default: dreambooth-model, for lora lora-dreambooth-model,"
         " for custom_diffusion custom-diffusion-model.",
     )
-    add("--seed", type=int, help="Makes a run repeatable.")
+    add("--seed", type=number(int, 0, below=2**32), help="Makes a run repeatable.")
     add("--train_text_encoder", action="store_true", help="Train, and penalize, the text encoder too.")
     add("--train_batch_size", type=positive_int, default=4, help="Photos in a batch, per process.")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches per optimizer step.")
@@ -282,12 +287,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--scale_lr", action="store_true", help="Multiply it by processes, accumulation steps and batch size.")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedules, default="constant", help="How the learning rate changes.")
-    add("--lr_warmup_steps", type=int, default=500, help="Steps of rising rate, in schedules that have them.")
-    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
+    add("--lr_warmup_steps", type=count, default=500, help="Steps of rising rate, in schedules that have them.")
+    add("--lr_num_cycles", type=positive_int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=non_negative, default=1.0, help="Exponent of polynomial.")
     add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, with a quarter of the state.")
-    add("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
-    add("--adam_beta2", type=float, default=0.999, help="Decay of the mean of their squares.")
+    add("--adam_beta1", type=share, default=0.9, help="Decay of the mean of gradients.")
+    add("--adam_beta2", type=share, default=0.999, help="Decay of the mean of their squares.")
     add(
         "--adam_weight_decay",
         type=non_negative,
@@ -392,8 +397,6 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
         args.lora_alpha = args.lora_alpha or args.rank
         args.lora_dropout = args.lora_dropout or 0.0
         args.lipschitz_lora = args.lipschitz_lora or "delta"
-        if args.lora_dropout >= 1:
-            error("--lora_dropout must be below 1")
         if args.lipschitz_lora == "delta" and args.lipschitz_mode == "proximal":
             error("--lipschitz_mode proximal has no closed form for LoRA: use coupled, or --lipschitz_lora factors")
     if args.method == "custom_diffusion":
@@ -447,6 +450,9 @@ def read_concepts(args: argparse.Namespace) -> list[Concept]:
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     """The `Accelerator`, once it is certain that this machine has what the arguments ask for."""
+    # Before accelerate advises to install what is refused then.
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stop("DEEPSPEED shards the weights, which this script does not support")
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -471,6 +477,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         stop("--dataset_name needs datasets: pip install datasets")
     if args.method == "lora" and importlib.util.find_spec("peft") is None:
         stop("--method lora needs peft: pip install peft")
+    if args.allow_tf32 and accelerator.device.type != "cuda":
+        stop(f"--allow_tf32 needs a CUDA GPU, this is {accelerator.device.type}: leave it out")
     if args.enable_xformers_memory_efficient_attention:
         if accelerator.device.type != "cuda":
             stop(
@@ -626,7 +634,7 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
         if checkpoint not in list_checkpoints(checkpoint.parent):
             stop(f"--resume_from_checkpoint: {checkpoint} is not named checkpoint-<step>")
 
-    needed = ["optimizer.bin", "scheduler.bin", f"random_states_{accelerator.process_index}.pkl"]
+    needed = ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
     if args.method == "full":
         needed += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
         if args.train_text_encoder:
@@ -638,6 +646,10 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
     missing = [name for name in needed if not Path(checkpoint, name).is_file()]
     if missing:
         stop(f"--resume_from_checkpoint: {checkpoint} is incomplete, it lacks {', '.join(missing)}")
+    processes = len(list(checkpoint.glob("random_states_*.pkl")))
+    if processes != accelerator.num_processes:
+        how = f"{processes} processes, not {accelerator.num_processes}: accelerate launch --num_processes={processes}"
+        stop(f"--resume_from_checkpoint: {checkpoint} is of a run of {how}")
     if Path(checkpoint, "custom_checkpoint_0.pkl").is_file() != (args.lipschitz_weight > 0):
         how = "without the penalty: add" if args.lipschitz_weight > 0 else "with the penalty: leave out"
         stop(f"--resume_from_checkpoint: {checkpoint} was trained {how} --lipschitz_weight 0")
@@ -656,6 +668,15 @@ def check_base(args: argparse.Namespace, flag: str = "--pretrained_model_name_or
     if name != "StableDiffusionPipeline":
         other = ": use train_dreambooth_lipschitz_sdxl.py" if name == "StableDiffusionXLPipeline" else ""
         stop(f"{flag}: {source} is a {name}, not a StableDiffusionPipeline (1.x or 2.x){other}")
+
+
+def check_writable(flag: str, folder: str) -> None:
+    """Stops unless the folder can be written to, or made. Makes nothing."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        stop(f"{flag}: cannot write to {place}: choose another folder")
 
 
 def create_hub_repository(args: argparse.Namespace) -> str:
@@ -679,19 +700,24 @@ def load_pipeline(
             if args.tokenizer_name:
                 options["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
         pipeline = StableDiffusionPipeline.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         stop(f"{flag}: cannot load {source}: {error}")
+    for part, module in pipeline.components.items():
+        weights = module.named_parameters() if isinstance(module, torch.nn.Module) else []
+        lacking = [name for name, weight in weights if weight.is_meta]
+        if lacking:
+            stop(f"{flag}: the {part} of {source} lacks {lacking[0]}: its file is incomplete or of another version")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def sample_class_images(
     args: argparse.Namespace, accelerator: Accelerator, concept: Concept, images: list[Path]
-) -> list[Example]:
+) -> list[Path]:
     """As many class images as asked for: those in `class_data_dir`, and by the base those that are missing."""
     folder, missing = Path(concept.class_data_dir), args.num_class_images - len(images)
     if missing <= 0:
-        return [Example(path, concept.class_prompt) for path in images[: args.num_class_images]]
+        return images[: args.num_class_images]
 
     accelerator.wait_for_everyone()
     logger.info(f"Drawing {missing} class images.")
@@ -715,8 +741,7 @@ def sample_class_images(
                 image.save(folder / f".{name}")
                 os.replace(folder / f".{name}", folder / name)
     accelerator.wait_for_everyone()
-    images = images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
-    return [Example(path, concept.class_prompt) for path in images]
+    return images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
 
 
 class NewTokenEmbedding(torch.nn.Module):
@@ -1220,7 +1245,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
     """Restores a run and returns the step that it had reached."""
     try:
         accelerator.load_state(str(checkpoint))
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (*LOAD_ERRORS, EOFError, pickle.UnpicklingError) as error:
         stop(f"--resume_from_checkpoint: cannot resume from {checkpoint}: {error}")
     return int(checkpoint.name.split("-")[1])
 
@@ -1391,14 +1416,21 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args, accelerator)
     photos, class_images = find_examples(args, concepts)
     drift_prompts = read_drift_prompts(args)
+    check_writable("--output_dir", args.output_dir)
+    for concept, images in zip(concepts, class_images if args.with_prior_preservation else []):
+        if len(images) < args.num_class_images:
+            check_writable("--concepts_list" if args.concepts_list else "--class_data_dir", concept.class_data_dir)
     check_base(args)
     if args.lipschitz_anchor_model is not None:
         check_base(args, "--lipschitz_anchor_model")
     repo_id = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     if args.with_prior_preservation:
-        pairs = zip(concepts, class_images)
-        class_images = [sample_class_images(args, accelerator, concept, images) for concept, images in pairs]
+        folders = {}  # concepts may share one
+        for concept, images in zip(concepts, class_images):
+            if concept.class_data_dir not in folders:
+                folders[concept.class_data_dir] = sample_class_images(args, accelerator, concept, images)
+        class_images = [[Example(path, c.class_prompt) for path in folders[c.class_data_dir]] for c in concepts]
 
     weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
     pipeline, noise_scheduler, trained = load_models(args, weight_dtype)

@@ -61,7 +61,7 @@ from diffusers.utils import check_min_version, is_wandb_available, is_xformers_a
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from PIL import Image
 from PIL.ImageOps import exif_transpose
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
@@ -99,6 +99,8 @@ LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weight
 KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
 # The keys under which embeddings for SDXL are published.
 TOKEN_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+# What comes of files that are missing, broken or of another model.
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 INTERPOLATION = {mode.name.lower(): mode for mode in Image.Resampling}
 # Where drift is measured unless --drift_prompts_file says otherwise: no subject is named. Guidance needs the last.
 DRIFT_PROMPTS = [
@@ -128,13 +130,14 @@ class OneLineParser(argparse.ArgumentParser):
         stop(message)
 
 
-def number(convert, minimum, exclusive=False):
-    """An argparse type: a finite number that is at least, or `exclusive`ly above, the minimum."""
+def number(convert, minimum, exclusive=False, below=math.inf):
+    """An argparse type: a finite number that is at least, or `exclusive`ly above, the minimum, and `below` a limit."""
 
     def parse(text):
         value = convert(text)
-        if not math.isfinite(value) or value < minimum or (exclusive and value == minimum):
+        if not minimum <= value < below or (exclusive and value == minimum):  # NaN is neither
             bound = f"above {minimum}" if exclusive else f"at least {minimum}"
+            bound += f" and below {below}" if math.isfinite(below) else ""
             raise argparse.ArgumentTypeError(f"must be a finite number {bound}, not {text}")
         return value
 
@@ -143,7 +146,8 @@ def number(convert, minimum, exclusive=False):
     return parse
 
 
-positive_int, non_negative, positive = number(int, 1), number(float, 0), number(float, 0, exclusive=True)
+positive_int, count = number(int, 1), number(int, 0)
+non_negative, positive, share = number(float, 0), number(float, 0, exclusive=True), number(float, 0, below=1)
 
 
 def boolean(text: str) -> bool:
@@ -179,7 +183,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add("--rank", type=positive_int, help="lora: rank of the added matrices; default: 4.")
     add("--lora_alpha", type=positive_int, help="lora: they are scaled by this over the rank; default: the rank.")
-    add("--lora_dropout", type=non_negative, help="lora: share of their inputs left out in training; default: 0.")
+    add("--lora_dropout", type=share, help="lora: share of their inputs left out in training; default: 0.")
     add("--use_dora", action="store_true", help="lora: train the lengths of the weights' rows apart from directions.")
     add(
         "--output_kohya_format",
@@ -225,7 +229,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="How images are scaled to the resolution.",
     )
     add("--repeats", type=positive_int, default=1, help="Times that each photo comes in an epoch.")
-    add("--dataloader_num_workers", type=int, default=0, help="Processes that read images; 0: the main one.")
+    add("--dataloader_num_workers", type=count, default=0, help="Processes that read images; 0: the main one.")
 
     add = parser.add_argument_group("Lipschitz penalty").add_argument
     add(
@@ -286,7 +290,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Folder for the result, checkpoints and logs; default: dreambooth-model, for lora lora-dreambooth-model,"
         " for custom_diffusion custom-diffusion-model.",
     )
-    add("--seed", type=int, help="Makes a run repeatable.")
+    add("--seed", type=number(int, 0, below=2**32), help="Makes a run repeatable.")
     add("--train_text_encoder", action="store_true", help="Train, and penalize, both text encoders too.")
     add("--train_batch_size", type=positive_int, default=4, help="Photos in a batch, per process.")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches per optimizer step.")
@@ -321,9 +325,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--scale_lr", action="store_true", help="Multiply them by processes, accumulation steps and batch size.")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedules, default="constant", help="How the learning rate changes.")
-    add("--lr_warmup_steps", type=int, default=500, help="Steps of rising rate, in schedules that have them.")
-    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
+    add("--lr_warmup_steps", type=count, default=500, help="Steps of rising rate, in schedules that have them.")
+    add("--lr_num_cycles", type=positive_int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=non_negative, default=1.0, help="Exponent of polynomial.")
     add(
         "--optimizer",
         type=str.lower,
@@ -332,8 +336,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="prodigy finds its learning rate itself (arXiv 2306.06101).",
     )
     add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, with a quarter of the state.")
-    add("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients; prodigy's too.")
-    add("--adam_beta2", type=float, default=0.999, help="Decay of the mean of their squares; prodigy's too.")
+    add("--adam_beta1", type=share, default=0.9, help="Decay of the mean of gradients; prodigy's too.")
+    add("--adam_beta2", type=share, default=0.999, help="Decay of the mean of their squares; prodigy's too.")
     add(
         "--adam_weight_decay",
         type=non_negative,
@@ -345,7 +349,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="That of the text encoders. 1e-3, or 0 with the Lipschitz penalty.",
     )
     add("--adam_epsilon", type=non_negative, default=1e-8, help="Added to the denominator; prodigy's too.")
-    add("--prodigy_beta3", type=float, help="Decay of what it knows of the rate; default: sqrt of --adam_beta2.")
+    add("--prodigy_beta3", type=share, help="Decay of what it knows of the rate; default: sqrt of --adam_beta2.")
     add("--prodigy_decouple", type=boolean, default=True, help="Weight decay as in AdamW, apart from the gradient.")
     add("--prodigy_use_bias_correction", type=boolean, default=True, help="Correct the means in the first steps.")
     add("--prodigy_safeguard_warmup", type=boolean, default=True, help="Let a warm-up not disturb the rate.")
@@ -446,8 +450,6 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
         args.lora_alpha = args.lora_alpha or args.rank
         args.lora_dropout = args.lora_dropout or 0.0
         args.lipschitz_lora = args.lipschitz_lora or "delta"
-        if args.lora_dropout >= 1:
-            error("--lora_dropout must be below 1")
         if args.output_kohya_format and args.use_dora:
             error("--output_kohya_format has no form of DoRA that programs agree on: leave out one")
         if args.lipschitz_lora == "delta" and args.lipschitz_mode == "proximal":
@@ -534,6 +536,9 @@ def read_concepts(args: argparse.Namespace) -> list[Concept]:
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     """The `Accelerator`, once it is certain that this machine has what the arguments ask for."""
+    # Before accelerate advises to install what is refused then.
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stop("DEEPSPEED shards the weights, which this script does not support")
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -549,6 +554,11 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         stop(error)
     if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         stop(f"{accelerator.distributed_type.value} shards the weights, which this script does not support")
+    if args.full_bf16 and accelerator.num_processes > 1:
+        stop(
+            "--full_bf16 rounds weights at random, on each GPU differently, so that the copies would drift apart:"
+            " accelerate launch --num_processes=1"
+        )
     # accelerate lets this pass, and trains in float32.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         stop("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
@@ -564,6 +574,8 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     for flag, package in needed.items():
         if package is not None and importlib.util.find_spec(package) is None:
             stop(f"{flag} needs {package}: pip install {package}")
+    if args.allow_tf32 and accelerator.device.type != "cuda":
+        stop(f"--allow_tf32 needs a CUDA GPU, this is {accelerator.device.type}: leave it out")
     if args.enable_xformers_memory_efficient_attention:
         if accelerator.device.type != "cuda":
             stop(
@@ -719,7 +731,7 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
         if checkpoint not in list_checkpoints(checkpoint.parent):
             stop(f"--resume_from_checkpoint: {checkpoint} is not named checkpoint-<step>")
 
-    needed = ["optimizer.bin", "scheduler.bin", f"random_states_{accelerator.process_index}.pkl"]
+    needed = ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
     if args.method == "full":
         needed += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
         if args.train_text_encoder:
@@ -731,6 +743,10 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
     missing = [name for name in needed if not Path(checkpoint, name).is_file()]
     if missing:
         stop(f"--resume_from_checkpoint: {checkpoint} is incomplete, it lacks {', '.join(missing)}")
+    processes = len(list(checkpoint.glob("random_states_*.pkl")))
+    if processes != accelerator.num_processes:
+        how = f"{processes} processes, not {accelerator.num_processes}: accelerate launch --num_processes={processes}"
+        stop(f"--resume_from_checkpoint: {checkpoint} is of a run of {how}")
     if Path(checkpoint, "custom_checkpoint_0.pkl").is_file() != (args.lipschitz_weight > 0):
         how = "without the penalty: add" if args.lipschitz_weight > 0 else "with the penalty: leave out"
         stop(f"--resume_from_checkpoint: {checkpoint} was trained {how} --lipschitz_weight 0")
@@ -761,6 +777,15 @@ def check_scheduler(args: argparse.Namespace, parts: dict) -> None:
         stop("--snr_gamma weighs a loss that EDM-style training does not have: leave it out")
 
 
+def check_writable(flag: str, folder: str) -> None:
+    """Stops unless the folder can be written to, or made. Makes nothing."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        stop(f"{flag}: cannot write to {place}: choose another folder")
+
+
 def create_hub_repository(args: argparse.Namespace) -> str:
     """Creates the repository to push to, if there is none, before hours go into training. Returns its full name."""
     name = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -782,23 +807,30 @@ def load_pipeline(
     if vae is not None:
         try:
             options["vae"] = AutoencoderKL.from_pretrained(vae, dtype=options["dtype"])
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except LOAD_ERRORS as error:
             stop(f"--pretrained_vae_model_name_or_path: cannot load {vae}: {error}")
     try:
         pipeline = StableDiffusionXLPipeline.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         stop(f"{flag}: cannot load {source}: {error}")
+    for part, module in pipeline.components.items():
+        weights = module.named_parameters() if isinstance(module, torch.nn.Module) else []
+        lacking = [name for name, weight in weights if weight.is_meta]
+        if lacking:
+            stop(f"{flag}: the {part} of {source} lacks {lacking[0]}: its file is incomplete or of another version")
+    # Images go through it one by one: in float32 at 1024 pixels, each takes gigabytes.
+    pipeline.vae.enable_slicing()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def sample_class_images(
     args: argparse.Namespace, accelerator: Accelerator, concept: Concept, images: list[Path]
-) -> list[Example]:
+) -> list[Path]:
     """As many class images as asked for: those in `class_data_dir`, and by the base those that are missing."""
     folder, missing = Path(concept.class_data_dir), args.num_class_images - len(images)
     if missing <= 0:
-        return [Example(path, concept.class_prompt) for path in images[: args.num_class_images]]
+        return images[: args.num_class_images]
 
     accelerator.wait_for_everyone()
     logger.info(f"Drawing {missing} class images.")
@@ -822,8 +854,7 @@ def sample_class_images(
                 image.save(folder / f".{name}")
                 os.replace(folder / f".{name}", folder / name)
     accelerator.wait_for_everyone()
-    images = images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
-    return [Example(path, concept.class_prompt) for path in images]
+    return images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
 
 
 class NewTokenEmbedding(torch.nn.Module):
@@ -933,8 +964,6 @@ def load_models(
     if not args.do_edm_style_training:
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
     pipeline.vae.requires_grad_(False)
-    # Images go through it one by one: in float32 at 1024 pixels, each takes gigabytes.
-    pipeline.vae.enable_slicing()
     trained = choose_parameters(args, pipeline, dtype)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
@@ -1529,7 +1558,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
     """Restores a run and returns the step that it had reached."""
     try:
         accelerator.load_state(str(checkpoint))
-    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (*LOAD_ERRORS, EOFError, pickle.UnpicklingError) as error:
         stop(f"--resume_from_checkpoint: cannot resume from {checkpoint}: {error}")
     return int(checkpoint.name.split("-")[1])
 
@@ -1709,14 +1738,21 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args, accelerator)
     photos, class_images = find_examples(args, concepts)
     drift_prompts = read_drift_prompts(args)
+    check_writable("--output_dir", args.output_dir)
+    for concept, images in zip(concepts, class_images if args.with_prior_preservation else []):
+        if len(images) < args.num_class_images:
+            check_writable("--concepts_list" if args.concepts_list else "--class_data_dir", concept.class_data_dir)
     check_scheduler(args, check_base(args))
     if args.lipschitz_anchor_model is not None:
         check_base(args, "--lipschitz_anchor_model")
     repo_id = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     if args.with_prior_preservation:
-        pairs = zip(concepts, class_images)
-        class_images = [sample_class_images(args, accelerator, concept, images) for concept, images in pairs]
+        folders = {}  # concepts may share one
+        for concept, images in zip(concepts, class_images):
+            if concept.class_data_dir not in folders:
+                folders[concept.class_data_dir] = sample_class_images(args, accelerator, concept, images)
+        class_images = [[Example(path, c.class_prompt) for path in folders[c.class_data_dir]] for c in concepts]
 
     weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
     pipeline, noise_scheduler, trained = load_models(args, weight_dtype)

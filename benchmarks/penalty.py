@@ -39,10 +39,13 @@ def parse_args():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", choices=CONFIGS, default="sd15")
     parser.add_argument("--anchor_dtype", choices=["float32", "float16"], default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="The best of these counts; all variants run in each.")
     parser.add_argument("--skip_autograd", action="store_true", help="It needs as much memory again as the weights.")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA GPU here")
+    return args
 
 
 def make_tensors(args):

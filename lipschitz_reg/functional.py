@@ -170,11 +170,11 @@ def _add_piece(gradient: Tensor, parameter: Tensor, anchor: Tensor, factor: Coef
 @functools.cache
 def _fused_add_piece(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Coefficient], None]:
     """`_add_piece` as one kernel, which reads and writes each element once; uncompiled where that cannot be made."""
-    compiled = torch.compile(_add_piece, dynamic=True)
-    trial = torch.zeros(2, device=device)
+    trial = [torch.zeros(2, device=device) for _ in range(3)]
     try:
-        compiled(trial, trial.clone(), trial.clone(), 0.0)
-    except Exception as error:  # no Triton, no C compiler, a GPU that is too old: all of their own kinds
+        compiled = torch.compile(_add_piece, dynamic=True)
+        compiled(*trial, torch.zeros((), dtype=torch.float64))  # as below
+    except Exception as error:  # no Triton, no C compiler, a GPU or a Python that it does not know: each of its kind
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(f"lipschitz_reg adds its gradient in three passes, because torch.compile failed: {reason}")
         return _add_piece

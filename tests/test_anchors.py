@@ -2,6 +2,7 @@
 # What is done with them is in test_functional.py and test_regularizer.py.
 import pytest
 import torch
+import torch.distributed.tensor
 
 from lipschitz_reg.anchors import fingerprint, make_anchor, smallest_lossless_dtype
 
@@ -87,6 +88,18 @@ def test_anchor_on_the_cpu_on_request():
 def test_what_is_not_a_float_is_refused(parameter):
     with pytest.raises(ValueError, match="lipschitz_weight"):
         make_anchor(parameter)
+
+
+def test_what_is_sharded_is_refused():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        sharded = torch.distributed.tensor.distribute_tensor(torch.ones(4), mesh)
+        with pytest.raises(ValueError, match="not sharded"):
+            make_anchor(sharded)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_fingerprint_depends_on_values_only():

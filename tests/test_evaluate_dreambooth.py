@@ -590,6 +590,18 @@ def test_pictures_of_other_settings_are_refused_or_drawn_afresh(evaluated, evalu
     assert fresh["subject"]["base"] != read_metrics(evaluated[0])["subject"]["base"]
 
 
+def test_pictures_of_another_variant_of_the_base_are_refused(evaluated, refused, tmp_path):
+    shared = f"--base_images_dir={evaluated[0] / 'images' / 'base'}"
+    assert "another variant" in refused(f"--output_dir={tmp_path / 'out'}", shared, "--variant=fp16")
+
+
+def test_as_many_pictures_as_the_docs_say(script, flags):
+    flags = [flag for flag in flags if "prompts_file" not in flag and "per_prompt" not in flag]
+    args = script.parse_args(flags)
+    pictures = 2 * len(script.plan_images(args, script.build_prompts(args)))
+    assert f"{pictures} pictures in all" in (ROOT / "docs" / "evaluation.md").read_text()
+
+
 def test_a_shared_folder_of_other_prompts_is_named_with_what_has_changed(evaluated, refused, tmp_path):
     shared = f"--base_images_dir={evaluated[0] / 'images' / 'base'}"
     line = refused(f"--output_dir={tmp_path / 'out'}", shared, "--instance_token=xyz")

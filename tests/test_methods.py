@@ -100,9 +100,13 @@ pipeline("a photo of a <new1> mug", num_inference_steps=25, generator=generator)
 
 @pytest.fixture(scope="session")
 def drawn(trained, tmp_path_factory):
-    """A folder with what the calls of each model card draw, in a process that knows of no trainer."""
+    """A folder with what the calls of each model card draw, and the base, in a process that knows of no trainer."""
     folder = tmp_path_factory.mktemp("drawn")
-    code = [loading_code(trained(method)) + f"file = {method!r} + '.png'" + DRAW for method in METHODS]
+    load_base = (
+        f"from diffusers import DiffusionPipeline\npipeline = DiffusionPipeline.from_pretrained({str(BASE)!r})\n"
+    )
+    calls = {"base": load_base} | {method: loading_code(trained(method)) for method in METHODS}
+    code = [lines + f"file = {name!r} + '.png'" + DRAW for name, lines in calls.items()]
     done = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
@@ -114,10 +118,10 @@ def test_calls_of_the_model_card_draw_the_last_validation_image(method, trained,
     np.testing.assert_array_equal(*pixels)
 
 
-def test_validation_image_is_not_that_of_the_base(trained):
+def test_no_validation_image_is_that_of_the_base(trained, drawn):
     """Or the claim above would hold for calls that load nothing."""
-    images = [np.asarray(Image.open(trained(method) / "image_0.png")).tobytes() for method in METHODS]
-    assert len(set(images)) == len(METHODS)
+    files = [drawn / "base.png", *(trained(method) / "image_0.png" for method in METHODS)]
+    assert len({np.asarray(Image.open(file)).tobytes() for file in files}) == len(files)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -359,6 +363,14 @@ def test_each_photo_of_several_concepts_comes_with_its_prompt(concepts, run_scri
     assert not torch.equal(tokens["<dark>"], tokens["<light>"])
 
 
+def test_concepts_of_one_class_folder_share_its_images(concepts, run_script, tmp_path):
+    rows, folder = json.loads(concepts.read_text()), tmp_path / "mugs"
+    concepts.write_text(json.dumps([{**row, "class_data_dir": str(folder), "class_prompt": "a mug"} for row in rows]))
+    flags = [f"--pretrained_model_name_or_path={BASE}", f"--concepts_list={concepts}", *SEVERAL, *PRIOR]
+    run_script(*flags, "--resolution=64", "--max_train_steps=1", f"--output_dir={tmp_path / 'model'}")
+    assert len(list(folder.iterdir())) == 3
+
+
 # One personalization after another
 
 
@@ -430,7 +442,10 @@ MISTAKES = {
     "new word twice": (f"{CUSTOM} --modifier_token=<a>+<a>", "none of them empty or twice"),
     "empty new word": (f"{CUSTOM} --modifier_token=<a>+", "none of them empty or twice"),
     "new word in no prompt": (f"{CUSTOM} --modifier_token=<a>", "<a> is in no prompt of a photo"),
-    "dropout of everything": ("--method=lora --lora_dropout=1", "--lora_dropout must be below 1"),
+    "dropout of everything": (
+        "--method=lora --lora_dropout=1",
+        "--lora_dropout: must be a finite number at least 0 and below 1",
+    ),
     "rank of zero": ("--method=lora --rank=0", "--rank: must be a finite number at least 1"),
     "unknown method": ("--method=hypernetwork", "--method: invalid choice"),
     "proximal LoRA": ("--method=lora --lipschitz_mode=proximal", "no closed form for LoRA"),

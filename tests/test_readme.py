@@ -1,11 +1,14 @@
 # What the README tells people to type has to work: its commands are taken by the scripts, its three lines run.
 # What it promises about training is claimed in the other files.
+import importlib.metadata
 import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import torch
+from packaging.specifiers import SpecifierSet
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +41,30 @@ def test_the_scripts_take_the_commands_of_the_readme():
     last_two_lines = sdxl.index("--train_batch_size=1")
     assert parse_sdxl([*sdxl[3:last_two_lines], *bf16]).full_bf16
     for flags in re.findall(r"`(--[^`]+)`", README):
-        parse_sd([*sd[3:], *shlex.split(flags)])
+        replaced = "--instance_data_dir" if "--dataset_name" in flags else None
+        parse_sd([flag for flag in sd[3:] if flag.partition("=")[0] != replaced] + shlex.split(flags))
+
+
+def test_the_tested_versions_run_on_the_python_that_the_readme_names():
+    lowest = re.search(r"Python (3\.\d+) or later", README)[1]
+    pins = re.findall(r"^([\w-]+)==", ROOT.joinpath("requirements.txt").read_text(), re.MULTILINE)
+    for pin in pins:
+        needed = importlib.metadata.metadata(pin)["Requires-Python"] or ""
+        assert SpecifierSet(needed).contains(f"{lowest}.99"), pin
+
+
+def test_the_table_of_grids_counts_what_they_train_and_measure():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import tradeoff
+
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*\| (\d+), (\d+)\D", ROOT.joinpath("docs/benchmarks.md").read_text(), re.MULTILINE
+    )
+    counted = {}
+    for name in tradeoff.GRIDS:
+        trainings = tradeoff.trainings_of([name])[1:]
+        counted[name] = (len(trainings), sum(len(tradeoff.results_of(training)) for training in trainings))
+    assert {name: (int(trainings), int(results)) for name, trainings, results in rows} == counted
 
 
 def test_the_three_lines_of_the_readme_run():

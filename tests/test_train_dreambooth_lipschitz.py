@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 ROOT = Path(__file__).parents[1]
@@ -695,7 +695,9 @@ def world(tmp_path, tiny_sd, photos, trained):
     torn = tmp_path / "torn" / "checkpoint-4"
     shutil.copytree(trained[0] / "checkpoint-4", torn)
     (torn / "optimizer.bin").unlink()
-    shutil.copytree(trained[0] / "checkpoint-4", tmp_path / "checkpoint-4")
+    for name in (".", "two"):
+        shutil.copytree(trained[0] / "checkpoint-4", tmp_path / name / "checkpoint-4")
+    shutil.copy(tmp_path / "checkpoint-4" / "random_states_0.pkl", tmp_path / "two/checkpoint-4/random_states_1.pkl")
     return tmp_path
 
 
@@ -717,6 +719,20 @@ MISTAKES = {
     "unknown reduction": ("--lipschitz_reduction=max", "--lipschitz_reduction: invalid choice"),
     "unknown flag": ("--lipschitz_lambda=1", "--lipschitz_lambda"),
     "steps of zero": ("--checkpointing_steps=0", "--checkpointing_steps: must be"),
+    "negative seed": ("--seed=-1", "--seed: must be a finite number at least 0"),
+    "negative workers": ("--dataloader_num_workers=-1", "--dataloader_num_workers: must be"),
+    "gradients that are never forgotten": (
+        "--adam_beta1=1",
+        "--adam_beta1: must be a finite number at least 0 and below 1",
+    ),
+    "output folder that is a file": (
+        "--output_dir={world}/broken/1.png",
+        "--output_dir: cannot write to {world}/broken/1.png",
+    ),
+    "class folder in a file": (
+        "--with_prior_preservation --class_prompt=dog --class_data_dir={world}/broken/1.png/class",
+        "--class_data_dir: cannot write to {world}/broken/1.png",
+    ),
     "no class prompt": ("--with_prior_preservation --class_data_dir={world}/class", "--class_prompt"),
     "no class folder": ("--with_prior_preservation --class_prompt=dog", "--class_data_dir"),
     "broken class image": (
@@ -724,6 +740,7 @@ MISTAKES = {
         "--class_data_dir: {world}/broken/1.png is broken",
     ),
     "xformers on a CPU": ("--enable_xformers_memory_efficient_attention", "needs a CUDA GPU"),
+    "TF32 on a CPU": ("--allow_tf32", "--allow_tf32 needs a CUDA GPU"),
     "float16 on a CPU": ("--mixed_precision=fp16", "fp16"),
     "unknown tracker": ("--report_to=paper", "paper"),
     "token that wandb would log": ("--report_to=wandb --hub_token=x", "--hub_token"),
@@ -740,6 +757,10 @@ MISTAKES = {
     "checkpoint without the text encoder": (
         "--resume_from_checkpoint={world}/checkpoint-4 --train_text_encoder",
         "it lacks text_encoder/config.json",
+    ),
+    "checkpoint of two processes": (
+        "--resume_from_checkpoint={world}/two/checkpoint-4",
+        "is of a run of 2 processes, not 1: accelerate launch --num_processes=2",
     ),
     "checkpoint with the penalty, run without": (
         "--resume_from_checkpoint={world}/checkpoint-4 --lipschitz_weight=0",
@@ -782,6 +803,36 @@ def test_mistake_ends_in_one_line_before_anything_is_loaded_or_written(mistake, 
     assert end.value.code == 2
     assert_one_clear_line(capsys.readouterr().err, message)
     assert files_below(world) == before
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+def test_broken_weights_end_in_one_line(part, train, tiny_sd, tmp_path, capsys):
+    base = shutil.copytree(tiny_sd, tmp_path / "base")
+    (file,) = (base / part).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SystemExit):
+        train(f"--pretrained_model_name_or_path={base}", f"--output_dir={tmp_path / 'new'}")
+    assert_one_clear_line(capsys.readouterr().err, f"--pretrained_model_name_or_path: cannot load {base}")
+    assert not (tmp_path / "new").exists()
+
+
+def test_base_that_lacks_a_weight_is_refused(train, tiny_sd, tmp_path, capsys):
+    base = shutil.copytree(tiny_sd, tmp_path / "base")
+    (file,) = (base / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["conv_in.bias"]
+    save_file(tensors, file)
+    with pytest.raises(SystemExit):
+        train(f"--pretrained_model_name_or_path={base}", f"--output_dir={tmp_path / 'new'}")
+    last = capsys.readouterr().err.splitlines(keepends=True)[-1]
+    assert_one_clear_line(last, f"the unet of {base} lacks conv_in.bias")
+
+
+def test_deepspeed_is_refused(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch sets it
+    with pytest.raises(SystemExit):
+        train(f"--output_dir={tmp_path / 'new'}")
+    assert_one_clear_line(capsys.readouterr().err, "DEEPSPEED shards the weights")
 
 
 DATASET_MISTAKES = {

@@ -1,5 +1,6 @@
 # What train_dreambooth_lipschitz_sdxl.py promises, on a tiny random pipeline: its methods, what is SDXL's own, and
 # that it runs alone. What it does in the same words as its sibling is in test_train_dreambooth_lipschitz.py.
+import inspect
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_methods import load, loading_code, result
 from test_train_dreambooth_lipschitz import ROOT, TORCHRUN, checkpoints, distance, same_bits, scalars, weights
 
@@ -124,10 +125,14 @@ pipeline("a photo of a <new1> dog", num_inference_steps=25, generator=generator)
 
 
 @pytest.fixture(scope="session")
-def drawn(trained, tmp_path_factory):
-    """A folder with what the calls of each model card draw, in a process that knows of no trainer."""
+def drawn(trained, tiny_sdxl, tmp_path_factory):
+    """A folder with what the calls of each model card draw, and the base, in a process that knows of no trainer."""
     folder = tmp_path_factory.mktemp("drawn")
-    code = [loading_code(trained(method)) + f"file = {method!r} + '.png'" + DRAW for method in METHODS]
+    load_base = (
+        f"from diffusers import DiffusionPipeline\npipeline = DiffusionPipeline.from_pretrained({str(tiny_sdxl)!r})\n"
+    )
+    calls = {"base": load_base} | {method: loading_code(trained(method)) for method in METHODS}
+    code = [lines + f"file = {name!r} + '.png'" + DRAW for name, lines in calls.items()]
     done = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
@@ -142,10 +147,10 @@ def test_calls_of_the_model_card_draw_the_last_validation_image(method, trained,
     np.testing.assert_array_equal(*pixels)
 
 
-def test_validation_image_is_not_that_of_the_base(trained):
+def test_no_validation_image_is_that_of_the_base(trained, drawn):
     """Or the claim above would hold for calls that load nothing."""
-    images = [np.asarray(Image.open(trained(method) / "image_0.png")).tobytes() for method in METHODS]
-    assert len(set(images)) == len(METHODS)
+    files = [drawn / "base.png", *(trained(method) / "image_0.png" for method in METHODS)]
+    assert len({np.asarray(Image.open(file)).tobytes() for file in files}) == len(files)
 
 
 @pytest.mark.parametrize("method", [*METHODS, *MORE_METHODS])
@@ -767,6 +772,12 @@ MISTAKES = {
     "neither true nor false": ("--prodigy_decouple=maybe", "--prodigy_decouple: invalid boolean value"),
     "text encoders with custom diffusion": (f"{CUSTOM} --train_text_encoder", "leave out --train_text_encoder"),
     "new word in no prompt": (f"{CUSTOM} --modifier_token=<a>", "<a> is in no prompt of a photo"),
+    "negative weight": ("--lipschitz_weight=-1", "--lipschitz_weight: must be a finite number"),
+    "negative seed": ("--seed=-1", "--seed: must be a finite number at least 0"),
+    "gradients that are never forgotten": ("--adam_beta1=1", "--adam_beta1: must be a finite number at least 0"),
+    "output folder that is a file": ("--output_dir={world}/sd/model_index.json", "--output_dir: cannot write to"),
+    "xformers on a CPU": ("--enable_xformers_memory_efficient_attention", "needs a CUDA GPU"),
+    "float16 on a CPU": ("--mixed_precision=fp16", "fp16"),
     "no class prompt": ("--with_prior_preservation --class_data_dir={world}/class", "--class_prompt"),
     "folder and data set": ("--dataset_name={world}", "--instance_data_dir and --dataset_name both give photos"),
     "checkpoint of another method": (
@@ -809,6 +820,43 @@ def test_optimizer_that_is_not_installed_is_named(package, flags, train, sdxl_sc
     with pytest.raises(SystemExit):
         train(*flags, f"--output_dir={tmp_path / 'new'}")
     assert_one_clear_line(capsys.readouterr().err, f"needs {package}: pip install {package}")
+
+
+def test_bfloat16_weights_on_several_gpus_are_refused(train, sdxl_script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sdxl_script.Accelerator, "num_processes", property(lambda self: 2))
+    with pytest.raises(SystemExit):
+        train(FULL, "--full_bf16", f"--output_dir={tmp_path / 'new'}")
+    assert_one_clear_line(capsys.readouterr().err, "would drift apart: accelerate launch --num_processes=1")
+
+
+SHARED = [
+    "stop",
+    "number",
+    "read_concepts",
+    "open_image",
+    "check_image",
+    "find_images",
+    "read_dataset",
+]
+SHARED += ["find_examples", "read_drift_prompts", "list_checkpoints", "check_writable", "create_hub_repository"]
+SHARED += ["register_checkpoint_format", "load_checkpoint", "save_checkpoint", "delete_checkpoint", "build_dataloader"]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_is_tested_with_the_other_script_is_the_same_here(name, script, sdxl_script):
+    assert inspect.getsource(getattr(script, name)) == inspect.getsource(getattr(sdxl_script, name))
+
+
+def test_base_that_lacks_a_weight_is_refused(train, tiny_sdxl, tmp_path, capsys):
+    base = shutil.copytree(tiny_sdxl, tmp_path / "base")
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["conv_in.bias"]
+    save_file(tensors, file)
+    with pytest.raises(SystemExit):
+        train(f"--pretrained_model_name_or_path={base}", f"--output_dir={tmp_path / 'new'}")
+    last = capsys.readouterr().err.splitlines(keepends=True)[-1]
+    assert_one_clear_line(last, f"the unet of {base} lacks conv_in.bias")
 
 
 OTHERS = {
