@@ -128,9 +128,8 @@ pipeline("a photo of a <new1> dog", num_inference_steps=25, generator=generator)
 def drawn(trained, tiny_sdxl, tmp_path_factory):
     """A folder with what the calls of each model card draw, and the base, in a process that knows of no trainer."""
     folder = tmp_path_factory.mktemp("drawn")
-    load_base = (
-        f"from diffusers import DiffusionPipeline\npipeline = DiffusionPipeline.from_pretrained({str(tiny_sdxl)!r})\n"
-    )
+    load_base = "import torch\nfrom diffusers import DiffusionPipeline\n"
+    load_base += f"pipeline = DiffusionPipeline.from_pretrained({str(tiny_sdxl)!r}, dtype=torch.float32)\n"
     calls = {"base": load_base} | {method: loading_code(trained(method)) for method in METHODS}
     code = [lines + f"file = {name!r} + '.png'" + DRAW for name, lines in calls.items()]
     done = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=folder, capture_output=True, text=True)
