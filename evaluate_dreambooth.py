@@ -401,12 +401,15 @@ def check_models(args: argparse.Namespace) -> None:
         stop(f"{FLAGS['base']}: it predicts {prediction_type}, not epsilon or v_prediction")
     if args.num_inference_steps > (most := scheduler.get("num_train_timesteps", 1000)):
         stop(f"--num_inference_steps must be at most {most}, which is all that the base has")
-    if args.kind == "custom_diffusion" and (path := find_file(args, "personalized", NEW_TOKENS)):
+    if args.kind == "custom_diffusion":
+        path, words = find_file(args, "personalized", KEYS_VALUES), []
         try:
-            words = read_new_words(path)
+            load_file(path)
+            if path := find_file(args, "personalized", NEW_TOKENS):
+                words = read_new_words(path)
         except (*LOAD_ERRORS, TypeError) as error:
             stop(f"{FLAGS['personalized']}: {path} is broken: {error}")
-        if not set(words) & set(args.instance_token.split()):
+        if words and not set(words) & set(args.instance_token.split()):
             stop(f"--instance_token {args.instance_token} is none of the words that were learned: {', '.join(words)}")
         args.new_words = " ".join(words)
     if args.kind != "pipeline":
@@ -458,28 +461,33 @@ def load_judges(args: argparse.Namespace) -> dict[str, tuple]:
 
 def load_pipeline(args: argparse.Namespace, model: str, dtype: torch.dtype) -> Any:
     """One of the two models, "base" or "personalized", on the CPU. The base's sampler draws for both."""
-    kind = args.kind if model == "personalized" else "base"
-    source, revision = source_of(args, model if kind == "pipeline" else "base")
+    whole = "personalized" if (model, args.kind) == ("personalized", "pipeline") else "base"
+    source, revision = source_of(args, whole)
     options = {"safety_checker": None, "requires_safety_checker": False}
     if args.pipeline_class == "StableDiffusionXLPipeline":
         options = {"add_watermarker": False}
-    options |= {"revision": revision, "variant": None if kind == "pipeline" else args.variant, "dtype": dtype}
+    options |= {"revision": revision, "variant": args.variant if whole == "base" else None, "dtype": dtype}
     try:
         pipeline = PIPELINES[args.pipeline_class].from_pretrained(source, **options)
-        if kind == "pipeline":
+        if whole == "personalized":
             pipeline.scheduler = getattr(diffusers, args.scheduler_class).from_pretrained(
                 args.base_model_name_or_path, subfolder="scheduler", revision=args.revision
             )
-        elif kind == "lora":
-            load_lora(args, pipeline)
-        elif kind == "custom_diffusion":
-            load_custom_diffusion(args, pipeline)
+    except LOAD_ERRORS as error:
+        stop(f"cannot load the {whole} model {source}: {error}")
+    pipeline.set_progress_bar_config(disable=True)
+    if model != whole:
+        load_onto_base(args, pipeline)
+    return pipeline
+
+
+def load_onto_base(args: argparse.Namespace, pipeline: Any) -> None:
+    try:
+        (load_lora if args.kind == "lora" else load_custom_diffusion)(args, pipeline)
     except LOAD_ERRORS as error:
         error = MISFIT if "size mismatch" in str(error) else error
-        onto = "" if kind in ("base", "pipeline") else f" onto {source}"
-        stop(f"cannot load the {model} model {source_of(args, model)[0]}{onto}: {error}")
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        names = args.pretrained_model_name_or_path, args.base_model_name_or_path
+        stop("cannot load the personalized model {} onto {}: {}".format(*names, error))
 
 
 def load_lora(args: argparse.Namespace, pipeline: Any) -> None:
@@ -778,26 +786,41 @@ def check_weights(args: argparse.Namespace, model: str, pipeline: Any) -> None:
 def parameter_drift(args: argparse.Namespace) -> dict[str, dict]:
     """
     How far the weights of U-Net and text encoders have moved, as `compare_parameters` has it. In float32 on the CPU, a
-    LoRA merged into the base; new words, of which the base knows nothing, do not count.
+    LoRA merged into the base; new words, of which the base knows nothing, do not count. What goes onto the base is put
+    onto the one copy of it, and only the weights that it changes are held twice.
     """
-    pipelines = {}
-    for model in MODELS:
-        pipelines[model] = load_pipeline(args, model, torch.float32)
-        check_weights(args, model, pipelines[model])
+    pipeline = load_pipeline(args, "base", torch.float32)
+    check_weights(args, "base", pipeline)
+    parts = [part for part in TRAINED_PARTS if hasattr(pipeline, part)]
+    anchors = {part: dict(getattr(pipeline, part).named_parameters()) for part in parts}
+    if args.kind == "pipeline":
+        pipeline = load_pipeline(args, "personalized", torch.float32)
+    else:
+        words = {
+            part: getattr(pipeline, part).get_input_embeddings().num_embeddings for part in parts if part != "unet"
+        }
+        if args.kind == "custom_diffusion":
+            keys_values = load_file(find_file(args, "personalized", KEYS_VALUES)).keys() & anchors["unet"].keys()
+            anchors["unet"] |= {name: anchors["unet"][name].detach().clone() for name in keys_values}
+        load_onto_base(args, pipeline)
+    check_weights(args, "personalized", pipeline)
     if args.kind == "lora":
-        pipelines["personalized"].fuse_lora()
-        pipelines["personalized"].unload_lora_weights()
+        for part in parts:
+            for name, module in getattr(pipeline, part).named_modules():
+                if hasattr(module, "base_layer"):
+                    weights = module.base_layer.named_parameters()
+                    anchors[part] |= {f"{name}.{key}": weight.detach().clone() for key, weight in weights}
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
     result = {}
-    for part in TRAINED_PARTS:
-        base, model = (getattr(pipeline, part, None) for pipeline in pipelines.values())
-        if model is None:
-            continue
+    for part in parts:
+        module = getattr(pipeline, part)
         if args.kind == "custom_diffusion" and part != "unet":
-            model.resize_token_embeddings(base.get_input_embeddings().num_embeddings)
-        base, moved = (dict(module.named_parameters()) for module in (base, model))
-        if {name: p.shape for name, p in base.items()} != {name: p.shape for name, p in moved.items()}:
+            module.resize_token_embeddings(words[part])
+        moved = dict(module.named_parameters())
+        if {name: p.shape for name, p in anchors[part].items()} != {name: p.shape for name, p in moved.items()}:
             stop(f"{FLAGS['base']}: its {part} is of another architecture than the personalized model's")
-        result[part] = compare_parameters(base, moved)
+        result[part] = compare_parameters(anchors[part], moved)
     return result
 
 

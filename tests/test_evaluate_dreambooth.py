@@ -988,6 +988,15 @@ def test_refuses_a_new_word_that_is_nan_before_anything_is_written(refused, tmp_
     assert "NaN" in refused(*flags, f"--output_dir={tmp_path / 'out'}") and not tmp_path.joinpath("out").exists()
 
 
+@pytest.mark.parametrize("file", ["custom_diffusion.safetensors", "learned_embeds.safetensors"])
+def test_refuses_what_is_torn_of_a_custom_diffusion(file, refused, tmp_path):
+    custom_diffusion_of(BASE, tmp_path / "model", ["<new1>"])
+    torn = tmp_path / "model" / file
+    torn.write_bytes(torn.read_bytes()[:-10])
+    flags = [f"--pretrained_model_name_or_path={torn.parent}", "--instance_token=<new1>"]
+    assert f"{torn} is broken" in refused(*flags, f"--output_dir={tmp_path / 'out'}")
+
+
 def test_stops_where_weights_so_large_that_numbers_overflow_draw_nan(refused, tmp_path):
     base = changed_copy(BASE, tmp_path / "base", VAE, filled("decoder.conv_norm_out.weight", 3e38))
     flags = [f"--base_model_name_or_path={base}", f"--output_dir={tmp_path / 'out'}", "--num_inference_steps=1"]
@@ -1013,7 +1022,7 @@ def test_refuses_judges_that_are_not_there_or_of_the_wrong_kind(refused, judges,
     assert not tmp_path.joinpath("out").exists()
 
 
-def test_a_mistake_is_one_line_and_exit_code_2_under_accelerate(flags, tmp_path):
+def test_a_mistake_is_one_line_under_accelerate_and_exit_code_2_without(flags, tmp_path):
     result = launch([*flags, f"--instance_data_dir={tmp_path}"])
     (line,) = [line for line in result.stderr.splitlines() if "evaluate_dreambooth.py: error" in line]
     assert "no image" in line and result.returncode != 0
