@@ -31,7 +31,7 @@ COSTS = {
     "disobeyed": "what prompts ask for and is missing",
     "total seconds": "seconds, class images included",
 }
-FIDELITIES = (0.4, 0.5, 0.55, 0.7, 0.75, 0.8)
+FIDELITIES = (0.4, 0.5, 0.55, 0.7, 0.75, 0.78)
 MEASURES = ("fidelity", "alignment", *OBEYED, "seconds", "class seconds", *COSTS)
 
 
