@@ -426,11 +426,11 @@ def main(args: argparse.Namespace) -> None:
         folder = work / "model"
         shutil.rmtree(folder, ignore_errors=True)
         seconds = {"seconds": 0.0, "class seconds": 0.0}
-        if training is not NO_TRAINING:
+        if training != NO_TRAINING:
             seconds = train(setup, training, subject, seed, folder)
         for row in rows:
             trained = folder if row["stop"] == training.steps else folder / f"checkpoint-{row['stop']}"
-            unet = ruler.base if training is NO_TRAINING else trained_unet(setup, training, trained)
+            unet = ruler.base if training == NO_TRAINING else trained_unet(setup, training, trained)
             if row["share"] != 1:
                 unet = {key: torch.lerp(base, unet[key], row["share"]) for key, base in ruler.base.items()}
             measured = ruler.measure(unet, subject, training, trained)
