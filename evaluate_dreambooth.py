@@ -482,6 +482,7 @@ def load_pipeline(args: argparse.Namespace, model: str, dtype: torch.dtype) -> A
 
 
 def load_onto_base(args: argparse.Namespace, pipeline: Any) -> None:
+    """Puts a LoRA or a Custom Diffusion onto the base, in place."""
     try:
         (load_lora if args.kind == "lora" else load_custom_diffusion)(args, pipeline)
     except LOAD_ERRORS as error:
@@ -796,7 +797,7 @@ def parameter_drift(args: argparse.Namespace) -> dict[str, dict]:
     if args.kind == "pipeline":
         pipeline = load_pipeline(args, "personalized", torch.float32)
     else:
-        words = {
+        sizes = {
             part: getattr(pipeline, part).get_input_embeddings().num_embeddings for part in parts if part != "unet"
         }
         if args.kind == "custom_diffusion":
@@ -816,7 +817,7 @@ def parameter_drift(args: argparse.Namespace) -> dict[str, dict]:
     for part in parts:
         module = getattr(pipeline, part)
         if args.kind == "custom_diffusion" and part != "unet":
-            module.resize_token_embeddings(words[part])
+            module.resize_token_embeddings(sizes[part])
         moved = dict(module.named_parameters())
         if {name: p.shape for name, p in anchors[part].items()} != {name: p.shape for name, p in moved.items()}:
             stop(f"{FLAGS['base']}: its {part} is of another architecture than the personalized model's")

@@ -816,12 +816,18 @@ def test_broken_weights_end_in_one_line(part, train, tiny_sd, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_base_that_lacks_a_weight_is_refused(train, tiny_sd, tmp_path, capsys):
-    base = shutil.copytree(tiny_sd, tmp_path / "base")
-    (file,) = (base / "unet").glob("*.safetensors")
+def copy_without_a_weight(base, folder):
+    """A copy of a pipeline whose U-Net lacks `conv_in.bias`."""
+    shutil.copytree(base, folder)
+    (file,) = (folder / "unet").glob("*.safetensors")
     tensors = load_file(file)
     del tensors["conv_in.bias"]
     save_file(tensors, file)
+    return folder
+
+
+def test_base_that_lacks_a_weight_is_refused(train, tiny_sd, tmp_path, capsys):
+    base = copy_without_a_weight(tiny_sd, tmp_path / "base")
     with pytest.raises(SystemExit):
         train(f"--pretrained_model_name_or_path={base}", f"--output_dir={tmp_path / 'new'}")
     last = capsys.readouterr().err.splitlines(keepends=True)[-1]

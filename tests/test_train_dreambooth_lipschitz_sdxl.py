@@ -23,9 +23,18 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_methods import load, loading_code, result
-from test_train_dreambooth_lipschitz import ROOT, TORCHRUN, checkpoints, distance, same_bits, scalars, weights
+from test_train_dreambooth_lipschitz import (
+    ROOT,
+    TORCHRUN,
+    checkpoints,
+    copy_without_a_weight,
+    distance,
+    same_bits,
+    scalars,
+    weights,
+)
 
 
 SCRIPT = "train_dreambooth_lipschitz_sdxl.py"
@@ -828,15 +837,7 @@ def test_bfloat16_weights_on_several_gpus_are_refused(train, sdxl_script, tmp_pa
     assert_one_clear_line(capsys.readouterr().err, "would drift apart: accelerate launch --num_processes=1")
 
 
-SHARED = [
-    "stop",
-    "number",
-    "read_concepts",
-    "open_image",
-    "check_image",
-    "find_images",
-    "read_dataset",
-]
+SHARED = ["stop", "number", "read_concepts", "open_image", "check_image", "find_images", "read_dataset"]
 SHARED += ["find_examples", "read_drift_prompts", "list_checkpoints", "check_writable", "create_hub_repository"]
 SHARED += ["register_checkpoint_format", "load_checkpoint", "save_checkpoint", "delete_checkpoint", "build_dataloader"]
 
@@ -847,11 +848,7 @@ def test_what_is_tested_with_the_other_script_is_the_same_here(name, script, sdx
 
 
 def test_base_that_lacks_a_weight_is_refused(train, tiny_sdxl, tmp_path, capsys):
-    base = shutil.copytree(tiny_sdxl, tmp_path / "base")
-    file = base / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    del tensors["conv_in.bias"]
-    save_file(tensors, file)
+    base = copy_without_a_weight(tiny_sdxl, tmp_path / "base")
     with pytest.raises(SystemExit):
         train(f"--pretrained_model_name_or_path={base}", f"--output_dir={tmp_path / 'new'}")
     last = capsys.readouterr().err.splitlines(keepends=True)[-1]
