@@ -45,7 +45,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
@@ -59,7 +59,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lipschitz_reg import LipschitzRegularizer, find_lora_adapters
+from lipschitz_reg import InputMoment, LipschitzRegularizer, find_lora_adapters, record_inputs
 
 
 if is_wandb_available():
@@ -98,6 +98,8 @@ DRIFT_PROMPTS = [
     "",
 ]
 DRIFT_TIMESTEPS = 5
+# Of --lipschitz_inputs: enough to meet all noise levels; and a weight that was found in the drawn world.
+RECORDED_STEPS, INPUTS_WEIGHT = 10, 5.0
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
 
@@ -244,6 +246,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         " (factors: the authors' way, with their weight of 1e-7 and --lipschitz_reduction sum).",
     )
 
+    add(
+        "--lipschitz_inputs",
+        action="store_true",
+        help="Measure how far weights move by how much that changes what their layers give to the inputs that they get"
+        f" while the base draws --drift_prompts_file, in {RECORDED_STEPS} steps before training. Other prompts drift"
+        f" less; the weight is another one, default {INPUTS_WEIGHT:g}.",
+    )
+
     add = parser.add_argument_group("prior preservation").add_argument
     add("--with_prior_preservation", action="store_true", help="Train on images of the subject's class too.")
     add("--class_data_dir", help="Folder of class images; those that are missing are drawn by the base model.")
@@ -347,9 +357,16 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(input_args)
 
     check_method(args, parser.error)
+    if args.lipschitz_inputs and args.lipschitz_weight is None:
+        args.lipschitz_weight = INPUTS_WEIGHT
     for name, value in DEFAULTS[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.lipschitz_inputs:
+        if args.lipschitz_weight == 0:
+            parser.error("--lipschitz_inputs does nothing with --lipschitz_weight 0")
+        if args.lipschitz_mode != "coupled" or args.lipschitz_lora == "factors":
+            parser.error("--lipschitz_inputs needs --lipschitz_mode coupled, and --lipschitz_lora delta")
     if (args.lipschitz_mode == "projected") != (args.lipschitz_radius is not None):
         parser.error("--lipschitz_mode projected and --lipschitz_radius need each other")
     if args.adam_weight_decay is None:
@@ -374,8 +391,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     for flag in ("dataset_config_name", "caption_column"):
         if getattr(args, flag) is not None and args.dataset_name is None:
             parser.error(f"--{flag} is about a data set: add --dataset_name")
-    if args.drift_prompts_file is not None and args.drift_every is None:
-        parser.error("--drift_prompts_file does nothing without --drift_every")
+    if args.drift_prompts_file is not None and args.drift_every is None and not args.lipschitz_inputs:
+        parser.error("--drift_prompts_file does nothing without --drift_every or --lipschitz_inputs")
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         parser.error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
     return args
@@ -961,8 +978,27 @@ def build_optimizer(args: argparse.Namespace, accelerator: Accelerator, groups: 
     )
 
 
+def record_lipschitz_inputs(
+    accelerator: Accelerator,
+    pipeline: StableDiffusionPipeline,
+    trained: dict[str, torch.nn.Module],
+    prompts: list[str],
+) -> dict[torch.Tensor, InputMoment]:
+    """What the layers that train get while the base draws the prompts, the same in all processes."""
+    try:
+        with record_inputs(*trained.values()) as lipschitz_inputs:
+            draw_latents(accelerator, pipeline, prompts, RECORDED_STEPS, torch.Generator().manual_seed(0))
+    except ValueError as error:
+        stop(f"--lipschitz_inputs: {error}")
+    # Each process rounds in its own way, and from other penalties the copies of the model would part.
+    return dict(zip(lipschitz_inputs, broadcast(list(lipschitz_inputs.values()))))
+
+
 def attach_lipschitz(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer, trained: dict[str, torch.nn.Module]
+    args: argparse.Namespace,
+    optimizer: torch.optim.Optimizer,
+    trained: dict[str, torch.nn.Module],
+    lipschitz_inputs: dict[torch.Tensor, InputMoment] | None,
 ) -> LipschitzRegularizer:
     """The penalty, which pulls towards the weights as they are now, or to those of `lipschitz_anchor_model`."""
     adapters, lipschitz_anchors = [], {}
@@ -998,6 +1034,7 @@ def attach_lipschitz(
         anchors=lipschitz_anchors,
         adapters=adapters,
         lora_form=args.lipschitz_lora or "delta",
+        inputs=lipschitz_inputs,
     )
 
 
@@ -1068,6 +1105,23 @@ def evaluating(pipeline: StableDiffusionPipeline) -> Iterator[None]:
         model.train(mode)
 
 
+def draw_latents(
+    accelerator: Accelerator,
+    base: StableDiffusionPipeline,
+    prompts: list[str],
+    num_inference_steps: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """A picture of each prompt before it is decoded: (prompts, channels, height, width), float32."""
+    latents = []
+    with evaluating(base), accelerator.autocast():
+        *embeds, unconditional = encode_prompts([*prompts, ""], base.tokenizer, base.text_encoder).split(1)
+        options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "latent"}
+        for row in tqdm(embeds, desc="Base draws", disable=not accelerator.is_main_process):
+            latents.append(base(prompt_embeds=row, negative_prompt_embeds=unconditional, **options).images.float())
+    return torch.cat(latents)
+
+
 class Probes(NamedTuple):
     """
     The points at which predictions are compared with the base's: a latent for each prompt, noised to each timestep.
@@ -1105,11 +1159,7 @@ def build_probes(
         base.to(accelerator.device)
     # A generator of its own: training goes the same way with and without probes.
     generator = torch.Generator().manual_seed(0)
-    with evaluating(base), accelerator.autocast():
-        *embeds, unconditional = encode_prompts([*prompts, ""], base.tokenizer, base.text_encoder).split(1)
-        options = {"negative_prompt_embeds": unconditional, "generator": generator, "output_type": "latent"}
-        latents = [base(prompt_embeds=row, num_inference_steps=25, **options).images.float() for row in embeds]
-    latents = torch.cat(latents).repeat_interleave(DRIFT_TIMESTEPS, dim=0)
+    latents = draw_latents(accelerator, base, prompts, 25, generator).repeat_interleave(DRIFT_TIMESTEPS, dim=0)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     steps = noise_scheduler.config.num_train_timesteps
     timesteps = [int((i + 0.5) * steps / DRIFT_TIMESTEPS) for i in range(DRIFT_TIMESTEPS)] * len(prompts)
@@ -1455,17 +1505,19 @@ def main(args: argparse.Namespace) -> None:
     *prepared, optimizer, lr_scheduler = accelerator.prepare(*trained.values(), optimizer, lr_scheduler)
     models = dict(zip(trained, prepared))
 
-    lipschitz = None
-    if args.lipschitz_weight > 0:
-        # Before the checkpoint is loaded: the anchors are the pretrained weights.
-        lipschitz = attach_lipschitz(args, optimizer, trained)
-        accelerator.register_for_checkpointing(lipschitz)
-
     pipeline.vae.to(accelerator.device)
     if weight_dtype != torch.float32:  # diffusers warns of every cast
         pipeline.vae.to(weight_dtype)
     if "text_encoder" not in trained:
         pipeline.text_encoder.to(accelerator.device, dtype=weight_dtype)
+    lipschitz = None
+    if args.lipschitz_weight > 0:
+        # Before the checkpoint is loaded: the anchors are the pretrained weights.
+        lipschitz_inputs = None
+        if args.lipschitz_inputs:
+            lipschitz_inputs = record_lipschitz_inputs(accelerator, pipeline, trained, drift_prompts)
+        lipschitz = attach_lipschitz(args, optimizer, trained, lipschitz_inputs)
+        accelerator.register_for_checkpointing(lipschitz)
     probes = None
     if args.drift_every is not None and accelerator.is_main_process:
         # Before the checkpoint is loaded, as the lipschitz anchors: predictions of the pretrained weights.
@@ -1516,7 +1568,7 @@ def main(args: argparse.Namespace) -> None:
                 losses.append(torch.stack([instance_loss, prior_loss]).detach())
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                    lipschitz_penalty = lipschitz.metrics()["lipschitz/penalty"] if lipschitz else 0.0
+                    lipschitz_penalty = lipschitz.penalty() if lipschitz else 0.0
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad(set_to_none=args.set_grads_to_none)

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast, set_seed
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -67,7 +67,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lipschitz_reg import LipschitzRegularizer, find_lora_adapters
+from lipschitz_reg import InputMoment, LipschitzRegularizer, find_lora_adapters, record_inputs
 
 
 if is_wandb_available():
@@ -114,6 +114,8 @@ DRIFT_PROMPTS = [
     "",
 ]
 DRIFT_TIMESTEPS = 5
+# Of --lipschitz_inputs: enough to meet all noise levels; and a weight that was found in the drawn world.
+RECORDED_STEPS, INPUTS_WEIGHT = 10, 5.0
 
 
 def stop(message: str | Exception) -> NoReturn:
@@ -273,6 +275,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         " (factors: the authors' way, with their weight of 1e-7 and --lipschitz_reduction sum).",
     )
 
+    add(
+        "--lipschitz_inputs",
+        action="store_true",
+        help="Measure how far weights move by how much that changes what their layers give to the inputs that they get"
+        f" while the base draws --drift_prompts_file, in {RECORDED_STEPS} steps before training. Other prompts drift"
+        f" less; the weight is another one, default {INPUTS_WEIGHT:g}.",
+    )
+
     add = parser.add_argument_group("prior preservation").add_argument
     add("--with_prior_preservation", action="store_true", help="Train on images of the subject's class too.")
     add("--class_data_dir", help="Folder of class images; those that are missing are drawn by the base model.")
@@ -404,6 +414,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     check_method(args, parser.error)
     check_optimizer(args, parser.error)
+    if args.lipschitz_inputs:
+        if args.lipschitz_weight == 0:
+            parser.error("--lipschitz_inputs does nothing with --lipschitz_weight 0")
+        if args.lipschitz_mode != "coupled" or args.lipschitz_lora == "factors":
+            parser.error("--lipschitz_inputs needs --lipschitz_mode coupled, and --lipschitz_lora delta")
     if (args.lipschitz_mode == "projected") != (args.lipschitz_radius is not None):
         parser.error("--lipschitz_mode projected and --lipschitz_radius need each other")
     if args.concepts_list is not None:
@@ -426,8 +441,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     for flag in ("dataset_config_name", "caption_column"):
         if getattr(args, flag) is not None and args.dataset_name is None:
             parser.error(f"--{flag} is about a data set: add --dataset_name")
-    if args.drift_prompts_file is not None and args.drift_every is None:
-        parser.error("--drift_prompts_file does nothing without --drift_every")
+    if args.drift_prompts_file is not None and args.drift_every is None and not args.lipschitz_inputs:
+        parser.error("--drift_prompts_file does nothing without --drift_every or --lipschitz_inputs")
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         parser.error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
     return args
@@ -466,6 +481,8 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
                 error('--modifier_token and --initializer_token: words joined by "+", none of them empty or twice')
             if len(initializers) < len(tokens):
                 error(f"--initializer_token has {len(initializers)} words, for {len(tokens)} of --modifier_token")
+    if args.lipschitz_inputs and args.lipschitz_weight is None:
+        args.lipschitz_weight = INPUTS_WEIGHT
     for name, value in DEFAULTS[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, 1.0 if args.optimizer == "prodigy" and name == "learning_rate" else value)
@@ -1116,8 +1133,27 @@ def compile_or_not(device: torch.device) -> None:
         torch.compiler.set_stance("force_eager")
 
 
+def record_lipschitz_inputs(
+    accelerator: Accelerator,
+    pipeline: StableDiffusionXLPipeline,
+    trained: dict[str, torch.nn.Module],
+    prompts: list[str],
+) -> dict[torch.Tensor, InputMoment]:
+    """What the layers that train get while the base draws the prompts, the same in all processes."""
+    try:
+        with record_inputs(*trained.values()) as lipschitz_inputs:
+            draw_latents(accelerator, pipeline, prompts, RECORDED_STEPS, torch.Generator().manual_seed(0))
+    except ValueError as error:
+        stop(f"--lipschitz_inputs: {error}")
+    # Each process rounds in its own way, and from other penalties the copies of the model would part.
+    return dict(zip(lipschitz_inputs, broadcast(list(lipschitz_inputs.values()))))
+
+
 def attach_lipschitz(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer, trained: dict[str, torch.nn.Module]
+    args: argparse.Namespace,
+    optimizer: torch.optim.Optimizer,
+    trained: dict[str, torch.nn.Module],
+    lipschitz_inputs: dict[torch.Tensor, InputMoment] | None,
 ) -> LipschitzRegularizer:
     """The penalty, which pulls towards the weights as they are now, or to those of `lipschitz_anchor_model`."""
     adapters, lipschitz_anchors = [], {}
@@ -1151,6 +1187,7 @@ def attach_lipschitz(
         anchors=lipschitz_anchors,
         adapters=adapters,
         lora_form=args.lipschitz_lora or "delta",
+        inputs=lipschitz_inputs,
     )
 
 
@@ -1340,6 +1377,22 @@ def evaluating(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
         model.train(mode)
 
 
+def draw_latents(
+    accelerator: Accelerator,
+    base: StableDiffusionXLPipeline,
+    prompts: list[str],
+    num_inference_steps: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """A picture of each prompt before it is decoded: (prompts, channels, height, width), float32."""
+    latents = []
+    with evaluating(base), accelerator.autocast():
+        options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "latent"}
+        for prompt in tqdm(prompts, desc="Base draws", disable=not accelerator.is_main_process):
+            latents.append(base(**encode_for_pipeline(base, prompt), **options).images.float())
+    return torch.cat(latents)
+
+
 class Probes(NamedTuple):
     """
     The points at which predictions are compared with the base's: a latent for each prompt, noised to each timestep.
@@ -1384,10 +1437,7 @@ def build_probes(
         base.to(accelerator.device)
     # A generator of its own: training goes the same way with and without probes.
     generator = torch.Generator().manual_seed(0)
-    with evaluating(base), accelerator.autocast():
-        options = {"num_inference_steps": 25, "generator": generator, "output_type": "latent"}
-        latents = [base(**encode_for_pipeline(base, prompt), **options).images.float() for prompt in prompts]
-    latents = torch.cat(latents).repeat_interleave(DRIFT_TIMESTEPS, dim=0)
+    latents = draw_latents(accelerator, base, prompts, 25, generator).repeat_interleave(DRIFT_TIMESTEPS, dim=0)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     steps = noise_scheduler.config.num_train_timesteps
     indices = [int((i + 0.5) * steps / DRIFT_TIMESTEPS) for i in range(DRIFT_TIMESTEPS)] * len(prompts)
@@ -1777,12 +1827,6 @@ def main(args: argparse.Namespace) -> None:
     *prepared, optimizer, lr_scheduler = accelerator.prepare(*trained.values(), optimizer, lr_scheduler)
     models = dict(zip(trained, prepared))
 
-    lipschitz = None
-    if args.lipschitz_weight > 0:
-        # Before the checkpoint is loaded: the anchors are the pretrained weights.
-        lipschitz = attach_lipschitz(args, optimizer, trained)
-        accelerator.register_for_checkpointing(lipschitz)
-
     pipeline.vae.to(accelerator.device)
     # SDXL's own autoencoder overflows in float16. And diffusers warns of every cast.
     if args.pretrained_vae_model_name_or_path is not None and weight_dtype != torch.float32:
@@ -1790,6 +1834,14 @@ def main(args: argparse.Namespace) -> None:
     if "text_encoder" not in trained:
         for name in TEXT_ENCODERS:
             getattr(pipeline, name).to(accelerator.device, dtype=weight_dtype)
+    lipschitz = None
+    if args.lipschitz_weight > 0:
+        # Before the checkpoint is loaded: the anchors are the pretrained weights.
+        lipschitz_inputs = None
+        if args.lipschitz_inputs:
+            lipschitz_inputs = record_lipschitz_inputs(accelerator, pipeline, trained, drift_prompts)
+        lipschitz = attach_lipschitz(args, optimizer, trained, lipschitz_inputs)
+        accelerator.register_for_checkpointing(lipschitz)
     probes = None
     if args.drift_every is not None and accelerator.is_main_process:
         # Before the checkpoint is loaded, as the lipschitz anchors: predictions of the pretrained weights.
@@ -1835,7 +1887,7 @@ def main(args: argparse.Namespace) -> None:
                 losses.append(torch.stack([instance_loss, prior_loss]).detach())
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                    lipschitz_penalty = lipschitz.metrics()["lipschitz/penalty"] if lipschitz else 0.0
+                    lipschitz_penalty = lipschitz.penalty() if lipschitz else 0.0
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()

@@ -60,6 +60,8 @@ PENALTY, PRIOR = "--lipschitz_weight={}", "--lipschitz_weight=0 --with_prior_pre
 WORD = "<new1>"  # of Custom Diffusion, which begins as the token of the other methods
 PROJECTED = "--lipschitz_weight=1 --lipschitz_mode=projected --lipschitz_radius={}"
 FACTORS = PENALTY + " --lipschitz_lora=factors --lipschitz_reduction=sum"
+# Sixteen captions of things, none of which is measured.
+INPUTS = PENALTY + f" --lipschitz_inputs --drift_prompts_file={TINYWORLD / 'drift_prompts.txt'}"
 LORA = "--method=lora --rank=16 "
 CUSTOM = f"--method=custom_diffusion --modifier_token={WORD} --initializer_token=sks "
 
@@ -87,6 +89,7 @@ GRIDS = {
         Row("penalty", (5e-4,), (100, 300), steps=(120,)),
         Row("penalty", (2e-4,), (100,), steps=(120,)),
     ],
+    "inputs": [Row("penalty of inputs", (1e-3,), (1, 3, 10), INPUTS, steps=(120,))],
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR, steps=(120,))],
     # Claim 6, for --draw: no penalty, the weight that is about right, and too much.
     "limits": [

@@ -1,8 +1,10 @@
-# The public names of the plug-in: the class that attaches the penalty to an optimizer, and what it needs for LoRA.
-# The functions under them are in lipschitz_reg.functional and .lora. Importing this package needs torch, nothing else.
+# The public names of the plug-in: the class that attaches the penalty to an optimizer, what it needs for LoRA, and the
+# recording of what layers get.
+# The functions under them are in lipschitz_reg.functional, .lora and .inputs. Importing this package needs torch only.
+from .inputs import InputMoment, record_inputs
 from .lora import LoraAdapter, find_lora_adapters
 from .regularizer import LipschitzRegularizer
 
 
-__all__ = ["LipschitzRegularizer", "LoraAdapter", "find_lora_adapters"]
+__all__ = ["InputMoment", "LipschitzRegularizer", "LoraAdapter", "find_lora_adapters", "record_inputs"]
 __version__ = "0.1.0"

@@ -8,7 +8,8 @@ anchor_i||^2`` with ``c_i = lambda * r_i``. Its gradient is ``2 * c_i * (theta_i
 Parameters are float16, bfloat16, float32 or float64, of any shape and strides. An anchor has the shape of its
 parameter and a dtype that is no wider; if it lies on another device, it is copied over, one tensor at a time. A
 coefficient is a number, a tensor of no dimensions, or a tensor that broadcasts to its parameter (a weight for each
-element).
+element). Where a parameter has an `InputMoment` (inputs.py), ``||theta_i - anchor_i||^2`` is ``tr(D M D^T)``, with the
+difference D as a matrix of the parameter's rows, and the coefficient is a number or a tensor of no dimensions.
 
 The fast forms take the difference first, in float32 or wider: ``theta`` and ``anchor`` agree in most of their digits,
 so that adding ``c * theta`` and then subtracting ``c * anchor`` would leave little but rounding errors.
@@ -20,6 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from .inputs import InputMoment
 
 
 Coefficient = float | Tensor
@@ -53,13 +56,23 @@ def reduction_factors(numels: Sequence[int], reduction: str) -> list[float]:
     raise ValueError(f"`reduction` must be one of sum, tensor_mean, mean, not {reduction!r}.")
 
 
-def penalty(parameters: Sequence[Tensor], anchors: Sequence[Tensor], coefficients: Sequence[Coefficient]) -> Tensor:
+def penalty(
+    parameters: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    coefficients: Sequence[Coefficient],
+    moments: Sequence[InputMoment | None] | None = None,
+) -> Tensor:
     """
     Reference: ``sum_i c_i * ||theta_i - anchor_i||^2``, a tensor of no dimensions, differentiable in the parameters.
 
     This is the term as the paper writes it. `add_penalty_gradient_` adds its gradient.
     """
-    return sum((c * (p - a.to(p)).square()).sum() for p, a, c in zip(parameters, anchors, coefficients, strict=True))
+    terms = []
+    for p, a, c, moment in zip(parameters, anchors, coefficients, moments or [None] * len(parameters), strict=True):
+        difference = p - a.to(p)
+        weighed = difference if moment is None else moment.apply(difference)
+        terms.append((c * difference * weighed).sum())
+    return sum(terms)
 
 
 def proximal_step(
@@ -87,6 +100,7 @@ def add_penalty_gradient_(
     parameters: Sequence[Tensor],
     anchors: Sequence[Tensor],
     coefficients: Sequence[Coefficient],
+    moments: Sequence[InputMoment | None] | None = None,
 ) -> None:
     """
     Add ``2 c_i (theta_i - anchor_i)``, the gradient of `penalty`, to each gradient in place.
@@ -94,7 +108,14 @@ def add_penalty_gradient_(
     A finite float16 gradient stays finite, at 65504 or less: a `GradScaler` has looked for overflow before the hooks
     of an optimizer run, and would not see one that arose here.
     """
-    for parameter, anchor, gradient, c in zip(parameters, anchors, gradients, coefficients, strict=True):
+    moments = moments or [None] * len(parameters)
+    for parameter, anchor, gradient, c, moment in zip(
+        parameters, anchors, gradients, coefficients, moments, strict=True
+    ):
+        if moment is not None:
+            difference = _difference(parameter, anchor.to(parameter.device, non_blocking=True))
+            saturating_add_(gradient, moment.apply(difference).mul_(_on_device(2 * c, parameter.device)))
+            continue
         add_piece = _fused_add_piece(parameter.device) if parameter.is_cuda else _add_piece
         factor = _on_device(2 * c, parameter.device)
         for piece, anchor_piece, gradient_piece in _pieces(parameter, anchor, gradient, cut=_is_scalar(factor)):
@@ -136,12 +157,19 @@ def project_(
 
 
 @torch.no_grad()
-def squared_distances(parameters: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[Tensor]:
+def squared_distances(
+    parameters: Sequence[Tensor], anchors: Sequence[Tensor], moments: Sequence[InputMoment | None] | None = None
+) -> list[Tensor]:
     """``||theta_i - anchor_i||^2`` of each tensor: no dimensions, float32 or wider, on the parameter's device."""
-    return [
-        torch.stack([_difference(piece, other).square_().sum() for piece, other in _pieces(parameter, anchor)]).sum()
-        for parameter, anchor in zip(parameters, anchors, strict=True)
-    ]
+    squares = []
+    for parameter, anchor, moment in zip(parameters, anchors, moments or [None] * len(parameters), strict=True):
+        if moment is None:
+            pieces = [_difference(piece, other).square_().sum() for piece, other in _pieces(parameter, anchor)]
+            squares.append(torch.stack(pieces).sum())
+        else:
+            difference = _difference(parameter, anchor.to(parameter.device, non_blocking=True))
+            squares.append(moment.squared_norm(difference))
+    return squares
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

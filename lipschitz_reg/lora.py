@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import Coefficient, _on_device, saturating_add_
+from .inputs import InputMoment
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,8 @@ class LoraAdapter:
         offset (`torch.Tensor`, *optional*):
             W minus its anchor, of shape (out, in) or (out, in, *kernel), where W itself is not the anchor: the penalty
             is then on ``offset + scaling * up @ down``.
+        moment (`InputMoment`, *optional*):
+            M of the layer's inputs: the penalty on D is then on ``tr(D M D^T)`` in place of ``||D||^2``.
 
     Raises:
         `ValueError`: If the shapes do not fit each other, as in a grouped convolution.
@@ -45,6 +48,7 @@ class LoraAdapter:
     scaling: float
     weight: Tensor | None = None
     offset: Tensor | None = None
+    moment: InputMoment | None = None
 
     def __post_init__(self):
         shape, offset = (self.up.shape[0], *self.down.shape[1:]), self.offset
@@ -89,14 +93,16 @@ def lora_penalty(adapters: Sequence[LoraAdapter], coefficients: Sequence[Coeffic
     """
     Reference: ``sum_i c_i * ||offset_i + s_i B_i A_i||^2``, a tensor of no dimensions, differentiable in the factors.
 
-    `add_lora_penalty_gradient_` adds its gradient, ``2 c s^2 B^T B A`` for A and ``2 c s^2 B A A^T`` for B, and with
-    an offset D ``2 c s B^T D`` and ``2 c s D A^T`` besides.
+    `add_lora_penalty_gradient_` adds its gradient, ``2 c s^2 B^T B A M`` for A and ``2 c s^2 B A M A^T`` for B, and
+    with an offset D ``2 c s B^T D M`` and ``2 c s D M A^T`` besides. M is 1 without a moment.
     """
     deltas = [adapter.scaling * adapter.up.flatten(1) @ adapter.down.flatten(1) for adapter in adapters]
     for index, adapter in enumerate(adapters):
         if adapter.offset is not None:
             deltas[index] = adapter.offset.flatten(1).to(deltas[index]) + deltas[index]
-    return sum(c * delta.square().sum() for c, delta in zip(coefficients, deltas, strict=True))
+    moments = [adapter.moment for adapter in adapters]
+    weighed = [delta if m is None else m.apply(delta) for delta, m in zip(deltas, moments, strict=True)]
+    return sum(c * (delta * other).sum() for c, delta, other in zip(coefficients, deltas, weighed, strict=True))
 
 
 @torch.no_grad()
@@ -118,10 +124,11 @@ def add_lora_penalty_gradient_(
                     continue
                 if is_down:
                     change = (up.T @ up * adapter.scaling) @ down
-                    change = change if offset is None else change.addmm_(up.T, offset)
+                    change = _weigh(adapter, change if offset is None else change.addmm_(up.T, offset))
                 else:
-                    change = up @ (down @ down.T * adapter.scaling)
-                    change = change if offset is None else change.addmm_(offset, down.T)
+                    weighed = _weigh(adapter, down).T
+                    change = up @ (down @ weighed * adapter.scaling)
+                    change = change if offset is None else change.addmm_(offset, weighed)
                 saturating_add_(gradient, change.mul_(factor).view_as(gradient))
 
 
@@ -132,11 +139,17 @@ def squared_deltas(adapters: Sequence[LoraAdapter]) -> list[Tensor]:
     for adapter in adapters:
         down, up, offset = _matrices(adapter)
         with torch.autocast(down.device.type, enabled=False):
-            square = adapter.scaling**2 * ((up.T @ up) * (down @ down.T)).sum()
+            weighed = _weigh(adapter, down)
+            square = adapter.scaling**2 * ((up.T @ up) * (down @ weighed.T)).sum()
             if offset is not None:
-                square += offset.square().sum() + 2 * adapter.scaling * ((up.T @ offset) * down).sum()
+                own = offset.square().sum() if adapter.moment is None else adapter.moment.squared_norm(offset)
+                square += own + 2 * adapter.scaling * ((up.T @ offset) * weighed).sum()
         squares.append(square.clamp_(min=0))  # a small difference of large terms may be rounded below
     return squares
+
+
+def _weigh(adapter: LoraAdapter, rows: Tensor) -> Tensor:
+    return rows if adapter.moment is None else adapter.moment.apply(rows)
 
 
 def _matrices(adapter: LoraAdapter) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -3,12 +3,14 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .functional import add_penalty_gradient_, project_, proximal_step_, reduction_factors, squared_distances
+from .inputs import InputMoment
 from .lora import LoraAdapter, add_lora_penalty_gradient_, squared_deltas
 from .targets import Penalized, Targets, checked, to_floats, zeros_like
 
@@ -55,6 +57,11 @@ class LipschitzRegularizer:
             `"delta"` penalizes what acts on the model, ``||s B A||^2``, with the elements of that product in r_i, and
             keeps no anchor. It has no `"proximal"` mode, which has no closed form there. `"factors"` penalizes
             ``||A||^2 + ||B||^2``, as the authors' code does.
+        inputs (`Mapping[torch.Tensor, InputMoment]`, *optional*):
+            From `record_inputs`: what the layers got while the base drew pictures that should stay as they are. A
+            displacement is then measured by how much it changes what the layer gives to such inputs, in place of
+            ``||theta_i - anchor_i||^2``; with `"tensor_mean"` that is its relative change, and a fitting `weight` is
+            about a hundredth (inputs.py). For `"coupled"` mode, and the `lora_form` `"delta"`.
 
     Raises:
         `ValueError`: If an argument is out of range, or a parameter is not a dense floating-point tensor.
@@ -72,6 +79,7 @@ class LipschitzRegularizer:
         anchors: Mapping[Tensor, Tensor] | None = None,
         adapters: Sequence[LoraAdapter] = (),
         lora_form: str = "delta",
+        inputs: Mapping[Tensor, InputMoment] | None = None,
     ):
         # accelerate's wrapper is an Optimizer too, but has no hooks of its own.
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -91,6 +99,10 @@ class LipschitzRegularizer:
                 "mode 'proximal' has no closed form for the product of LoRA factors: use mode 'coupled' or "
                 "'projected', or `lora_form` 'factors'."
             )
+        if inputs is not None and not inputs:
+            raise ValueError("`inputs` are empty: they are there after the `with` block of `record_inputs`.")
+        if inputs is not None and (mode != "coupled" or lora_form != "delta"):
+            raise ValueError("`inputs` need mode 'coupled' and `lora_form` 'delta'.")
         self.weight = checked("weight", weight)
         self.reduction = reduction
         self.mode = mode
@@ -99,7 +111,9 @@ class LipschitzRegularizer:
         self.lora_form = lora_form
         self._steps = 0
         self._gradient_added = False
-        self._targets = Targets(self.optimizer, self.weight, anchor_device, anchors or {}, adapters, lora_form)
+        self._targets = Targets(
+            self.optimizer, self.weight, anchor_device, anchors or {}, adapters, lora_form, inputs or {}
+        )
         if mode == "projected" or lora_form == "factors":
             if any(adapter.offset is not None for adapter in self._targets.adapters):
                 raise ValueError(
@@ -138,15 +152,16 @@ class LipschitzRegularizer:
 
         Returns:
             `dict[str, float]`: `lipschitz/penalty`, the term of the loss, ``sum_i weight_i * r_i * ||theta_i -
-            anchor_i||^2`` (0 in `"projected"` mode, whose loss has no such term); `lipschitz/drift`, ``||theta -
-            anchor||`` over all penalized parameters, where an adapter counts as the weight that it acts on, in either
-            `lora_form`; `lipschitz/relative_drift`, the drift over ``||anchor||``. Where nothing is penalized, the
-            penalty is 0 and the drifts are NaN, and so is the relative drift where an adapter's weight is not known.
+            anchor_i||^2``, or what `inputs` put in its place (0 in `"projected"` mode, whose loss has no such term);
+            `lipschitz/drift`, ``||theta - anchor||`` over all penalized parameters, where an adapter counts as the
+            weight that it acts on, in either `lora_form`; `lipschitz/relative_drift`, the drift over ``||anchor||``.
+            Where nothing is penalized, the penalty is 0 and the drifts are NaN, and so is the relative drift where an
+            adapter's weight is not known.
         """
         penalized = self._penalized()
         if not penalized.parameters and not penalized.adapters:
             return {"lipschitz/penalty": 0.0, "lipschitz/drift": math.nan, "lipschitz/relative_drift": math.nan}
-        drift, squares, deltas = self._drift(penalized)
+        drift, squares = self._drift(penalized)
         if self._steps == 0 and not math.isclose(drift, self._drift_at_start, rel_tol=1e-4):
             warnings.warn(
                 "The parameters have moved, but the penalty has acted in no step: this loop does not call step() of "
@@ -154,11 +169,10 @@ class LipschitzRegularizer:
                 "backward pass do not), or weights were loaded after the anchors were taken.",
                 stacklevel=2,
             )
-        coefficients = penalized.coefficients + penalized.adapter_coefficients
-        penalty = sum(c * square for c, square in zip(coefficients, squares + deltas, strict=True))
+        deltas = squares[len(penalized.parameters) :]
         norm = self._targets.norm(penalized)
         metrics = {
-            "lipschitz/penalty": 0.0 if self.mode == "projected" else penalty,
+            "lipschitz/penalty": self._penalty(penalized, None if self._targets.inputs else squares),
             "lipschitz/drift": drift,
             "lipschitz/relative_drift": drift / norm if norm else math.nan,
         }
@@ -166,6 +180,10 @@ class LipschitzRegularizer:
             names = [f"lipschitz/drift/{adapter.name}" for adapter in penalized.adapters]
             metrics |= zip(names, map(math.sqrt, deltas), strict=True)
         return metrics
+
+    def penalty(self) -> float:
+        """`lipschitz/penalty` of `metrics` alone: with `inputs` it costs half as much."""
+        return self._penalty(self._penalized())
 
     def state_dict(self) -> dict[str, Any]:
         """The configuration, the number of steps taken, and a fingerprint of the anchors, which are not in it."""
@@ -178,6 +196,7 @@ class LipschitzRegularizer:
             "radius": self.radius,
             "steps": self._steps,
             "anchors": self._fingerprint,
+            "inputs": bool(self._targets.inputs),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -185,7 +204,8 @@ class LipschitzRegularizer:
         Restore what `state_dict` returned. (A `lipschitz_weight` of a param group is in the state of the optimizer.)
 
         Raises:
-            `ValueError`: If the state was saved with other anchors, that is, in training from another base model.
+            `ValueError`: If the state was saved with other anchors, that is, in training from another base model, or
+            with `inputs` where there are none, or the other way round.
         """
         if state_dict["anchors"] != self.state_dict()["anchors"]:
             raise ValueError(
@@ -193,6 +213,9 @@ class LipschitzRegularizer:
                 "are not those of this LipschitzRegularizer. Load the base model that the checkpoint began with, then "
                 "build the regularizer, then load the checkpoint."
             )
+        if state_dict.get("inputs", False) != bool(self._targets.inputs):
+            how = "without `inputs`" if self._targets.inputs else "with `inputs` (record_inputs)"
+            raise ValueError(f"The checkpoint was trained {how}, by which its weight is meant: do the same here.")
         self.weight = state_dict["weight"]
         self.reduction = state_dict["reduction"]
         self.mode = state_dict["mode"]
@@ -205,6 +228,7 @@ class LipschitzRegularizer:
             handle.remove()
         self._handles = []
         self._targets.anchors, self._targets.adapters, self._targets.factors = {}, [], set()
+        self._targets.inputs = {}
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._steps += 1
@@ -248,7 +272,7 @@ class LipschitzRegularizer:
             )
         scale = 1.0 if scale is None else scale
         coefficients = [c * scale for c in penalized.coefficients]
-        add_penalty_gradient_(gradients, penalized.parameters, penalized.anchors, coefficients)
+        add_penalty_gradient_(gradients, penalized.parameters, penalized.anchors, coefficients, penalized.moments)
         if self.lora_form == "delta":
             pairs = [(adapter.down.grad, adapter.up.grad) for adapter in penalized.adapters]
             add_lora_penalty_gradient_(pairs, penalized.adapters, [c * scale for c in penalized.adapter_coefficients])
@@ -256,11 +280,21 @@ class LipschitzRegularizer:
     def _penalized(self, with_gradient: bool = False) -> Penalized:
         return self._targets.penalized(self.weight, self.reduction, with_gradient)
 
-    def _drift(self, penalized: Penalized) -> tuple[float, list[float], list[float]]:
-        """The distance from the anchors, and the squares that it comes from: of parameters, and of adapters."""
-        squares = to_floats(squared_distances(penalized.parameters, penalized.anchors))
-        deltas = to_floats(squared_deltas(penalized.adapters))
-        rows = zip(penalized.parameters, squares, strict=True)
+    def _penalty(self, penalized: Penalized, squares: list[float] | None = None) -> float:
+        if self.mode == "projected":
+            return 0.0
+        if squares is None:
+            terms = squared_distances(penalized.parameters, penalized.anchors, penalized.moments)
+            squares = to_floats(terms + squared_deltas(penalized.adapters))
+        coefficients = penalized.coefficients + penalized.adapter_coefficients
+        return sum(c * square for c, square in zip(coefficients, squares, strict=True))
+
+    def _drift(self, penalized: Penalized) -> tuple[float, list[float]]:
+        """The distance from the anchors, and the squares that it comes from: of parameters, then of adapters."""
+        adapters = [replace(adapter, moment=None) for adapter in penalized.adapters]
+        terms = squared_distances(penalized.parameters, penalized.anchors) + squared_deltas(adapters)
+        squares = to_floats(terms)
         # A factor acts through its product only.
-        counted = [square for parameter, square in rows if parameter not in self._targets.factors]
-        return math.sqrt(sum(counted) + sum(deltas)), squares, deltas
+        own = zip(penalized.parameters, squares[: len(penalized.parameters)], strict=True)
+        counted = [square for parameter, square in own if parameter not in self._targets.factors]
+        return math.sqrt(sum(counted) + sum(squares[len(penalized.parameters) :])), squares

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from .anchors import fingerprint, make_anchor
 from .functional import reduction_factors, squared_distances
+from .inputs import InputMoment
 from .lora import LoraAdapter
 
 
 class Penalized(NamedTuple):
-    """Tensors with their anchors, coefficients ``weight * r_i`` and learning rates; adapters with theirs."""
+    """Tensors with their anchors, coefficients ``weight * r_i``, learning rates and moments; adapters with theirs."""
 
     parameters: list[Tensor]
     anchors: list[Tensor]
     coefficients: list[float]
     rates: list[Any]
+    moments: list[InputMoment | None]
     adapters: list[LoraAdapter]
     adapter_coefficients: list[float]
 
@@ -38,19 +40,29 @@ class Targets:
         anchors: Mapping[Tensor, Tensor],
         adapters: Sequence[LoraAdapter],
         lora_form: str,
+        inputs: Mapping[Tensor, InputMoment],
     ):
         for tensor, anchor in anchors.items():
             if tensor.shape != anchor.shape:
                 raise ValueError(f"An anchor of shape {tuple(anchor.shape)} is for a tensor of {tuple(tensor.shape)}.")
         self.optimizer = optimizer
         self.anchor_device = anchor_device
-        self.adapters = [_with_offset(adapter, anchors, anchor_device) for adapter in adapters]
+        self.inputs = dict(inputs)
+        self.adapters = [
+            replace(_with_offset(adapter, anchors, anchor_device), moment=inputs.get(adapter.weight))
+            for adapter in adapters
+        ]
         self.of_product = lora_form == "delta"
         self.factors = {factor for adapter in adapters for factor in (adapter.down, adapter.up)}
         self.weighted = self._weighted_parameters(weight)
         self.anchors = {p: _make_anchor(p, anchors, anchor_device) for p in self.weighted if p not in self.factors}
         if not self.of_product:
             self.anchors |= {p: zeros_like(p) for p in self.weighted if p in self.factors}
+        if inputs and not any(t in inputs for t in (*self.anchors, *(adapter.weight for adapter in adapters))):
+            raise ValueError(
+                "`inputs` are of none of the parameters: record them in the model that trains, with `requires_grad` "
+                "as in the training, and let it run inside the `with` block."
+            )
         self._squared_norms: dict[Tensor, float] = {}
 
     def penalized(self, weight: float, reduction: str, with_gradient: bool = False) -> Penalized:
@@ -64,7 +76,7 @@ class Targets:
         factors = reduction_factors([p.numel() for p in weighted] + numels, reduction)
         of_adapters = factors[len(weighted) :] or [0.0] * len(adapters)
         of_adapters = [weights[adapter] * factor for adapter, factor in zip(adapters, of_adapters, strict=True)]
-        penalized = Penalized([], [], [], [], adapters, of_adapters)
+        penalized = Penalized([], [], [], [], [], adapters, of_adapters)
         for (parameter, (weight, rate)), factor in zip(weighted.items(), factors):
             if parameter not in self.anchors:
                 raise ValueError(
@@ -80,6 +92,7 @@ class Targets:
             penalized.anchors.append(self.anchors[parameter])
             penalized.coefficients.append(weight * factor)
             penalized.rates.append(rate)
+            penalized.moments.append(self._moment(parameter))
         return penalized
 
     def fingerprint(self) -> str:
@@ -98,6 +111,12 @@ class Targets:
         squares = squared_distances(values, [zeros_like(value) for value in values])
         self._squared_norms |= zip(new, to_floats(squares), strict=True)
         return math.sqrt(sum(self._squared_norms[key] for key in tensors))
+
+    def _moment(self, parameter: Tensor) -> InputMoment | None:
+        moment = self.inputs.get(parameter)
+        if moment is not None and moment.factor.device != parameter.device:
+            moment = self.inputs[parameter] = moment.to(parameter.device)
+        return moment
 
     def _weighted_parameters(self, weight: float) -> dict[Tensor, tuple[float, Any]]:
         """Each parameter of a group with a weight above 0, with weight and learning rate of the group."""
