@@ -89,7 +89,7 @@ GRIDS = {
         Row("penalty", (5e-4,), (100, 300), steps=(120,)),
         Row("penalty", (2e-4,), (100,), steps=(120,)),
     ],
-    "inputs": [Row("penalty of inputs", (1e-3,), (1, 3, 10), INPUTS, steps=(120,))],
+    "inputs": [Row("penalty of inputs", (1e-3,), (1, 4, 16), INPUTS, steps=(120,))],
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR, steps=(120,))],
     # Claim 6, for --draw: no penalty, the weight that is about right, and too much.
     "limits": [

@@ -1,0 +1,386 @@
+# What record_inputs keeps of a layer, and the penalty measured in it, against layers run in float64 and autograd.
+# The penalty without it is in test_functional.py, test_regularizer.py and test_lora.py.
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_functional import assert_rounded
+from test_lora import make_net as make_lora_net
+from test_lora import product, random_offsets, trained
+from test_regularizer import LR, OPTIMIZERS
+from torch import nn
+
+from lipschitz_reg import InputMoment, LipschitzRegularizer, find_lora_adapters, functional, lora, record_inputs
+
+
+WEIGHT = 3.0
+LEAST = 1e-3  # of the mean, for every direction
+
+
+class Net(nn.Module):
+    """Strided, dilated and channels_last convolutions, a norm, linear layers with and without bias, 3-d inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1).to(memory_format=torch.channels_last)
+        self.dilated = nn.Conv2d(8, 8, (1, 3), padding=(0, 2), dilation=(1, 2))
+        self.norm = nn.GroupNorm(2, 8)
+        self.wide = nn.Linear(8, 24)
+        self.mix = nn.Linear(24, 5, bias=False)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        x = self.norm(self.dilated(self.conv(x)))
+        return self.mix(self.wide(x.flatten(2).mT).tanh()) * self.scale
+
+
+def make_net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def batches(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    # Smooth ones of different sizes: neighbouring pixels agree, as in a picture.
+    for size in (2, 3):
+        yield F.avg_pool2d(torch.randn(size, 3, 12, 14, generator=generator), 3, 1).to(dtype) + 0.3
+
+
+def record(net, **options):
+    with record_inputs(net, **options) as inputs:
+        for batch in batches(net.scale.dtype):
+            net(batch)
+    return inputs
+
+
+def dense(moment, rows):
+    """M as a matrix (n, n) in float64."""
+    return moment.factor.double() @ moment.factor.double().T + moment.rest.double() * torch.eye(rows).double()
+
+
+def outputs_of(net, module):
+    """What a layer gives for each batch while another net is run."""
+    kept = []
+    handle = module.register_forward_hook(lambda module, args, output: kept.append((args[0], output)))
+    with torch.no_grad():
+        for batch in batches(torch.float64):
+            net(batch)
+    handle.remove()
+    return kept
+
+
+@pytest.mark.parametrize("name", ["conv", "dilated", "wide", "mix"])
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_the_penalty_is_the_relative_change_of_what_a_layer_gives(name, kind):
+    """Measured by moving the parameter and running the layer, to the thousandth that is added for every direction."""
+    net = make_net()
+    exact = copy.deepcopy(net).double()
+    layer, parameter = getattr(exact, name), getattr(getattr(net, name), kind)
+    if parameter is None:
+        return
+    displacement = 0.1 * torch.randn_like(parameter, dtype=torch.float64)
+    kept = outputs_of(exact, layer)
+    with torch.no_grad():
+        getattr(layer, kind).add_(displacement)
+        change = sum((layer(given) - output).square().sum() for given, output in kept)
+    expected = (change / sum(output.square().sum() for _, output in kept)).item()
+    parameter_moment = record(net)[parameter]
+    with torch.no_grad():
+        parameter.add_(displacement)
+    anchor = parameter.detach().double() - displacement
+    square = functional.penalty([parameter.double()], [anchor], [1 / parameter.numel()], [parameter_moment])
+    assert expected > 1e-3
+    assert square.item() == pytest.approx(expected, rel=3 * LEAST)
+
+
+def test_second_moments_are_those_of_the_inputs():
+    net = make_net()
+    inputs = record(net)
+    exact = copy.deepcopy(net).double()
+    (first, one), (second, two) = outputs_of(exact, exact.wide)
+    rows, outputs = (torch.cat([t.flatten(0, 1) for t in pair]) for pair in ((first, second), (one, two)))
+    second_moment = rows.T @ rows / len(rows)
+    least = LEAST * second_moment.diagonal().mean() * torch.eye(8)
+    expected = 8 * (second_moment + least) / outputs.square().mean()
+    torch.testing.assert_close(dense(inputs[net.wide.weight], 8), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_of_many_inputs_is_sketched():
+    """Where they lie in as few directions as the sketch has, nothing is lost; elsewhere its trace is kept."""
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 4)
+    directions = torch.randn(6, 40)
+    for noise, tolerance in ((0.0, 3 * LEAST), (0.3, 0.2)):
+        rows = torch.randn(500, 6) @ directions + noise * torch.randn(500, 40)
+        with record_inputs(layer, rank=6) as inputs:
+            layer(rows)
+        moment = inputs[layer.weight]
+        assert moment.factor.shape == (40, 6)
+        exact = 40 * rows.T.double() @ rows.double() / 500 / layer(rows).detach().double().square().mean()
+        approximate = dense(moment, 40)
+        assert (approximate - exact).norm() < tolerance * exact.norm()
+        assert approximate.trace() == pytest.approx(exact.trace().item(), rel=1.1 * LEAST)
+        assert torch.linalg.eigvalsh(approximate)[0] >= 0.99 * LEAST * exact.diagonal().mean()
+
+
+def test_what_the_inputs_do_not_have_is_nearly_free():
+    torch.manual_seed(0)
+    layer = nn.Linear(10, 4)
+    given = torch.randn(200, 10)
+    given[:, 7] = 0
+    with record_inputs(layer) as inputs:
+        layer(given)
+    along, across = torch.zeros(2, 4, 10)
+    along[:, 3] = across[:, 7] = 1
+    costs = [inputs[layer.weight].squared_norm(displacement) for displacement in (along, across)]
+    assert 0 < costs[1] < 2 * LEAST * costs[0]
+
+
+def test_recording_twice_gives_the_same_bits():
+    first, second = (record(make_net(), rank=4) for _ in range(2))
+    for one, other in zip(first.values(), second.values(), strict=True):
+        assert torch.equal(one.factor, other.factor) and torch.equal(one.rest, other.rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_models_of_other_dtypes_are_recorded(dtype):
+    exact, inputs = record(make_net()), record(make_net(dtype))
+    for one, other in zip(exact.values(), inputs.values(), strict=True):
+        assert other.factor.dtype == other.rest.dtype == torch.float32
+        assert (one.factor @ one.factor.T - other.factor @ other.factor.T).norm() <= 0.05 * one.factor.norm() ** 2
+
+
+def test_recorded_is_what_trains():
+    net = make_net()
+    assert set(record(net)) == {parameter for parameter in net.parameters() if parameter.dim()}
+    net.conv.requires_grad_(False)
+    net.wide.bias.requires_grad_(False)
+    expected = {net.dilated.weight, net.dilated.bias, net.norm.weight, net.norm.bias, net.wide.weight, net.mix.weight}
+    assert set(record(net)) == expected
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_what_has_no_matrix_of_inputs_or_does_not_run_is_left_out():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.unused = nn.Embedding(5, 8), nn.Linear(8, 8)
+            self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+            self.mirrored = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+            self.same = nn.Conv2d(8, 8, 3, padding="same")
+            self.silent = nn.Linear(8, 8, bias=False)
+            nn.init.zeros_(self.silent.weight)
+
+        def forward(self, ids):
+            x = self.same(self.mirrored(self.grouped(self.words(ids).mT[..., None].expand(-1, -1, -1, 4))))
+            return self.silent(x.flatten(2).mT)
+
+    odd = Odd()
+    with record_inputs(odd) as inputs:
+        odd(torch.arange(5)[None, :4])
+    assert set(inputs) == {odd.grouped.bias, odd.mirrored.bias, odd.same.bias}
+
+
+def test_hooks_are_gone_after_an_error():
+    net = make_net()
+    with pytest.raises(KeyError), record_inputs(net):
+        raise KeyError
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    layer = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="not finite"), record_inputs(layer):
+        layer(torch.full((1, 3), torch.nan))
+
+
+def difference_of(dtype, moment):
+    """Gradient, parameter and anchor of a convolution's weight, and the moment with `moment` columns."""
+    generator = torch.Generator().manual_seed(0)
+    gradient, anchor, shift = (torch.randn(4, 3, 3, 3, generator=generator).to(dtype) for _ in range(3))
+    parameter = (anchor.float() + 0.1 * shift.float()).to(dtype).to(memory_format=torch.channels_last)
+    factor = torch.randn(27, moment, generator=generator)
+    return gradient, parameter, anchor, InputMoment(factor, torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("columns", [5, 0], ids=["matrix", "number"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_gradient_and_square_equal_autograd(dtype, columns):
+    gradient, parameter, anchor, moment = difference_of(dtype, columns)
+    point = parameter.detach().double().requires_grad_()
+    rows = (point - anchor.double()).flatten(1)
+    penalty = 0.7 * torch.trace(rows @ dense(moment, 27) @ rows.T)
+    expected = gradient.double() + torch.autograd.grad(penalty, point)[0]
+    (square,) = functional.squared_distances([parameter], [anchor], [moment])
+    assert 0.7 * square.item() == pytest.approx(penalty.item(), rel=1e-5)
+    reference = functional.penalty([parameter.double()], [anchor.double()], [0.7], [moment])
+    assert reference.item() == pytest.approx(penalty.item(), rel=1e-6)
+    functional.add_penalty_gradient_([gradient], [parameter], [anchor], [0.7], [moment])
+    assert_rounded([gradient], [expected], ulps=4)
+
+
+def test_autocast_costs_no_digits():
+    results = []
+    for enabled in (False, True):
+        gradient, parameter, anchor, moment = difference_of(torch.float32, 5)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            functional.add_penalty_gradient_([gradient], [parameter], [anchor], [0.7], [moment])
+            results.append((gradient, *functional.squared_distances([parameter], [anchor], [moment])))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def with_moments(adapters):
+    generator = torch.Generator().manual_seed(1)
+    rows = [adapter.down[0].numel() for adapter in adapters]
+    moments = [InputMoment(torch.randn(n, 3, generator=generator), torch.tensor(0.2)) for n in rows]
+    return [
+        lora.LoraAdapter(a.name, a.down, a.up, a.scaling, a.weight, a.offset, moment)
+        for a, moment in zip(adapters, moments, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("with_offset", [False, True], ids=["", "offset"])
+def test_of_lora_gradient_and_square_equal_autograd_on_the_formed_product(with_offset):
+    adapters = find_lora_adapters(make_lora_net())
+    adapters = with_moments(random_offsets(adapters) if with_offset else adapters)
+    coefficients = [0.5 + i for i in range(len(adapters))]
+    pairs = [(torch.randn_like(adapter.down), torch.randn_like(adapter.up)) for adapter in adapters]
+    expected, total = [], 0.0
+    for adapter, (down_gradient, up_gradient), c in zip(adapters, pairs, coefficients, strict=True):
+        down, up = (factor.detach().double().requires_grad_() for factor in (adapter.down, adapter.up))
+        delta = adapter.scaling * up.flatten(1) @ down.flatten(1)
+        delta = delta if adapter.offset is None else delta + adapter.offset.flatten(1).double()
+        term = c * torch.trace(delta @ dense(adapter.moment, delta.shape[1]) @ delta.T)
+        gradients = torch.autograd.grad(term, (down, up))
+        expected.append((down_gradient.double() + gradients[0], up_gradient.double() + gradients[1]))
+        total += term.item()
+    squares = lora.squared_deltas(adapters)
+    assert sum(c * s.item() for c, s in zip(coefficients, squares, strict=True)) == pytest.approx(total, rel=1e-5)
+    assert lora.lora_penalty(adapters, coefficients).item() == pytest.approx(total, rel=1e-5)
+    lora.add_lora_penalty_gradient_(pairs, adapters, coefficients)
+    for pair, other in zip(pairs, expected, strict=True):
+        assert_rounded(pair, other, ulps=20)
+
+
+def backward(net, seed):
+    generator = torch.Generator().manual_seed(seed)
+    net(torch.randn(2, 3, 12, 14, generator=generator).to(net.scale.dtype)).square().mean().backward()
+
+
+def train(net, optimizer, before_step=lambda: None, steps=4):
+    for seed in range(steps):
+        optimizer.zero_grad()
+        backward(net, seed)
+        before_step()
+        optimizer.step()
+    return [parameter.detach().double() for parameter in net.parameters()]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam foreach", "AdamW fused", "AdamW8bit"])
+def test_training_equals_autograd(name):
+    """Parameters that were not recorded, here the scale, have the term that they have without."""
+    net, reference, plain = make_net(), make_net(), make_net()
+    optimizer = OPTIMIZERS[name](net.parameters())
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT, inputs=record(net))
+    after = train(net, optimizer)
+
+    moments = record(reference)
+    anchors = {parameter: parameter.detach().double() for parameter in reference.parameters()}
+
+    def penalty(points):
+        total = 0.0
+        for point, (parameter, anchor) in zip(points, anchors.items(), strict=True):
+            difference, moment = point - anchor, moments.get(parameter)
+            if moment is None or not moment.factor.numel():
+                factor = 1.0 if moment is None else moment.rest.double()
+                total = total + WEIGHT * factor * difference.square().mean()
+            else:
+                rows = difference.flatten(1)
+                total = total + WEIGHT / rows.numel() * torch.trace(rows @ dense(moment, rows.shape[1]) @ rows.T)
+        return total
+
+    def add():
+        points = [parameter.detach().double().requires_grad_() for parameter in anchors]
+        for parameter, gradient in zip(anchors, torch.autograd.grad(penalty(points), points), strict=True):
+            parameter.grad.copy_(parameter.grad.double() + gradient)
+
+    expected = train(reference, OPTIMIZERS[name](reference.parameters()), add)
+    without = train(plain, OPTIMIZERS[name](plain.parameters()))
+    effect, error = (
+        sum((one - other).square().sum() for one, other in zip(expected, others)).sqrt() for others in (without, after)
+    )
+    assert effect > 1e-3
+    assert error < 1e-3 * effect
+
+    metrics = regularizer.metrics()
+    drift = sum((one - anchor).square().sum() for one, anchor in zip(after, anchors.values())).sqrt().item()
+    assert metrics["lipschitz/penalty"] == regularizer.penalty() == pytest.approx(penalty(after).item(), rel=1e-4)
+    assert metrics["lipschitz/drift"] == pytest.approx(drift, rel=1e-5)  # in parameters, as without
+
+
+def test_lora_layers_are_recorded_through_the_weights_that_they_act_on():
+    net = make_lora_net(started=False)
+    with record_inputs(net) as inputs:
+        net(torch.randn(2, 3, 5, 5))
+    adapters = find_lora_adapters(net)
+    assert set(inputs) == {adapter.weight for adapter in adapters}
+    optimizer = torch.optim.SGD(trained(net), lr=LR)
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT, adapters=adapters, inputs=inputs)
+    for seed in range(3):
+        optimizer.zero_grad()
+        net(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+        optimizer.step()
+    expected = 0.0
+    for adapter in adapters:
+        delta = product(adapter).double()
+        moment = dense(inputs[adapter.weight], delta.shape[1])
+        expected += WEIGHT / delta.numel() * torch.trace(delta @ moment @ delta.T).item()
+    assert 0 < regularizer.penalty() == pytest.approx(expected, rel=1e-4)
+    assert regularizer.metrics(per_adapter=True)["lipschitz/drift/wide"] == pytest.approx(
+        product(adapters[-1]).norm().item(), rel=1e-5
+    )
+
+
+def test_of_dora_the_magnitudes_are_not_recorded():
+    net = make_lora_net(use_dora=True)
+    with record_inputs(net) as inputs:
+        net(torch.randn(2, 3, 5, 5))
+    assert set(inputs) == {adapter.weight for adapter in find_lora_adapters(net)}
+
+
+def test_state_tells_training_with_inputs_from_training_without():
+    regularizers = []
+    for with_inputs in (False, True):
+        net = make_net()
+        optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+        inputs = record(net) if with_inputs else None
+        regularizers.append(LipschitzRegularizer(optimizer, weight=WEIGHT, inputs=inputs))
+    without, with_them = regularizers
+    with_them.load_state_dict(with_them.state_dict())
+    with pytest.raises(ValueError, match="trained with `inputs`"):
+        without.load_state_dict(with_them.state_dict())
+    with pytest.raises(ValueError, match="trained without `inputs`"):
+        with_them.load_state_dict(without.state_dict())
+    old = without.state_dict()
+    del old["inputs"]  # of version 0.1.0 and before
+    without.load_state_dict(old)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"mode": "proximal"}, "need mode 'coupled'"),
+        ({"mode": "projected", "radius": 1.0}, "need mode 'coupled'"),
+        ({"lora_form": "factors"}, "`lora_form` 'delta'"),
+        ({"inputs": {}}, "`with` block"),
+        ({"inputs": "of another model"}, "of none of the parameters"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(options, message):
+    net = make_net()
+    inputs = record(net)
+    if options.get("inputs") == "of another model":
+        options = {"inputs": record(make_net())}
+    with pytest.raises(ValueError, match=message):
+        LipschitzRegularizer(torch.optim.SGD(net.parameters(), lr=LR), weight=WEIGHT, **{"inputs": inputs, **options})
