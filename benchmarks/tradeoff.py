@@ -61,7 +61,8 @@ WORD = "<new1>"  # of Custom Diffusion, which begins as the token of the other m
 PROJECTED = "--lipschitz_weight=1 --lipschitz_mode=projected --lipschitz_radius={}"
 FACTORS = PENALTY + " --lipschitz_lora=factors --lipschitz_reduction=sum"
 # Sixteen captions of things, none of which is measured.
-INPUTS = PENALTY + f" --lipschitz_inputs --drift_prompts_file={TINYWORLD / 'drift_prompts.txt'}"
+PROMPTS = "--drift_prompts_file=examples/tinyworld/drift_prompts.txt"
+INPUTS = f"{PENALTY} --lipschitz_inputs {PROMPTS}"
 LORA = "--method=lora --rank=16 "
 CUSTOM = f"--method=custom_diffusion --modifier_token={WORD} --initializer_token=sks "
 
@@ -261,7 +262,9 @@ def token_of(training: Training) -> str:
 def train(setup: Setup, training: Training, subject: str, seed: int, folder: Path) -> dict[str, float]:
     """Personalizes the base, into `folder`, with checkpoints where it is to be measured. Returns the seconds."""
     script, kind = load_script(setup.script.stem), SUBJECTS[subject].kind
-    flags = [*training.flags, f"--pretrained_model_name_or_path={setup.base}"]
+    # Results say nothing of the folder that they were made in.
+    flags = [flag.replace("=examples/", f"={ROOT}/examples/") for flag in training.flags]
+    flags += [f"--pretrained_model_name_or_path={setup.base}"]
     flags += [f"--seed={seed}", f"--output_dir={folder}"]
     flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / subject}"]
     flags += [f"--instance_prompt={subject_prompt(SUBJECTS[subject], '', token_of(training))}"]
