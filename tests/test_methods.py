@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_train_dreambooth_lipschitz import assert_one_clear_line, checkpoints, distance, same_bits, scalars, weights
 
+from lipschitz_reg import record_inputs
+
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "examples" / "tinyworld" / "sd"
@@ -24,13 +26,14 @@ METHODS = {
     "lora": ["--method=lora", "--rank=3", "--lora_alpha=6", "--learning_rate=1e-2"],
     "lora with text encoder": [
         *["--method=lora", "--train_text_encoder", "--rank=2", "--lora_dropout=0.2", "--learning_rate=1e-2"],
+        "--lipschitz_inputs",
     ],
     "dora": ["--method=lora", "--use_dora", "--learning_rate=1e-2"],
     "custom_diffusion": [
         *["--method=custom_diffusion", "--learning_rate=1e-3", "--modifier_token=<new1>"],
         *["--initializer_token=red mug", "--instance_prompt=a photo of a <new1> mug"],
     ],
-    "keys and values alone": ["--method=custom_diffusion", "--learning_rate=1e-3"],
+    "keys and values alone": ["--method=custom_diffusion", "--learning_rate=1e-3", "--lipschitz_inputs"],
 }
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -197,6 +200,9 @@ STRONG = {
     "lora": ["--lipschitz_weight=1e5"],
     "lora by its factors": ["--lipschitz_lora=factors", "--lipschitz_reduction=sum", "--lipschitz_weight=100"],
     "custom_diffusion": ["--lipschitz_weight=1e5"],
+    "full by its inputs": ["--lipschitz_inputs", "--lipschitz_weight=1e3"],
+    "lora by its inputs": ["--lipschitz_inputs", "--lipschitz_weight=1e3"],
+    "custom_diffusion by its inputs": ["--lipschitz_inputs", "--lipschitz_weight=1e3"],
 }
 
 
@@ -207,6 +213,33 @@ def test_penalty_keeps_the_model_closer_to_the_base(case, train, tmp_path):
         train(*METHODS[case.split()[0]], *flags, "--max_train_steps=6", f"--output_dir={tmp_path / name}")
         drifts.append(scalars(tmp_path / name)[0]["lipschitz/drift"][6])
     assert 0 < drifts[1] < 0.9 * drifts[0]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_recording_inputs_changes_nothing_but_the_penalty(method, train, drift_flags, tmp_path):
+    """Nor does it matter that the base draws for the probes besides."""
+    flags = [*METHODS[method], "--lipschitz_weight=1e-30", "--max_train_steps=2"]
+    for name, more in {"with": ["--lipschitz_inputs", *drift_flags], "without": []}.items():
+        train(*flags, *more, f"--output_dir={tmp_path / name}")
+    assert same_bits(result(tmp_path / "with"), result(tmp_path / "without"))
+
+
+def test_penalty_of_inputs_is_what_the_plugin_gives_for_the_same_pictures(train, drift_flags, tmp_path):
+    flags = ["--lipschitz_inputs", "--lipschitz_weight=50", "--max_train_steps=2", "--checkpointing_steps=1"]
+    train(*METHODS["full"], *flags, *drift_flags, f"--output_dir={tmp_path}")
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    anchors = {name: parameter.detach().clone() for name, parameter in pipeline.unet.named_parameters()}
+    with record_inputs(pipeline.unet) as inputs:
+        pipeline(DRIFT_PROMPT.strip(), num_inference_steps=10, generator=torch.Generator().manual_seed(0))
+    moved = load_file(tmp_path / "checkpoint-1" / "unet" / "diffusion_pytorch_model.safetensors")
+    expected = 0.0
+    for name, parameter in pipeline.unet.named_parameters():
+        square = (moved[name] - anchors[name]).square().sum()
+        if parameter in inputs:
+            square = inputs[parameter].squared_norm(moved[name] - anchors[name])
+        expected += 50 * square.item() / parameter.numel()
+    assert scalars(tmp_path)[0]["lipschitz/penalty"][2] == pytest.approx(expected, rel=1e-3)
 
 
 # What is trained and saved
@@ -448,6 +481,12 @@ MISTAKES = {
     "rank of zero": ("--method=lora --rank=0", "--rank: must be a finite number at least 1"),
     "unknown method": ("--method=hypernetwork", "--method: invalid choice"),
     "proximal LoRA": ("--method=lora --lipschitz_mode=proximal", "no closed form for LoRA"),
+    "inputs without the penalty": (
+        "--lipschitz_inputs --lipschitz_weight=0",
+        "does nothing with --lipschitz_weight 0",
+    ),
+    "inputs and a pull": ("--lipschitz_inputs --lipschitz_mode=proximal", "needs --lipschitz_mode coupled"),
+    "inputs of factors": ("--method=lora --lipschitz_inputs --lipschitz_lora=factors", "and --lipschitz_lora delta"),
     "anchor model without the penalty": ("--lipschitz_anchor_model={base} --lipschitz_weight=0", "does nothing with"),
     "anchor model with DoRA": (
         "--method=lora --use_dora --lipschitz_anchor_model={base}",
@@ -507,6 +546,7 @@ def test_bad_concepts_end_in_one_line(rows, message, run_script, tmp_path, capsy
         (["--rank=5"], "cannot resume from"),
         (["--train_text_encoder"], "its LoRA is of other parts"),
         (["--use_dora"], "its LoRA is of other parts"),
+        (["--lipschitz_inputs"], "was trained without `inputs`"),
     ],
 )
 def test_checkpoint_of_another_lora_is_refused(flags, message, trained, train, tmp_path, capsys):

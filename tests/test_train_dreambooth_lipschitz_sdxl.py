@@ -47,15 +47,17 @@ METHODS = {
     ],
     "dora and another autoencoder": [
         "--use_dora",
+        "--lipschitz_inputs",
         "--learning_rate=1e-2",
         "--pretrained_vae_model_name_or_path={vae}",
     ],
     "full": ["--method=full", "--train_text_encoder", "--learning_rate=1e-3"],
+    "full by its inputs": ["--method=full", "--train_text_encoder", "--learning_rate=1e-3", "--lipschitz_inputs"],
     "custom_diffusion": [
         *["--method=custom_diffusion", "--learning_rate=1e-2", "--modifier_token=<new1>+<new2>"],
         *["--initializer_token=dog+red", "--instance_prompt=a photo of a <new1> <new2> dog"],
     ],
-    "keys and values alone": ["--method=custom_diffusion", "--learning_rate=1e-3"],
+    "keys and values alone": ["--method=custom_diffusion", "--learning_rate=1e-3", "--lipschitz_inputs"],
 }
 # These draw in bfloat16, or are the same as one of those above but for the optimizer. They have no seed, to which a
 # resumed run could go back.
@@ -185,7 +187,7 @@ def test_penalty_is_zero_in_the_first_step_and_only_there(method, trained):
     assert [step for step, value in penalty.items() if value == 0] == [1]
 
 
-STRONG = {"lora": "1e5", "full": "3e4", "custom_diffusion": "1e5"}
+STRONG = {"lora": "1e5", "full": "3e4", "custom_diffusion": "1e5", "full by its inputs": "1e3"}
 
 
 @pytest.mark.parametrize("method", STRONG)
@@ -265,7 +267,7 @@ def test_two_processes_run_the_script_alone_and_save_once(base_flags, tiny_sdxl,
     shutil.copy(ROOT / SCRIPT, folder)
     packages.joinpath("lipschitz_reg").symlink_to(ROOT / "lipschitz_reg")
     flags = [*base_flags, "--train_text_encoder", "--train_batch_size=1", "--max_train_steps=4", "--output_dir=model"]
-    flags += ["--checkpointing_steps=1", "--checkpoints_total_limit=2", "--lipschitz_weight=50"]
+    flags += ["--checkpointing_steps=1", "--checkpoints_total_limit=2", "--lipschitz_weight=50", "--lipschitz_inputs"]
     flags += ["--validation_epochs=1", "--validation_prompt=a dog", "--num_validation_images=1"]
     environment = {**os.environ, "PYTHONPATH": str(packages)}
     done = subprocess.run([*TORCHRUN, SCRIPT, *flags], cwd=folder, env=environment, capture_output=True, text=True)
@@ -493,6 +495,8 @@ def test_defaults_are_those_of_the_method(sdxl_script):
         ("--method=full", "--learning_rate=2e-6"): [2e-6, 2e-6, 500, 0, full],
         ("--method=custom_diffusion",): [1e-4, 1e-4, 50, 0, custom_diffusion],
         ("--optimizer=prodigy",): [1, 1, 1, 0, lora],
+        ("--method=full", "--lipschitz_inputs"): [1e-6, 1e-6, 5, 0, full],
+        ("--lipschitz_inputs", "--lipschitz_weight=2"): [1e-4, 5e-6, 2, 0, lora],
     }
     for flags, values in expected.items():
         args = sdxl_script.parse_args([*NEEDED, *flags])
@@ -754,6 +758,14 @@ MISTAKES = {
     "no such autoencoder": (
         "--pretrained_vae_model_name_or_path={world}/none",
         "--pretrained_vae_model_name_or_path: cannot load",
+    ),
+    "inputs without the penalty": (
+        "--lipschitz_inputs --lipschitz_weight=0",
+        "does nothing with --lipschitz_weight 0",
+    ),
+    "inputs and a bound": (
+        "--lipschitz_inputs --lipschitz_mode=projected --lipschitz_radius=1",
+        "needs --lipschitz_mode coupled",
     ),
     "SD anchor model": ("--lipschitz_anchor_model={world}/sd", "--lipschitz_anchor_model: {world}/sd is a Stable"),
     "min-SNR and EDM": ("--snr_gamma=5 --do_edm_style_training", "--snr_gamma weighs a loss that EDM-style training"),
