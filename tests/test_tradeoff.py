@@ -18,6 +18,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import plot_tradeoff  # noqa: E402
 import tradeoff  # noqa: E402
+from examine import other_things  # noqa: E402
+from world import caption_of  # noqa: E402
 
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -129,6 +131,13 @@ def test_all_flags_of_the_grid_are_flags_of_the_script(script):
     for training in tradeoff.trainings_of(list(tradeoff.GRIDS))[1:]:
         args = script.parse_args([*training.flags, *PATHS, *(CLASS if "prior" in training.method else [])])
         assert (args.learning_rate, args.max_train_steps) == (training.rate, training.steps)
+
+
+def test_nothing_that_is_measured_is_among_what_the_penalty_of_inputs_records():
+    recorded = (tradeoff.TINYWORLD / "drift_prompts.txt").read_text().splitlines()
+    asked = {caption_of(*other) for count in (16, 32) for other in other_things(count)}
+    asked |= set((tradeoff.TINYWORLD / "other_prompts.txt").read_text().splitlines())
+    assert len(set(recorded)) == 16 and not asked & set(recorded)
 
 
 PATHS = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=x"]
