@@ -996,12 +996,16 @@ def record_lipschitz_inputs(
 
 def attach_lipschitz(
     args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: StableDiffusionPipeline,
     optimizer: torch.optim.Optimizer,
     trained: dict[str, torch.nn.Module],
-    lipschitz_inputs: dict[torch.Tensor, InputMoment] | None,
+    drift_prompts: list[str],
 ) -> LipschitzRegularizer:
     """The penalty, which pulls towards the weights as they are now, or to those of `lipschitz_anchor_model`."""
-    adapters, lipschitz_anchors = [], {}
+    adapters, lipschitz_anchors, lipschitz_inputs = [], {}, None
+    if args.lipschitz_inputs:
+        lipschitz_inputs = record_lipschitz_inputs(accelerator, pipeline, trained, drift_prompts)
     if args.method == "lora":
         adapters = [adapter for name in trained for adapter in find_lora_adapters(trained[name], prefix=name)]
     if args.lipschitz_anchor_model is not None:
@@ -1513,10 +1517,7 @@ def main(args: argparse.Namespace) -> None:
     lipschitz = None
     if args.lipschitz_weight > 0:
         # Before the checkpoint is loaded: the anchors are the pretrained weights.
-        lipschitz_inputs = None
-        if args.lipschitz_inputs:
-            lipschitz_inputs = record_lipschitz_inputs(accelerator, pipeline, trained, drift_prompts)
-        lipschitz = attach_lipschitz(args, optimizer, trained, lipschitz_inputs)
+        lipschitz = attach_lipschitz(args, accelerator, pipeline, optimizer, trained, drift_prompts)
         accelerator.register_for_checkpointing(lipschitz)
     probes = None
     if args.drift_every is not None and accelerator.is_main_process:
