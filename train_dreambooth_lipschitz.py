@@ -46,7 +46,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast, set_seed
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
 from diffusers.utils import check_min_version, is_wandb_available, is_xformers_available
@@ -98,7 +98,7 @@ DRIFT_PROMPTS = [
     "",
 ]
 DRIFT_TIMESTEPS = 5
-# Of --lipschitz_inputs: enough to meet all noise levels; and a weight that was found in the drawn world.
+# Of --lipschitz_inputs: enough to meet all noise levels; and a weight that was found in the drawn world, with full.
 RECORDED_STEPS, INPUTS_WEIGHT = 10, 5.0
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
@@ -249,9 +249,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add(
         "--lipschitz_inputs",
         action="store_true",
-        help="Measure how far weights move by how much that changes what their layers give to the inputs that they get"
-        f" while the base draws --drift_prompts_file, in {RECORDED_STEPS} steps before training. Other prompts drift"
-        f" less; the weight is another one, default {INPUTS_WEIGHT:g}.",
+        help="Measure the way of a weight from the base by how much it changes what its layer gives, for the inputs"
+        " that the layer gets while the model draws --drift_prompts_file before training, in"
+        f" {RECORDED_STEPS} steps each. In the drawn world other prompts drift less by that. --lipschitz_weight has"
+        f" another scale: its default is then {INPUTS_WEIGHT:g}, found for full fine-tuning.",
     )
 
     add = parser.add_argument_group("prior preservation").add_argument
@@ -343,8 +344,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--drift_prompts_file",
-        help=f"Prompts for it, one a line; default: {len(DRIFT_PROMPTS)} of everyday things. Each costs 25 steps of"
-        f" drawing once, and {DRIFT_TIMESTEPS} predictions in each measurement.",
+        help="Prompts for --drift_every and --lipschitz_inputs, one a line; default:"
+        f" {len(DRIFT_PROMPTS)} of everyday things. Each costs 25 and {RECORDED_STEPS} steps of drawing, once, and"
+        f" {DRIFT_TIMESTEPS} predictions in each measurement.",
     )
     samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
     add("--validation_scheduler", choices=samplers, default=samplers[0], help="What draws them, in 25 steps.")
@@ -1117,12 +1119,14 @@ def draw_latents(
     generator: torch.Generator,
 ) -> torch.Tensor:
     """A picture of each prompt before it is decoded: (prompts, channels, height, width), float32."""
-    latents = []
+    latents, validation_scheduler = [], base.scheduler
+    base.scheduler = DPMSolverMultistepScheduler.from_config(base.scheduler.config)  # whatever draws the validation
     with evaluating(base), accelerator.autocast():
         *embeds, unconditional = encode_prompts([*prompts, ""], base.tokenizer, base.text_encoder).split(1)
         options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "latent"}
         for row in tqdm(embeds, desc="Base draws", disable=not accelerator.is_main_process):
             latents.append(base(prompt_embeds=row, negative_prompt_embeds=unconditional, **options).images.float())
+    base.scheduler = validation_scheduler
     return torch.cat(latents)
 
 
@@ -1401,7 +1405,9 @@ def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
 
 def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[Image.Image], folder: Path) -> None:
     base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
-    settings = {key: value for key, value in vars(args).items() if key.startswith("lipschitz_") and value is not None}
+    settings = {
+        key: value for key, value in vars(args).items() if key.startswith("lipschitz_") and value not in (None, False)
+    }
     tags = "text-to-image dreambooth lipschitz stable-diffusion stable-diffusion-diffusers diffusers-training"
     data = ModelCardData(
         # The Hub refuses a base that is not on it.

@@ -114,7 +114,7 @@ DRIFT_PROMPTS = [
     "",
 ]
 DRIFT_TIMESTEPS = 5
-# Of --lipschitz_inputs: enough to meet all noise levels; and a weight that was found in the drawn world.
+# Of --lipschitz_inputs: enough to meet all noise levels; and a weight that was found in the drawn world, with full.
 RECORDED_STEPS, INPUTS_WEIGHT = 10, 5.0
 
 
@@ -278,9 +278,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add(
         "--lipschitz_inputs",
         action="store_true",
-        help="Measure how far weights move by how much that changes what their layers give to the inputs that they get"
-        f" while the base draws --drift_prompts_file, in {RECORDED_STEPS} steps before training. Other prompts drift"
-        f" less; the weight is another one, default {INPUTS_WEIGHT:g}.",
+        help="Measure the way of a weight from the base by how much it changes what its layer gives, for the inputs"
+        " that the layer gets while the model draws --drift_prompts_file before training, in"
+        f" {RECORDED_STEPS} steps each. In the drawn world other prompts drift less by that. --lipschitz_weight has"
+        f" another scale: its default is then {INPUTS_WEIGHT:g}, found for full fine-tuning.",
     )
 
     add = parser.add_argument_group("prior preservation").add_argument
@@ -401,8 +402,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--drift_prompts_file",
-        help=f"Prompts for it, one a line; default: {len(DRIFT_PROMPTS)} of everyday things. Each costs 25 steps of"
-        f" drawing once, and {DRIFT_TIMESTEPS} predictions in each measurement.",
+        help="Prompts for --drift_every and --lipschitz_inputs, one a line; default:"
+        f" {len(DRIFT_PROMPTS)} of everyday things. Each costs 25 and {RECORDED_STEPS} steps of drawing, once, and"
+        f" {DRIFT_TIMESTEPS} predictions in each measurement.",
     )
     add("--report_to", default="tensorboard", help='"tensorboard", "wandb", "comet_ml", or "all" that are installed.')
     add("--logging_dir", default="logs", help="Folder of the logs, inside --output_dir.")
@@ -1720,7 +1722,9 @@ def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
 
 def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[Image.Image], folder: Path) -> None:
     base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
-    settings = {key: value for key, value in vars(args).items() if key.startswith("lipschitz_") and value is not None}
+    settings = {
+        key: value for key, value in vars(args).items() if key.startswith("lipschitz_") and value not in (None, False)
+    }
     tags = "text-to-image dreambooth lipschitz stable-diffusion-xl stable-diffusion-xl-diffusers diffusers-training"
     method = {"full": [], "lora": ["dora" if args.use_dora else "lora"]}.get(args.method, [args.method])
     data = ModelCardData(

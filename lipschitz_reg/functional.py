@@ -8,7 +8,7 @@ anchor_i||^2`` with ``c_i = lambda * r_i``. Its gradient is ``2 * c_i * (theta_i
 Parameters are float16, bfloat16, float32 or float64, of any shape and strides. An anchor has the shape of its
 parameter and a dtype that is no wider; if it lies on another device, it is copied over, one tensor at a time. A
 coefficient is a number, a tensor of no dimensions, or a tensor that broadcasts to its parameter (a weight for each
-element). Where a parameter has an `InputMoment` (inputs.py), ``||theta_i - anchor_i||^2`` is ``tr(D M D^T)``, with the
+element). Where a parameter has an `InputMoment`, ``||theta_i - anchor_i||^2`` is ``tr(D M D^T)``, with the
 difference D as a matrix of the parameter's rows, and the coefficient is a number or a tensor of no dimensions.
 
 The fast forms take the difference first, in float32 or wider: ``theta`` and ``anchor`` agree in most of their digits,
@@ -18,11 +18,10 @@ so that adding ``c * theta`` and then subtracting ``c * anchor`` would leave lit
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from .inputs import InputMoment
 
 
 Coefficient = float | Tensor
@@ -32,6 +31,40 @@ _CPU_BLOCK = 1 << 18
 _ACCELERATOR_BLOCK = 1 << 24
 
 _LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+
+
+class InputMoment(NamedTuple):
+    """
+    ``M = factor factor^T + rest * I``, in which displacements of one parameter are measured (inputs.py says why).
+
+    Args:
+        factor (`torch.Tensor`):
+            (n, rank), float32, n being the elements of a row of the weight: in * kernel. (1, 0) where all elements of
+            the parameter count alike.
+        rest (`torch.Tensor`): No dimensions, float32.
+    """
+
+    factor: Tensor
+    rest: Tensor
+
+    def apply(self, displacement: Tensor) -> Tensor:
+        """``displacement M``, its rows flattened, in its shape and dtype, which should be float32 or wider."""
+        if not self.factor.numel():
+            return displacement * self.rest.to(displacement)
+        rows, factor, rest = displacement.flatten(1), self.factor.to(displacement), self.rest.to(displacement)
+        with torch.autocast(displacement.device.type, enabled=False):
+            return torch.addmm(rows * rest, rows @ factor, factor.T).view_as(displacement)
+
+    def squared_norm(self, displacement: Tensor) -> Tensor:
+        """``tr(displacement M displacement^T)``, of no dimensions, in float32 or wider."""
+        square = squared_norm(displacement) * self.rest.to(displacement)
+        if not self.factor.numel():
+            return square
+        with torch.autocast(displacement.device.type, enabled=False):
+            return square + squared_norm(displacement.flatten(1) @ self.factor.to(displacement))
+
+    def to(self, device: torch.device) -> "InputMoment":
+        return InputMoment(self.factor.to(device), self.rest.to(device))
 
 
 def reduction_factors(numels: Sequence[int], reduction: str) -> list[float]:
@@ -170,6 +203,11 @@ def squared_distances(
             difference = _difference(parameter, anchor.to(parameter.device, non_blocking=True))
             squares.append(moment.squared_norm(difference))
     return squares
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """The sum of the squares of all elements: no dimensions, float32 or wider."""
+    return torch.linalg.vector_norm(tensor, dtype=_wide(tensor)).square()
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -10,14 +10,13 @@ The factors of a convolution are matrices too: A, a convolution to `rank` channe
 whose kernel is 1, is out x rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .functional import Coefficient, _on_device, saturating_add_
-from .inputs import InputMoment
+from .functional import Coefficient, InputMoment, _on_device, saturating_add_
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +86,18 @@ def find_lora_adapters(model: nn.Module, prefix: str = "") -> list[LoraAdapter]:
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no active LoRA adapter: add the adapters first.")
     return adapters
+
+
+def lora_factors(module: nn.Module) -> Iterator[Tensor]:
+    """What trains in a layer with adapters, the magnitudes of DoRA too."""
+    for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
+        if isinstance(getattr(module, name, None), nn.Module):
+            yield from getattr(module, name).parameters()
+
+
+def adapted_weight(module: nn.Module) -> Tensor | None:
+    """The weight to which the adapters of a layer add."""
+    return getattr(module.base_layer, "weight", None) if hasattr(module, "lora_A") else None
 
 
 def lora_penalty(adapters: Sequence[LoraAdapter], coefficients: Sequence[Coefficient]) -> Tensor:

@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import add_penalty_gradient_, project_, proximal_step_, reduction_factors, squared_distances
-from .inputs import InputMoment
+from .functional import (
+    InputMoment,
+    add_penalty_gradient_,
+    project_,
+    proximal_step_,
+    reduction_factors,
+    squared_distances,
+)
 from .lora import LoraAdapter, add_lora_penalty_gradient_, squared_deltas
 from .targets import Penalized, Targets, checked, to_floats, zeros_like
 
@@ -60,8 +66,8 @@ class LipschitzRegularizer:
         inputs (`Mapping[torch.Tensor, InputMoment]`, *optional*):
             From `record_inputs`: what the layers got while the base drew pictures that should stay as they are. A
             displacement is then measured by how much it changes what the layer gives to such inputs, in place of
-            ``||theta_i - anchor_i||^2``; with `"tensor_mean"` that is its relative change, and a fitting `weight` is
-            about a hundredth (inputs.py). For `"coupled"` mode, and the `lora_form` `"delta"`.
+            ``||theta_i - anchor_i||^2`` (inputs.py); with `"tensor_mean"` that is the relative change, and the
+            `weight` that fits is another one. For `"coupled"` mode, and the `lora_form` `"delta"`.
 
     Raises:
         `ValueError`: If an argument is out of range, or a parameter is not a dense floating-point tensor.
@@ -99,8 +105,6 @@ class LipschitzRegularizer:
                 "mode 'proximal' has no closed form for the product of LoRA factors: use mode 'coupled' or "
                 "'projected', or `lora_form` 'factors'."
             )
-        if inputs is not None and not inputs:
-            raise ValueError("`inputs` are empty: they are there after the `with` block of `record_inputs`.")
         if inputs is not None and (mode != "coupled" or lora_form != "delta"):
             raise ValueError("`inputs` need mode 'coupled' and `lora_form` 'delta'.")
         self.weight = checked("weight", weight)
@@ -111,9 +115,7 @@ class LipschitzRegularizer:
         self.lora_form = lora_form
         self._steps = 0
         self._gradient_added = False
-        self._targets = Targets(
-            self.optimizer, self.weight, anchor_device, anchors or {}, adapters, lora_form, inputs or {}
-        )
+        self._targets = Targets(self.optimizer, self.weight, anchor_device, anchors or {}, adapters, lora_form, inputs)
         if mode == "projected" or lora_form == "factors":
             if any(adapter.offset is not None for adapter in self._targets.adapters):
                 raise ValueError(
@@ -182,7 +184,7 @@ class LipschitzRegularizer:
         return metrics
 
     def penalty(self) -> float:
-        """`lipschitz/penalty` of `metrics` alone: with `inputs` it costs half as much."""
+        """`lipschitz/penalty` of `metrics` alone, which with `inputs` spares a pass over the parameters."""
         return self._penalty(self._penalized())
 
     def state_dict(self) -> dict[str, Any]:
@@ -214,8 +216,8 @@ class LipschitzRegularizer:
                 "build the regularizer, then load the checkpoint."
             )
         if state_dict.get("inputs", False) != bool(self._targets.inputs):
-            how = "without `inputs`" if self._targets.inputs else "with `inputs` (record_inputs)"
-            raise ValueError(f"The checkpoint was trained {how}, by which its weight is meant: do the same here.")
+            saved, now = ("without", "leave out") if self._targets.inputs else ("with", "give")
+            raise ValueError(f"The checkpoint was trained {saved} `inputs`: {now} `inputs` (--lipschitz_inputs).")
         self.weight = state_dict["weight"]
         self.reduction = state_dict["reduction"]
         self.mode = state_dict["mode"]

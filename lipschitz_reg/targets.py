@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .anchors import fingerprint, make_anchor
-from .functional import reduction_factors, squared_distances
-from .inputs import InputMoment
+from .functional import InputMoment, reduction_factors, squared_distances
 from .lora import LoraAdapter
 
 
@@ -40,33 +39,34 @@ class Targets:
         anchors: Mapping[Tensor, Tensor],
         adapters: Sequence[LoraAdapter],
         lora_form: str,
-        inputs: Mapping[Tensor, InputMoment],
+        inputs: Mapping[Tensor, InputMoment] | None,
     ):
         for tensor, anchor in anchors.items():
             if tensor.shape != anchor.shape:
                 raise ValueError(f"An anchor of shape {tuple(anchor.shape)} is for a tensor of {tuple(tensor.shape)}.")
         self.optimizer = optimizer
         self.anchor_device = anchor_device
-        self.inputs = dict(inputs)
-        self.adapters = [
-            replace(_with_offset(adapter, anchors, anchor_device), moment=inputs.get(adapter.weight))
-            for adapter in adapters
-        ]
+        self.inputs = dict(inputs or {})
+        self.adapters = [_with_offset(adapter, anchors, anchor_device) for adapter in adapters]
         self.of_product = lora_form == "delta"
         self.factors = {factor for adapter in adapters for factor in (adapter.down, adapter.up)}
         self.weighted = self._weighted_parameters(weight)
         self.anchors = {p: _make_anchor(p, anchors, anchor_device) for p in self.weighted if p not in self.factors}
         if not self.of_product:
             self.anchors |= {p: zeros_like(p) for p in self.weighted if p in self.factors}
-        if inputs and not any(t in inputs for t in (*self.anchors, *(adapter.weight for adapter in adapters))):
+        known = (*self.anchors, *(adapter.weight for adapter in adapters))
+        if inputs is not None and self.weighted and not any(tensor in self.inputs for tensor in known):
             raise ValueError(
-                "`inputs` are of none of the parameters: record them in the model that trains, with `requires_grad` "
-                "as in the training, and let it run inside the `with` block."
+                "`inputs` hold nothing of what is penalized. In the `with` block of `record_inputs`, at whose end "
+                "they come, the model that trains has to run, with its adapters in place and `requires_grad` as in "
+                "the training. Quantized weights are not recorded."
             )
         self._squared_norms: dict[Tensor, float] = {}
 
     def penalized(self, weight: float, reduction: str, with_gradient: bool = False) -> Penalized:
         """All that is penalized, or only the parameters that have a gradient now."""
+        if self.inputs:
+            self.adapters = [replace(a, moment=self._moment(a.weight, a.down)) for a in self.adapters]
         weighted = self._weighted_parameters(weight)
         weights = {adapter: _adapter_weight(adapter, weighted) for adapter in self.adapters}
         adapters = [adapter for adapter in self.adapters if weights[adapter] > 0]
@@ -92,7 +92,7 @@ class Targets:
             penalized.anchors.append(self.anchors[parameter])
             penalized.coefficients.append(weight * factor)
             penalized.rates.append(rate)
-            penalized.moments.append(self._moment(parameter))
+            penalized.moments.append(self._moment(parameter, parameter))
         return penalized
 
     def fingerprint(self) -> str:
@@ -112,10 +112,10 @@ class Targets:
         self._squared_norms |= zip(new, to_floats(squares), strict=True)
         return math.sqrt(sum(self._squared_norms[key] for key in tensors))
 
-    def _moment(self, parameter: Tensor) -> InputMoment | None:
-        moment = self.inputs.get(parameter)
-        if moment is not None and moment.factor.device != parameter.device:
-            moment = self.inputs[parameter] = moment.to(parameter.device)
+    def _moment(self, weight: Tensor | None, moved: Tensor) -> InputMoment | None:
+        moment = self.inputs.get(weight)
+        if moment is not None and moment.factor.device != moved.device:
+            moment = self.inputs[weight] = moment.to(moved.device)
         return moment
 
     def _weighted_parameters(self, weight: float) -> dict[Tensor, tuple[float, Any]]:

@@ -70,15 +70,14 @@ def outputs_of(net, module):
     return kept
 
 
-@pytest.mark.parametrize("name", ["conv", "dilated", "wide", "mix"])
-@pytest.mark.parametrize("kind", ["weight", "bias"])
-def test_the_penalty_is_the_relative_change_of_what_a_layer_gives(name, kind):
+@pytest.mark.parametrize(
+    "name", ["conv.weight", "conv.bias", "dilated.weight", "dilated.bias", "wide.weight", "wide.bias", "mix.weight"]
+)
+def test_the_penalty_is_the_relative_change_of_what_a_layer_gives(name):
     """Measured by moving the parameter and running the layer, to the thousandth that is added for every direction."""
-    net = make_net()
+    net, (name, kind) = make_net(), name.split(".")
     exact = copy.deepcopy(net).double()
     layer, parameter = getattr(exact, name), getattr(getattr(net, name), kind)
-    if parameter is None:
-        return
     displacement = 0.1 * torch.randn_like(parameter, dtype=torch.float64)
     kept = outputs_of(exact, layer)
     with torch.no_grad():
@@ -137,6 +136,56 @@ def test_what_the_inputs_do_not_have_is_nearly_free():
     assert 0 < costs[1] < 2 * LEAST * costs[0]
 
 
+def test_an_embedding_counts_by_the_size_of_its_rows():
+    words = nn.Embedding(5, 8)
+    with record_inputs(words) as inputs:
+        words(torch.arange(5))
+    displacement = torch.randn(5, 8)
+    expected = (displacement.square().sum() / words.weight.detach().square().sum()).item()
+    assert inputs[words.weight].squared_norm(displacement).item() / 40 == pytest.approx(expected, rel=1e-5)
+
+
+def test_rounding_errors_are_no_directions():
+    """Inputs of few directions leave a sketch of more columns to be inverted where it is nothing."""
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 4)
+    rows = torch.randn(500, 3) @ torch.randn(3, 40)
+    with record_inputs(layer, rank=6) as inputs:
+        layer(rows)
+    exact = 40 * rows.T.double() @ rows.double() / 500 / layer(rows).detach().double().square().mean()
+    assert (dense(inputs[layer.weight], 40) - exact).norm() < 3 * LEAST * exact.norm()
+
+
+def test_recording_leaves_autocast():
+    torch.manual_seed(0)
+    layer, given = nn.Linear(10, 4), torch.randn(50, 10)
+    with record_inputs(layer) as inputs:
+        layer(given)
+    with record_inputs(layer) as under_autocast, torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(given)  # rounds its outputs, but not what it is given
+    output = layer(given).square().mean() / layer(given.bfloat16().float()).bfloat16().float().square().mean()
+    factors = [m[layer.weight].factor @ m[layer.weight].factor.T for m in (inputs, under_autocast)]
+    torch.testing.assert_close(factors[0] * output.detach(), factors[1], rtol=2e-3, atol=2e-3)
+
+
+def test_inputs_by_keyword_and_outputs_that_are_no_tensor():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.shift = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return self.layer(input=x), self.shift
+
+    pair, layer = Pair(), nn.Linear(3, 2)
+    layer.load_state_dict(pair.layer.state_dict())
+    given = torch.randn(4, 3)
+    with record_inputs(pair, layer) as inputs:
+        pair(given), layer(given)
+    assert set(inputs) == {*pair.layer.parameters(), *layer.parameters()}
+    assert torch.equal(inputs[pair.layer.weight].factor, inputs[layer.weight].factor)
+
+
 def test_recording_twice_gives_the_same_bits():
     first, second = (record(make_net(), rank=4) for _ in range(2))
     for one, other in zip(first.values(), second.values(), strict=True):
@@ -169,17 +218,30 @@ def test_what_has_no_matrix_of_inputs_or_does_not_run_is_left_out():
             self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
             self.mirrored = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
             self.same = nn.Conv2d(8, 8, 3, padding="same")
-            self.silent = nn.Linear(8, 8, bias=False)
+            self.silent, self.idle = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
             nn.init.zeros_(self.silent.weight)
 
         def forward(self, ids):
             x = self.same(self.mirrored(self.grouped(self.words(ids).mT[..., None].expand(-1, -1, -1, 4))))
-            return self.silent(x.flatten(2).mT)
+            return self.idle(self.silent(x.flatten(2).mT))
 
     odd = Odd()
     with record_inputs(odd) as inputs:
         odd(torch.arange(5)[None, :4])
-    assert set(inputs) == {odd.grouped.bias, odd.mirrored.bias, odd.same.bias}
+    expected = {odd.words.weight, odd.grouped.bias, odd.mirrored.bias, odd.same.bias, odd.idle.bias}
+    assert set(inputs) == expected  # what is given nothing but zeros has no moment
+
+
+def test_weight_zero_takes_inputs_and_attaches_nothing():
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    assert LipschitzRegularizer(optimizer, weight=0.0, inputs=record(net)).penalty() == 0
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_rank_below_one_is_refused():
+    with pytest.raises(ValueError, match="`rank` must be at least 1"), record_inputs(nn.Linear(2, 2), rank=0):
+        pass
 
 
 def test_hooks_are_gone_after_an_error():
@@ -191,7 +253,7 @@ def test_hooks_are_gone_after_an_error():
 
 def test_numbers_that_are_not_finite_are_refused():
     layer = nn.Linear(3, 2)
-    with pytest.raises(ValueError, match="not finite"), record_inputs(layer):
+    with pytest.raises(ValueError, match="Linear gave numbers that are not finite"), record_inputs(layer):
         layer(torch.full((1, 3), torch.nan))
 
 
@@ -358,9 +420,9 @@ def test_state_tells_training_with_inputs_from_training_without():
         regularizers.append(LipschitzRegularizer(optimizer, weight=WEIGHT, inputs=inputs))
     without, with_them = regularizers
     with_them.load_state_dict(with_them.state_dict())
-    with pytest.raises(ValueError, match="trained with `inputs`"):
+    with pytest.raises(ValueError, match="trained with `inputs`: give"):
         without.load_state_dict(with_them.state_dict())
-    with pytest.raises(ValueError, match="trained without `inputs`"):
+    with pytest.raises(ValueError, match="trained without `inputs`: leave out"):
         with_them.load_state_dict(without.state_dict())
     old = without.state_dict()
     del old["inputs"]  # of version 0.1.0 and before
@@ -373,8 +435,8 @@ def test_state_tells_training_with_inputs_from_training_without():
         ({"mode": "proximal"}, "need mode 'coupled'"),
         ({"mode": "projected", "radius": 1.0}, "need mode 'coupled'"),
         ({"lora_form": "factors"}, "`lora_form` 'delta'"),
-        ({"inputs": {}}, "`with` block"),
-        ({"inputs": "of another model"}, "of none of the parameters"),
+        ({"inputs": {}}, "hold nothing of what is penalized"),
+        ({"inputs": "of another model"}, "hold nothing of what is penalized"),
     ],
 )
 def test_what_has_no_meaning_is_refused(options, message):

@@ -674,6 +674,33 @@ def test_two_processes_train_one_model_and_save_it_once(alone, base_flags, drift
     assert list(values["loss"]) == list(values["drift/prediction"]) == [1, 2, 3]
 
 
+RECORD = """
+import torch
+import train_dreambooth_lipschitz as script
+
+args = script.parse_args({flags!r})
+accelerator = script.build_accelerator(args)
+pipeline, _, trained = script.load_models(args, torch.float32)
+rank = accelerator.process_index
+inputs = script.record_lipschitz_inputs(accelerator, pipeline, trained, [f"a photo of {{rank}} cats"])
+torch.save([inputs[p] for p in trained["unet"].parameters() if p in inputs], f"{{rank}}.pt")
+"""
+
+
+def test_two_processes_measure_in_the_same_inputs(alone, base_flags, tmp_path):
+    """Whatever each of them has recorded: from other penalties the copies of the model would part."""
+    flags = [*map(str, base_flags), f"--output_dir={tmp_path}"]
+    (tmp_path / "record.py").write_text(RECORD.format(flags=flags))
+    folder, packages = alone
+    environment = {**os.environ, "PYTHONPATH": f"{packages}:{folder}"}
+    done = subprocess.run([*TORCHRUN, "record.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    assert len(first) == len(second) > 0
+    for one, other in zip(first, second):
+        assert torch.equal(one.factor, other.factor) and torch.equal(one.rest, other.rest)
+
+
 # Bad input
 
 
@@ -779,7 +806,11 @@ MISTAKES = {
     ),
     "drift prompts for nothing": (
         "--drift_prompts_file={world}/strays/blank.txt",
-        "does nothing without --drift_every",
+        "does nothing without --drift_every or --lipschitz_inputs",
+    ),
+    "no prompts to record": (
+        "--lipschitz_inputs --drift_prompts_file={world}/strays/blank.txt",
+        "--drift_prompts_file: {world}/strays/blank.txt holds no prompts",
     ),
     "push without the Hub": ("--push_to_hub", "--push_to_hub: cannot create"),
 }
