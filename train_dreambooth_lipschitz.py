@@ -98,8 +98,8 @@ DRIFT_PROMPTS = [
     "",
 ]
 DRIFT_TIMESTEPS = 5
-# Of --lipschitz_inputs: enough to meet all noise levels; and a weight that was found in the drawn world, with full.
-RECORDED_STEPS, INPUTS_WEIGHT = 10, 5.0
+# Of --lipschitz_inputs: enough to meet all noise levels; and weights that were found in the drawn world.
+RECORDED_STEPS, INPUTS_WEIGHTS = 10, {"full": 5.0, "lora": 0.05, "custom_diffusion": 0.02}
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
 
@@ -251,8 +251,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="Measure the way of a weight from the base by how much it changes what its layer gives, for the inputs"
         " that the layer gets while the model draws --drift_prompts_file before training, in"
-        f" {RECORDED_STEPS} steps each. In the drawn world other prompts drift less by that. --lipschitz_weight has"
-        f" another scale: its default is then {INPUTS_WEIGHT:g}, found for full fine-tuning.",
+        f" {RECORDED_STEPS} steps each. In the drawn world other prompts drift less by that. The default weight is"
+        f" then {', '.join(f'{weight:g} for {method}' for method, weight in INPUTS_WEIGHTS.items())}.",
     )
 
     add = parser.add_argument_group("prior preservation").add_argument
@@ -360,7 +360,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     check_method(args, parser.error)
     if args.lipschitz_inputs and args.lipschitz_weight is None:
-        args.lipschitz_weight = INPUTS_WEIGHT
+        args.lipschitz_weight = INPUTS_WEIGHTS[args.method]
     for name, value in DEFAULTS[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

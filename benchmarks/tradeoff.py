@@ -90,6 +90,7 @@ GRIDS = {
         Row("penalty", (5e-4,), (100, 300), steps=(120,)),
         Row("penalty", (2e-4,), (100,), steps=(120,)),
     ],
+    # Claims 2 and 5: distances measured by what they do to a layer's inputs.
     "inputs": [Row("penalty of inputs", (1e-3,), (1, 4, 16), INPUTS, steps=(120,))],
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR, steps=(120,))],
     # Claim 6, for --draw: no penalty, the weight that is about right, and too much.
@@ -113,6 +114,7 @@ GRIDS = {
         Row("LoRA, stopped early", (4e-3,), (0,), LORA + PENALTY, "constant", (120,), (30, 60)),
         Row("LoRA, delta", (4e-3,), (0.3, 1), LORA + PENALTY),
         Row("LoRA, factors", (4e-3,), (1e-4,), LORA + FACTORS),
+        Row("LoRA, penalty of inputs", (4e-3,), (0.05,), LORA + INPUTS),
     ],
     "custom": [
         Row("Custom Diffusion", (1e-3,), flags=CUSTOM + PENALTY),
@@ -120,6 +122,7 @@ GRIDS = {
         Row("Custom Diffusion", (4e-3,), flags=CUSTOM + PENALTY, shares=(0.5, 0.75)),
         Row("Custom Diffusion, stopped early", (4e-3,), (0,), CUSTOM + PENALTY, "constant", (120,), (30, 60)),
         Row("Custom Diffusion, penalty", (4e-3,), (3,), CUSTOM + PENALTY, steps=(60, 250)),
+        Row("Custom Diffusion, penalty of inputs", (4e-3,), (0.02,), CUSTOM + INPUTS),
         Row("Custom Diffusion, prior preservation", (4e-3,), flags=CUSTOM + PRIOR),
     ],
 }  # fmt: skip
