@@ -58,6 +58,16 @@ def make_tensors(args):
     return parameters, anchors
 
 
+def make_moments(parameters, rank=256):
+    """Of the shapes that `record_inputs` gives for them."""
+    moments = []
+    for parameter in parameters:
+        n = parameter[0].numel()
+        shape = (n, min(rank, n)) if parameter.dim() > 1 else (1, 0)
+        moments.append(functional.InputMoment(parameter.new_ones(shape), parameter.new_ones(())))
+    return moments
+
+
 @torch.no_grad()
 def copy(sources, targets):
     for source, target in zip(sources, targets, strict=True):
@@ -95,6 +105,7 @@ def measure(function, device):
 def main():
     args = parse_args()
     parameters, anchors = make_tensors(args)
+    moments = make_moments(parameters)
     gradients = [parameter.grad for parameter in parameters]
     numels = [parameter.numel() for parameter in parameters]
     coefficients = [500.0 * factor for factor in functional.reduction_factors(numels, "tensor_mean")]
@@ -105,9 +116,13 @@ def main():
         "copy of all weights": lambda: copy(parameters, gradients),
         "autograd, second model": lambda: autograd(parameters, anchors, coefficients),
         "coupled": lambda: functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients),
+        "coupled, by inputs": lambda: functional.add_penalty_gradient_(
+            gradients, parameters, anchors, coefficients, moments
+        ),
         "proximal": lambda: functional.proximal_step_(parameters, anchors, steps),
         "projected": lambda: functional.project_(parameters, anchors, next(radii)),
         "drift, for metrics()": lambda: functional.squared_distances(parameters, anchors),
+        "penalty by inputs, logged": lambda: functional.squared_distances(parameters, anchors, moments),
     }
     if args.skip_autograd:
         del variants["autograd, second model"]
@@ -122,6 +137,7 @@ def main():
     print(f"{args.model}: {len(numels)} tensors, {total / 1e6:.1f}M parameters in float32")
     anchor_bytes = total * anchors[0].element_size()
     print(f"largest tensor {4e-6 * max(numels):.0f} MB; anchors in {args.anchor_dtype}: {anchor_bytes / 1e9:.2f} GB")
+    print(f"moments of inputs: {4e-9 * sum(moment.factor.numel() for moment in moments):.2f} GB")
     print(f"torch {torch.__version__}, {where}; best of {args.rounds}\n")
     print("| | seconds | copies | temporary MB |\n|---|---|---|---|")
     for name, (seconds, extra) in best.items():
