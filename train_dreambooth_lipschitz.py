@@ -1405,9 +1405,8 @@ def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
 
 def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[Image.Image], folder: Path) -> None:
     base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
-    settings = {
-        key: value for key, value in vars(args).items() if key.startswith("lipschitz_") and value not in (None, False)
-    }
+    given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
+    settings = {key: value for key, value in given.items() if key.startswith("lipschitz_")}
     tags = "text-to-image dreambooth lipschitz stable-diffusion stable-diffusion-diffusers diffusers-training"
     data = ModelCardData(
         # The Hub refuses a base that is not on it.

@@ -178,6 +178,19 @@ def test_model_card_names_a_base_from_the_hub(script, tmp_path):
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "some/model"
 
 
+def test_model_card_has_the_flags_of_the_penalty_that_were_given(script, tmp_path):
+    flags = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=y"]
+    expected = {
+        "--lipschitz_weight=0": {"lipschitz_weight": 0.0},
+        "--lipschitz_inputs": {"lipschitz_weight": 5.0, "lipschitz_inputs": True},
+    }
+    for flag, settings in expected.items():
+        script.save_model_card(script.parse_args([*flags, flag]), None, [], tmp_path)
+        front = ModelCard.load(tmp_path / "README.md").data.to_dict()
+        found = {key: value for key, value in front.items() if key.startswith("lipschitz_")}
+        assert found == {"lipschitz_reduction": "tensor_mean", "lipschitz_mode": "coupled", **settings}
+
+
 def test_loss_is_logged_at_each_step_as_the_sum_of_its_parts(trained):
     values, _ = scalars(trained[0])
     assert list(values["loss"]) == [1, 2, 3, 4, 5, 6]
