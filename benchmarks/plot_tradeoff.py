@@ -260,7 +260,7 @@ def print_same_settings(results: Results) -> None:
     columns = ("fidelity", "alignment", *OBEYED)
 
     def key(setting):
-        flags = [flag for flag in setting["flags"] if not flag.startswith("--lipschitz_")]
+        flags = [flag for flag in setting["flags"] if not flag.startswith(("--lipschitz_", "--drift_"))]
         return json.dumps([sorted(flags), setting["stop"], setting["share"]])
 
     plain, rows = {}, []
