@@ -669,9 +669,18 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
     if processes != accelerator.num_processes:
         how = f"{processes} processes, not {accelerator.num_processes}: accelerate launch --num_processes={processes}"
         stop(f"--resume_from_checkpoint: {checkpoint} is of a run of {how}")
-    if Path(checkpoint, "custom_checkpoint_0.pkl").is_file() != (args.lipschitz_weight > 0):
+    lipschitz_state = Path(checkpoint, "custom_checkpoint_0.pkl")
+    if lipschitz_state.is_file() != (args.lipschitz_weight > 0):
         how = "without the penalty: add" if args.lipschitz_weight > 0 else "with the penalty: leave out"
         stop(f"--resume_from_checkpoint: {checkpoint} was trained {how} --lipschitz_weight 0")
+    if args.lipschitz_weight > 0:
+        try:
+            lipschitz_inputs = torch.load(lipschitz_state, weights_only=True).get("inputs", False)
+        except (*LOAD_ERRORS, EOFError, pickle.UnpicklingError) as error:
+            stop(f"--resume_from_checkpoint: cannot resume from {checkpoint}: {error}")
+        if lipschitz_inputs != args.lipschitz_inputs:
+            how = "with --lipschitz_inputs: add it" if lipschitz_inputs else "without --lipschitz_inputs: leave it out"
+            stop(f"--resume_from_checkpoint: {checkpoint} was trained {how}")
     return checkpoint
 
 

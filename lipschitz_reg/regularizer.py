@@ -64,10 +64,8 @@ class LipschitzRegularizer:
             keeps no anchor. It has no `"proximal"` mode, which has no closed form there. `"factors"` penalizes
             ``||A||^2 + ||B||^2``, as the authors' code does.
         inputs (`Mapping[torch.Tensor, InputMoment]`, *optional*):
-            From `record_inputs`: what the layers got while the base drew pictures that should stay as they are. A
-            displacement is then measured by how much it changes what the layer gives to such inputs, in place of
-            ``||theta_i - anchor_i||^2`` (inputs.py); with `"tensor_mean"` that is the relative change, and the
-            `weight` that fits is another one. For `"coupled"` mode, and the `lora_form` `"delta"`.
+            From `record_inputs`: a displacement counts by how much it changes what its layer gives for these inputs,
+            not by its length (inputs.py), and another `weight` fits. For mode `"coupled"` and `lora_form` `"delta"`.
 
     Raises:
         `ValueError`: If an argument is out of range, or a parameter is not a dense floating-point tensor.

@@ -309,7 +309,7 @@ def test_frozen_weights_are_in_bfloat16_and_trained_ones_in_float32(method, trai
     monkeypatch.setattr(
         script,
         "attach_lipschitz",
-        lambda args, optimizer, trained: seen.update(trained) or attach(args, optimizer, trained),
+        lambda *arguments: seen.update(arguments[4]) or attach(*arguments),
     )
     flags = ["--mixed_precision=bf16", "--use_8bit_adam", "--gradient_checkpointing", "--max_train_steps=2"]
     flags += ["--validation_prompt=a mug", "--num_validation_images=1", "--validation_scheduler=DDPMScheduler"]
@@ -486,6 +486,10 @@ MISTAKES = {
         "does nothing with --lipschitz_weight 0",
     ),
     "inputs and a pull": ("--lipschitz_inputs --lipschitz_mode=proximal", "needs --lipschitz_mode coupled"),
+    "checkpoint without inputs": (
+        "--lipschitz_inputs --resume_from_checkpoint={full}/checkpoint-2",
+        "was trained without --lipschitz_inputs: leave it out",
+    ),
     "inputs of factors": ("--method=lora --lipschitz_inputs --lipschitz_lora=factors", "and --lipschitz_lora delta"),
     "anchor model without the penalty": ("--lipschitz_anchor_model={base} --lipschitz_weight=0", "does nothing with"),
     "anchor model with DoRA": (
@@ -546,7 +550,6 @@ def test_bad_concepts_end_in_one_line(rows, message, run_script, tmp_path, capsy
         (["--rank=5"], "cannot resume from"),
         (["--train_text_encoder"], "its LoRA is of other parts"),
         (["--use_dora"], "its LoRA is of other parts"),
-        (["--lipschitz_inputs"], "was trained without `inputs`"),
     ],
 )
 def test_checkpoint_of_another_lora_is_refused(flags, message, trained, train, tmp_path, capsys):

@@ -414,9 +414,9 @@ def test_only_what_needs_it_is_in_float32(given_vae, train, sdxl_script, other_v
         assert not torch.is_autocast_enabled("cpu")
         return decode(vae, latents, **options)
 
-    def spy_on_models(args, optimizer, trained):
+    def spy_on_models(args, accelerator, pipeline, optimizer, trained, prompts):
         seen["models"] = trained
-        return attach(args, optimizer, trained)
+        return attach(args, accelerator, pipeline, optimizer, trained, prompts)
 
     monkeypatch.setattr(sdxl_script, "encode_images", spy_on_encode)
     monkeypatch.setattr(sdxl_script, "attach_lipschitz", spy_on_models)
