@@ -361,7 +361,7 @@ def draw(setup: Setup, trainings: list[Training], subject: str, seed: int, work:
     models = {BASE_NAME: setup.base}
     several = {field for field in ("schedule", "steps") if len({getattr(t, field) for t in trainings}) > 1}
     for training in tqdm(trainings, desc=f"trainings on {subject}"):
-        name = f"{training.method}, rate {training.rate:g}"
+        name = f"{training.method} at {training.rate:g}"
         name += f", weight {training.weight:g}" if training.weight else ""
         name += f", {training.schedule}" if "schedule" in several else ""
         name += f", {training.steps} steps" if "steps" in several else ""
