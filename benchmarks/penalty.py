@@ -3,15 +3,18 @@
 """
 python benchmarks/penalty.py                # Stable Diffusion 1.5: 11 GB of memory, 14 GB with autograd
 python benchmarks/penalty.py --model sdxl --skip_autograd --device cuda
+python benchmarks/penalty.py --model sdxl --count        # bytes and operations from the shapes; nothing is run
 """
 
 import argparse
 import itertools
+import re
 import time
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from lipschitz_reg import functional
 
@@ -42,6 +45,7 @@ def parse_args():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="The best of these counts; all variants run in each.")
     parser.add_argument("--skip_autograd", action="store_true", help="It needs as much memory again as the weights.")
+    parser.add_argument("--count", action="store_true", help="What the penalty by inputs takes, from shapes alone.")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU here")
@@ -56,6 +60,27 @@ def make_tensors(args):
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     return parameters, anchors
+
+
+def count(model, rank=256):
+    """Gigabytes of the moments of inputs, and operations (2 for a product and a sum) of a step, by arithmetic."""
+    size, config = CONFIGS[model]["sample_size"], CONFIGS[model]
+    with torch.device("meta"), FlopCounterMode(display=False) as step:
+        unet = UNet2DConditionModel(**config)
+        conditions = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
+        text = torch.empty(1, 77, config["cross_attention_dim"])
+        output = unet(torch.empty(1, 4, size, size), torch.zeros(1), text, added_cond_kwargs=conditions)
+        output.sample.sum().backward()
+    weights = {name: p for name, p in unet.named_parameters() if p.dim() > 1}
+    columns = {name: min(rank, p[0].numel()) for name, p in weights.items()}
+    attention = [name for name in weights if re.search(r"to_(q|k|v|out\.0)\.weight", name)]
+    for what, names in {"all weights": list(weights), "LoRA on attention": attention}.items():
+        gigabytes = 4e-9 * sum(weights[name][0].numel() * columns[name] for name in names)
+        print(f"{model}: moments of inputs, {what}: {gigabytes:.2f} GB")
+    # Two products for the gradient, one for the logged penalty.
+    penalty = 6e-12 * sum(p.numel() * columns[name] for name, p in weights.items())
+    print(f"{model}: a step of all weights by inputs {penalty:.1f} TFLOP, with the logged penalty; ", end="")
+    print(f"the U-Net, {8 * size} pixels, batch 1, forward and backward {1e-12 * step.get_total_flops():.1f} TFLOP")
 
 
 def make_moments(parameters, rank=256):
@@ -104,6 +129,9 @@ def measure(function, device):
 
 def main():
     args = parse_args()
+    if args.count:
+        count(args.model)
+        return
     parameters, anchors = make_tensors(args)
     moments = make_moments(parameters)
     gradients = [parameter.grad for parameter in parameters]

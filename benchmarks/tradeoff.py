@@ -61,8 +61,7 @@ WORD = "<new1>"  # of Custom Diffusion, which begins as the token of the other m
 PROJECTED = "--lipschitz_weight=1 --lipschitz_mode=projected --lipschitz_radius={}"
 FACTORS = PENALTY + " --lipschitz_lora=factors --lipschitz_reduction=sum"
 # Sixteen captions of things, none of which is measured.
-PROMPTS = "--drift_prompts_file=examples/tinyworld/drift_prompts.txt"
-INPUTS = f"{PENALTY} --lipschitz_inputs {PROMPTS}"
+INPUTS = PENALTY + " --lipschitz_inputs --drift_prompts_file=examples/tinyworld/drift_prompts.txt"
 LORA = "--method=lora --rank=16 "
 CUSTOM = f"--method=custom_diffusion --modifier_token={WORD} --initializer_token=sks "
 

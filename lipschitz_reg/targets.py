@@ -65,8 +65,7 @@ class Targets:
 
     def penalized(self, weight: float, reduction: str, with_gradient: bool = False) -> Penalized:
         """All that is penalized, or only the parameters that have a gradient now."""
-        if self.inputs:
-            self.adapters = [replace(a, moment=self._moment(a.weight, a.down)) for a in self.adapters]
+        self.adapters = [self._with_moment(adapter) for adapter in self.adapters]
         weighted = self._weighted_parameters(weight)
         weights = {adapter: _adapter_weight(adapter, weighted) for adapter in self.adapters}
         adapters = [adapter for adapter in self.adapters if weights[adapter] > 0]
@@ -111,6 +110,10 @@ class Targets:
         squares = squared_distances(values, [zeros_like(value) for value in values])
         self._squared_norms |= zip(new, to_floats(squares), strict=True)
         return math.sqrt(sum(self._squared_norms[key] for key in tensors))
+
+    def _with_moment(self, adapter: LoraAdapter) -> LoraAdapter:
+        moment = self._moment(adapter.weight, adapter.down)
+        return adapter if adapter.moment is moment else replace(adapter, moment=moment)
 
     def _moment(self, weight: Tensor | None, moved: Tensor) -> InputMoment | None:
         moment = self.inputs.get(weight)

@@ -257,12 +257,12 @@ def test_numbers_that_are_not_finite_are_refused():
         layer(torch.full((1, 3), torch.nan))
 
 
-def difference_of(dtype, moment):
-    """Gradient, parameter and anchor of a convolution's weight, and the moment with `moment` columns."""
+def difference_of(dtype, columns):
+    """Gradient, parameter and anchor of a convolution's weight, and a moment of so many columns."""
     generator = torch.Generator().manual_seed(0)
     gradient, anchor, shift = (torch.randn(4, 3, 3, 3, generator=generator).to(dtype) for _ in range(3))
     parameter = (anchor.float() + 0.1 * shift.float()).to(dtype).to(memory_format=torch.channels_last)
-    factor = torch.randn(27, moment, generator=generator)
+    factor = torch.randn(27, columns, generator=generator)
     return gradient, parameter, anchor, InputMoment(factor, torch.tensor(0.3))
 
 
