@@ -359,16 +359,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(input_args)
 
     check_method(args, parser.error)
-    if args.lipschitz_inputs and args.lipschitz_weight is None:
-        args.lipschitz_weight = INPUTS_WEIGHTS[args.method]
+    check_inputs(args, parser.error)
     for name, value in DEFAULTS[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.lipschitz_inputs:
-        if args.lipschitz_weight == 0:
-            parser.error("--lipschitz_inputs does nothing with --lipschitz_weight 0")
-        if args.lipschitz_mode != "coupled" or args.lipschitz_lora == "factors":
-            parser.error("--lipschitz_inputs needs --lipschitz_mode coupled, and --lipschitz_lora delta")
     if (args.lipschitz_mode == "projected") != (args.lipschitz_radius is not None):
         parser.error("--lipschitz_mode projected and --lipschitz_radius need each other")
     if args.adam_weight_decay is None:
@@ -440,6 +434,26 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
                 "--lipschitz_anchor_model and --method lora need --lipschitz_mode coupled and --lipschitz_lora delta,"
                 " and do without --use_dora"
             )
+
+
+def check_inputs(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
+    """What --lipschitz_inputs goes with, and its weight, which has a scale of its own."""
+    if not args.lipschitz_inputs:
+        return
+    if args.lipschitz_mode != "coupled" or args.lipschitz_lora == "factors":
+        error("--lipschitz_inputs needs --lipschitz_mode coupled, and --lipschitz_lora delta")
+    usual = INPUTS_WEIGHTS[args.method]
+    if args.lipschitz_weight is None:
+        if args.lipschitz_reduction != "tensor_mean":
+            error("--lipschitz_inputs has a default weight for --lipschitz_reduction tensor_mean: give one of yours")
+        args.lipschitz_weight = usual
+    elif args.lipschitz_weight == 0:
+        error("--lipschitz_inputs does nothing with --lipschitz_weight 0")
+    elif args.lipschitz_weight >= 20 * usual and args.lipschitz_reduction == "tensor_mean":
+        warnings.warn(
+            f"--lipschitz_inputs has weights of another scale: {args.lipschitz_weight:g} is"
+            f" {args.lipschitz_weight / usual:.0f} times the default; leave out --lipschitz_weight to take that"
+        )
 
 
 class Concept(NamedTuple):
@@ -620,7 +634,7 @@ def read_drift_prompts(args: argparse.Namespace) -> list[str]:
     if args.drift_prompts_file is None:
         return DRIFT_PROMPTS
     try:
-        lines = Path(args.drift_prompts_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(args.drift_prompts_file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         stop(f"--drift_prompts_file: cannot read {args.drift_prompts_file}: {error}")
     prompts = [line.strip() for line in lines if line.strip()]
@@ -1001,6 +1015,7 @@ def record_lipschitz_inputs(
             draw_latents(accelerator, pipeline, prompts, RECORDED_STEPS, torch.Generator().manual_seed(0))
     except ValueError as error:
         stop(f"--lipschitz_inputs: {error}")
+    logger.info(f"Recorded what {len(lipschitz_inputs)} weights and biases get.")
     # Each process rounds in its own way, and from other penalties the copies of the model would part.
     return dict(zip(lipschitz_inputs, broadcast(list(lipschitz_inputs.values()))))
 
@@ -1416,6 +1431,8 @@ def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[
     base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
     given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
     settings = {key: value for key, value in given.items() if key.startswith("lipschitz_")}
+    if args.lipschitz_inputs and args.drift_prompts_file is not None:
+        settings["drift_prompts_file"] = args.drift_prompts_file
     tags = "text-to-image dreambooth lipschitz stable-diffusion stable-diffusion-diffusers diffusers-training"
     data = ModelCardData(
         # The Hub refuses a base that is not on it.

@@ -416,11 +416,6 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     check_method(args, parser.error)
     check_optimizer(args, parser.error)
-    if args.lipschitz_inputs:
-        if args.lipschitz_weight == 0:
-            parser.error("--lipschitz_inputs does nothing with --lipschitz_weight 0")
-        if args.lipschitz_mode != "coupled" or args.lipschitz_lora == "factors":
-            parser.error("--lipschitz_inputs needs --lipschitz_mode coupled, and --lipschitz_lora delta")
     if (args.lipschitz_mode == "projected") != (args.lipschitz_radius is not None):
         parser.error("--lipschitz_mode projected and --lipschitz_radius need each other")
     if args.concepts_list is not None:
@@ -483,8 +478,7 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
                 error('--modifier_token and --initializer_token: words joined by "+", none of them empty or twice')
             if len(initializers) < len(tokens):
                 error(f"--initializer_token has {len(initializers)} words, for {len(tokens)} of --modifier_token")
-    if args.lipschitz_inputs and args.lipschitz_weight is None:
-        args.lipschitz_weight = INPUTS_WEIGHTS[args.method]
+    check_inputs(args, error)
     for name, value in DEFAULTS[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, 1.0 if args.optimizer == "prodigy" and name == "learning_rate" else value)
@@ -498,6 +492,26 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
                 "--lipschitz_anchor_model and --method lora need --lipschitz_mode coupled and --lipschitz_lora delta,"
                 " and do without --use_dora"
             )
+
+
+def check_inputs(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
+    """What --lipschitz_inputs goes with, and its weight, which has a scale of its own."""
+    if not args.lipschitz_inputs:
+        return
+    if args.lipschitz_mode != "coupled" or args.lipschitz_lora == "factors":
+        error("--lipschitz_inputs needs --lipschitz_mode coupled, and --lipschitz_lora delta")
+    usual = INPUTS_WEIGHTS[args.method]
+    if args.lipschitz_weight is None:
+        if args.lipschitz_reduction != "tensor_mean":
+            error("--lipschitz_inputs has a default weight for --lipschitz_reduction tensor_mean: give one of yours")
+        args.lipschitz_weight = usual
+    elif args.lipschitz_weight == 0:
+        error("--lipschitz_inputs does nothing with --lipschitz_weight 0")
+    elif args.lipschitz_weight >= 20 * usual and args.lipschitz_reduction == "tensor_mean":
+        warnings.warn(
+            f"--lipschitz_inputs has weights of another scale: {args.lipschitz_weight:g} is"
+            f" {args.lipschitz_weight / usual:.0f} times the default; leave out --lipschitz_weight to take that"
+        )
 
 
 def check_optimizer(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
@@ -717,7 +731,7 @@ def read_drift_prompts(args: argparse.Namespace) -> list[str]:
     if args.drift_prompts_file is None:
         return DRIFT_PROMPTS
     try:
-        lines = Path(args.drift_prompts_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(args.drift_prompts_file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         stop(f"--drift_prompts_file: cannot read {args.drift_prompts_file}: {error}")
     prompts = [line.strip() for line in lines if line.strip()]
@@ -1156,6 +1170,7 @@ def record_lipschitz_inputs(
             draw_latents(accelerator, pipeline, prompts, RECORDED_STEPS, torch.Generator().manual_seed(0))
     except ValueError as error:
         stop(f"--lipschitz_inputs: {error}")
+    logger.info(f"Recorded what {len(lipschitz_inputs)} weights and biases get.")
     # Each process rounds in its own way, and from other penalties the copies of the model would part.
     return dict(zip(lipschitz_inputs, broadcast(list(lipschitz_inputs.values()))))
 
@@ -1733,6 +1748,8 @@ def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[
     base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
     given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
     settings = {key: value for key, value in given.items() if key.startswith("lipschitz_")}
+    if args.lipschitz_inputs and args.drift_prompts_file is not None:
+        settings["drift_prompts_file"] = args.drift_prompts_file
     tags = "text-to-image dreambooth lipschitz stable-diffusion-xl stable-diffusion-xl-diffusers diffusers-training"
     method = {"full": [], "lora": ["dora" if args.use_dora else "lora"]}.get(args.method, [args.method])
     data = ModelCardData(

@@ -89,8 +89,12 @@ GRIDS = {
         Row("penalty", (5e-4,), (100, 300), steps=(120,)),
         Row("penalty", (2e-4,), (100,), steps=(120,)),
     ],
-    # Claims 2 and 5: distances measured by what they do to a layer's inputs.
-    "inputs": [Row("penalty of inputs", (1e-3,), (1, 4, 16), INPUTS, steps=(120,))],
+    # Claims 2 and 5: distances measured by what they do to a layer's inputs; those of the scripts' own prompts, too,
+    # which are of photographs and not of the drawn world.
+    "inputs": [
+        Row("penalty of inputs", (1e-3,), (1, 4, 16), INPUTS, steps=(120,)),
+        Row("penalty of inputs, default prompts", (1e-3,), (4,), PENALTY + " --lipschitz_inputs", steps=(120,)),
+    ],
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR, steps=(120,))],
     # Claim 6, for --draw: no penalty, the weight that is about right, and too much.
     "limits": [

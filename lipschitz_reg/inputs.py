@@ -46,7 +46,8 @@ def record_inputs(*models: nn.Module, rank: int = 256) -> Iterator[dict[Tensor, 
     and of 2-d convolutions (not grouped, padded with zeros); and biases, embeddings and the weights of norms, whose
     elements all count alike, by the size of what the layer gives. All others are left out, among them quantized
     weights, the magnitudes of DoRA, and layers that do not run or give nothing but zeros. Of a weight that several
-    layers share, the last layer counts.
+    layers share, the last layer counts. A compiled model does not call the hooks: record first, then compile. Frozen
+    weights to which adapters other than peft's add have to have `requires_grad` inside the block.
 
     Args:
         models (`torch.nn.Module`): The models as they were pretrained, with `requires_grad` as in the training.
@@ -96,11 +97,11 @@ class _Recorder:
         self.count = self.trace = 0
         self.sketch: Tensor | None = None
 
-    @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if not isinstance(output, Tensor):
             return
-        with torch.autocast(output.device.type, enabled=False):
+        # Sums that began in inference mode could not go on outside it.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             self.outputs += output.numel()
             self.squared_output = self.squared_output + squared_norm(output)
             if self.matrix is None:
@@ -134,7 +135,7 @@ class _Recorder:
         if not torch.isfinite(output):
             raise ValueError(
                 f"{self.name} gave numbers that are not finite while its inputs were recorded: let it run in float32 "
-                "or bfloat16."
+                "or bfloat16 (--mixed_precision=bf16)."
             )
         if output == 0:
             return {}  # no change is small beside it

@@ -36,6 +36,7 @@ class LoraAdapter:
             is then on ``offset + scaling * up @ down``.
         moment (`InputMoment`, *optional*):
             M of the layer's inputs: the penalty on D is then on ``tr(D M D^T)`` in place of ``||D||^2``.
+            `LipschitzRegularizer` finds it in its `inputs`.
 
     Raises:
         `ValueError`: If the shapes do not fit each other, as in a grouped convolution.
@@ -97,7 +98,7 @@ def lora_factors(module: nn.Module) -> Iterator[Tensor]:
 
 def adapted_weight(module: nn.Module) -> Tensor | None:
     """The weight to which the adapters of a layer add."""
-    return getattr(module.base_layer, "weight", None) if hasattr(module, "lora_A") else None
+    return getattr(getattr(module, "base_layer", None), "weight", None) if hasattr(module, "lora_A") else None
 
 
 def lora_penalty(adapters: Sequence[LoraAdapter], coefficients: Sequence[Coefficient]) -> Tensor:

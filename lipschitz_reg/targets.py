@@ -44,6 +44,8 @@ class Targets:
         for tensor, anchor in anchors.items():
             if tensor.shape != anchor.shape:
                 raise ValueError(f"An anchor of shape {tuple(anchor.shape)} is for a tensor of {tuple(tensor.shape)}.")
+        if any(adapter.moment is not None for adapter in adapters):
+            raise ValueError("Give the moments of adapters in `inputs`, by the weights on which the adapters act.")
         self.optimizer = optimizer
         self.anchor_device = anchor_device
         self.inputs = dict(inputs or {})
@@ -58,8 +60,9 @@ class Targets:
         if inputs is not None and self.weighted and not any(tensor in self.inputs for tensor in known):
             raise ValueError(
                 "`inputs` hold nothing of what is penalized. In the `with` block of `record_inputs`, at whose end "
-                "they come, the model that trains has to run, with its adapters in place and `requires_grad` as in "
-                "the training. Quantized weights are not recorded."
+                "they come, the model that trains has to run, not yet compiled, with its adapters in place and "
+                "`requires_grad` as in the training; weights under adapters other than peft's need it there too. "
+                "Quantized weights are not recorded."
             )
         self._squared_norms: dict[Tensor, float] = {}
 

@@ -11,7 +11,15 @@ from test_lora import product, random_offsets, trained
 from test_regularizer import LR, OPTIMIZERS
 from torch import nn
 
-from lipschitz_reg import InputMoment, LipschitzRegularizer, find_lora_adapters, functional, lora, record_inputs
+from lipschitz_reg import (
+    InputMoment,
+    LipschitzRegularizer,
+    LoraAdapter,
+    find_lora_adapters,
+    functional,
+    lora,
+    record_inputs,
+)
 
 
 WEIGHT = 3.0
@@ -198,6 +206,19 @@ def test_models_of_other_dtypes_are_recorded(dtype):
     for one, other in zip(exact.values(), inputs.values(), strict=True):
         assert other.factor.dtype == other.rest.dtype == torch.float32
         assert (one.factor @ one.factor.T - other.factor @ other.factor.T).norm() <= 0.05 * one.factor.norm() ** 2
+
+
+def test_a_record_that_began_in_inference_mode_goes_on_outside_it():
+    net, first = make_net(), next(batches())
+    with record_inputs(net) as inputs:
+        with torch.inference_mode():
+            net(first)
+        with torch.no_grad():
+            net(first)
+    with record_inputs(net) as expected:
+        net(first)
+    for one, other in zip(inputs.values(), expected.values(), strict=True):
+        torch.testing.assert_close(one.factor @ one.factor.T, other.factor @ other.factor.T)
 
 
 def test_recorded_is_what_trains():
@@ -402,6 +423,38 @@ def test_lora_layers_are_recorded_through_the_weights_that_they_act_on():
     assert regularizer.metrics(per_adapter=True)["lipschitz/drift/wide"] == pytest.approx(
         product(adapters[-1]).norm().item(), rel=1e-5
     )
+
+
+def test_adapters_that_are_not_of_peft_are_recorded_by_weights_that_require_a_gradient():
+    class Layer(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 4, bias=False)
+            self.weight.requires_grad_(False)
+            self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.zeros(4, 2))
+
+    layer = Layer()
+    with record_inputs(layer) as inputs:
+        layer(torch.randn(5, 6))
+    assert not inputs
+    with record_inputs(layer.requires_grad_(True)) as inputs:
+        layer(torch.randn(5, 6))
+    assert set(inputs) == {layer.weight}
+    adapter = LoraAdapter("layer", layer.lora_A, layer.lora_B, 1.0, layer.weight)
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=LR)
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT, adapters=[adapter], inputs=inputs)
+    with torch.no_grad():
+        layer.lora_B += 1
+    delta = (layer.lora_B @ layer.lora_A).detach().double()
+    expected = WEIGHT / 24 * torch.trace(delta @ dense(inputs[layer.weight], 6) @ delta.T).item()
+    assert regularizer.penalty() == pytest.approx(expected, rel=1e-4)
+
+
+def test_moments_of_adapters_are_not_dropped():
+    factors = [nn.Parameter(torch.ones(2, 6)), nn.Parameter(torch.ones(4, 2))]
+    moment = InputMoment(torch.ones(6, 1), torch.tensor(1.0))
+    adapter = LoraAdapter("layer", *factors, 1.0, moment=moment)
+    with pytest.raises(ValueError, match="Give the moments of adapters in `inputs`"):
+        LipschitzRegularizer(torch.optim.SGD(factors, lr=LR), weight=WEIGHT, adapters=[adapter])
 
 
 def test_of_dora_the_magnitudes_are_not_recorded():

@@ -490,6 +490,10 @@ MISTAKES = {
         "--lipschitz_inputs --resume_from_checkpoint={full}/checkpoint-2",
         "was trained without --lipschitz_inputs: leave it out",
     ),
+    "inputs and another reduction": (
+        "--lipschitz_inputs --lipschitz_reduction=sum",
+        "a default weight for --lipschitz_reduction tensor_mean: give one of yours",
+    ),
     "inputs of factors": ("--method=lora --lipschitz_inputs --lipschitz_lora=factors", "and --lipschitz_lora delta"),
     "anchor model without the penalty": ("--lipschitz_anchor_model={base} --lipschitz_weight=0", "does nothing with"),
     "anchor model with DoRA": (

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -182,13 +183,38 @@ def test_model_card_has_the_flags_of_the_penalty_that_were_given(script, tmp_pat
     flags = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=y"]
     expected = {
         "--lipschitz_weight=0": {"lipschitz_weight": 0.0},
-        "--lipschitz_inputs": {"lipschitz_weight": 5.0, "lipschitz_inputs": True},
+        "--lipschitz_inputs --drift_prompts_file=some.txt": {
+            "lipschitz_weight": 5.0,
+            "lipschitz_inputs": True,
+            "drift_prompts_file": "some.txt",
+        },
+        "--lipschitz_weight=1 --drift_every=5 --drift_prompts_file=some.txt": {"lipschitz_weight": 1.0},
     }
-    for flag, settings in expected.items():
-        script.save_model_card(script.parse_args([*flags, flag]), None, [], tmp_path)
+    for more, settings in expected.items():
+        script.save_model_card(script.parse_args([*flags, *more.split()]), None, [], tmp_path)
         front = ModelCard.load(tmp_path / "README.md").data.to_dict()
-        found = {key: value for key, value in front.items() if key.startswith("lipschitz_")}
+        found = {key: value for key, value in front.items() if key.startswith(("lipschitz_", "drift_"))}
         assert found == {"lipschitz_reduction": "tensor_mean", "lipschitz_mode": "coupled", **settings}
+
+
+def test_drift_prompts_are_the_lines_that_are_not_empty(script, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a photo of a cat\n\n a dog \n", encoding="utf-8-sig")  # with the mark that Windows editors add
+    flags = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=y", "--drift_every=1"]
+    args = script.parse_args([*flags, f"--drift_prompts_file={file}"])
+    assert script.read_drift_prompts(args) == ["a photo of a cat", "a dog"]
+
+
+@pytest.mark.parametrize("flags, usual", [("", 5), ("--method=lora", 0.05), ("--method=custom_diffusion", 0.02)])
+def test_a_weight_of_the_scale_without_inputs_is_warned_of(script, flags, usual):
+    needed = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=y"]
+    flags = [*needed, *flags.split()]
+    weight = script.parse_args(flags).lipschitz_weight
+    with pytest.warns(UserWarning, match=f"{weight:g} is {weight / usual:.0f} times the default"):
+        script.parse_args([*flags, "--lipschitz_inputs", f"--lipschitz_weight={weight}"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        script.parse_args([*flags, "--lipschitz_inputs", f"--lipschitz_weight={4 * usual}"])
 
 
 def test_loss_is_logged_at_each_step_as_the_sum_of_its_parts(trained):
