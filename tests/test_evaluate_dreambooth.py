@@ -491,10 +491,11 @@ def test_tensorboard_gets_numbers_and_grids(evaluated):
 
 
 def test_wandb_gets_numbers_and_grids(evaluate, monkeypatch, tmp_path):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     evaluate("--report_to=wandb", f"--output_dir={tmp_path / 'out'}", "--num_inference_steps=1")
+    wandb.teardown()  # waits for wandb's own process, which writes the file
     pictures = {path.name.split("_")[0] for path in tmp_path.glob("wandb/offline-run-*/files/media/images/*.png")}
     assert pictures == {"subject", "other"}
     (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
