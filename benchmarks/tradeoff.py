@@ -117,7 +117,7 @@ GRIDS = {
         Row("LoRA, stopped early", (4e-3,), (0,), LORA + PENALTY, "constant", (120,), (30, 60)),
         Row("LoRA, delta", (4e-3,), (0.3, 1), LORA + PENALTY),
         Row("LoRA, factors", (4e-3,), (1e-4,), LORA + FACTORS),
-        Row("LoRA, penalty of inputs", (4e-3,), (0.05,), LORA + INPUTS),
+        Row("LoRA, penalty of inputs", (4e-3,), (0.05, 0.2), LORA + INPUTS),
     ],
     "custom": [
         Row("Custom Diffusion", (1e-3,), flags=CUSTOM + PENALTY),
