@@ -115,7 +115,7 @@ DRIFT_PROMPTS = [
 ]
 DRIFT_TIMESTEPS = 5
 # Of --lipschitz_inputs: enough to meet all noise levels; and weights that were found in the drawn world.
-RECORDED_STEPS, INPUTS_WEIGHTS = 10, {"full": 5.0, "lora": 0.05, "custom_diffusion": 0.02}
+RECORDED_STEPS, INPUTS_WEIGHTS = 10, {"full": 5.0, "lora": 0.2, "custom_diffusion": 0.08}
 
 
 def stop(message: str | Exception) -> NoReturn:

@@ -496,7 +496,7 @@ def test_defaults_are_those_of_the_method(sdxl_script):
         ("--method=custom_diffusion",): [1e-4, 1e-4, 50, 0, custom_diffusion],
         ("--optimizer=prodigy",): [1, 1, 1, 0, lora],
         ("--method=full", "--lipschitz_inputs"): [1e-6, 1e-6, 5, 0, full],
-        ("--lipschitz_inputs",): [1e-4, 5e-6, 0.05, 0, lora],
+        ("--lipschitz_inputs",): [1e-4, 5e-6, 0.2, 0, lora],
         ("--lipschitz_inputs", "--lipschitz_weight=2"): [1e-4, 5e-6, 2, 0, lora],
     }
     for flags, values in expected.items():
