@@ -46,7 +46,7 @@ def record_inputs(*models: nn.Module, rank: int = 256) -> Iterator[dict[Tensor, 
     and of 2-d convolutions (not grouped, padded with zeros); and biases, embeddings and the weights of norms, whose
     elements all count alike, by the size of what the layer gives. All others are left out, among them quantized
     weights, the magnitudes of DoRA, and layers that do not run or give nothing but zeros. Of a weight that several
-    layers share, the last layer counts. A compiled model does not call the hooks: record first, then compile. Frozen
+    layers share, the last layer counts. A model that has run compiled does not call the hooks: record first. Frozen
     weights to which adapters other than peft's add have to have `requires_grad` inside the block.
 
     Args:
