@@ -452,6 +452,8 @@ def load_judges(args: argparse.Namespace) -> dict[str, tuple]:
             model, *processors = (loader.from_pretrained(name) for loader in loaders)
         except LOAD_ERRORS as error:
             stop(f"{flag}: cannot load {name}: {error}")
+        if judge == "dino" and not any(key.endswith("cls_token") for key, _ in model.named_parameters()):
+            stop(f"{flag}: {name}, a {config.model_type}, has no class token: name a vision transformer that has one")
         judges[judge] = (model.float().eval(), *processors)
     return judges
 

@@ -5,6 +5,7 @@ import csv
 import html
 import importlib.util
 import io
+import itertools
 import json
 import math
 import re
@@ -27,6 +28,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    ConvNextConfig,
+    ConvNextModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -188,9 +191,7 @@ def samples(seed, count, width=6):
     return rng.normal(size=(count, width)) @ rng.normal(size=(width, width)) + rng.normal(size=width)
 
 
-def test_cmmd_is_the_mean_over_all_pairs_of_the_gaussian_kernel(script):
-    x, y = samples(0, 7), samples(1, 5)
-
+def cmmd_by_hand(x, y):
     def kernel(a, b):
         a, b = a / math.sqrt(sum(a * a)), b / math.sqrt(sum(b * b))
         return math.exp(-sum((a - b) ** 2) / (2 * 10**2))
@@ -198,8 +199,12 @@ def test_cmmd_is_the_mean_over_all_pairs_of_the_gaussian_kernel(script):
     def mean(a, b):
         return sum(kernel(row, other) for row in a for other in b) / (len(a) * len(b))
 
-    expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
-    assert script.cmmd(x, y) == pytest.approx(expected, rel=1e-9)
+    return 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+
+
+def test_cmmd_is_the_mean_over_all_pairs_of_the_gaussian_kernel(script):
+    x, y = samples(0, 7), samples(1, 5)
+    assert script.cmmd(x, y) == pytest.approx(cmmd_by_hand(x, y), rel=1e-9)
 
 
 def with_moments(mean, covariance, count, seed):
@@ -217,22 +222,48 @@ def test_frechet_distance_of_gaussians_with_diagonal_covariances_is_the_closed_f
     assert script.frechet_distance(x, y) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("counts", [(50, 40), (4, 5)], ids=["many samples", "fewer samples than dimensions"])
-def test_frechet_distance_is_that_of_torchmetrics(script, counts):
+def frechet_by_torchmetrics(x, y):
     fid = pytest.importorskip("torchmetrics.image.fid")
 
     class Features(torch.nn.Module):
-        num_features = 6
+        num_features = x.shape[1]
 
         def forward(self, images):
             return images.flatten(1)
 
-    x, y = (samples(seed, count) for seed, count in enumerate(counts))
-    metric = fid.FrechetInceptionDistance(feature=Features(), normalize=True, input_img_size=(1, 2, 3))
+    metric = fid.FrechetInceptionDistance(feature=Features(), normalize=True, input_img_size=(1, 2, x.shape[1] // 2))
     metric.set_dtype(torch.float64)
     for rows, real in ((x, True), (y, False)):
-        metric.update(torch.from_numpy(rows).view(-1, 1, 2, 3), real=real)
-    assert script.frechet_distance(x, y) == pytest.approx(metric.compute().item(), rel=1e-4)
+        metric.update(torch.from_numpy(rows).view(len(rows), 1, 2, -1), real=real)
+    return metric.compute().item()
+
+
+@pytest.mark.parametrize("counts", [(50, 40), (4, 5)], ids=["many samples", "fewer samples than dimensions"])
+def test_frechet_distance_is_that_of_torchmetrics(script, counts):
+    x, y = (samples(seed, count) for seed, count in enumerate(counts))
+    assert script.frechet_distance(x, y) == pytest.approx(frechet_by_torchmetrics(x, y), rel=1e-4)
+
+
+def test_prediction_drift_is_relative_to_the_base_and_averaged_by_kind_and_timestep(script):
+    probes = [{"kind": kind, "timestep": t} for kind, t in [("other", 9), ("other", 5), ("other", 9), ("subject", 5)]]
+    base = [
+        torch.tensor([[3.0, 4.0]]),
+        torch.tensor([[0.0, 2.0]]),
+        torch.tensor([[1.0, 0.0]]),
+        torch.tensor([[8.0, 6]]),
+    ]
+    moved = [
+        torch.tensor([[3.0, 5.0]]),
+        torch.tensor([[2.0, 2.0]]),
+        torch.tensor([[1.0, 3.0]]),
+        torch.tensor([[8.0, 1]]),
+    ]
+    drifts = script.prediction_drift(probes, base, moved)
+    assert drifts == [("other", 9, 1 / 5), ("other", 5, 1.0), ("other", 9, 3.0), ("subject", 5, 1 / 2)]
+    assert script.average_by_timestep(drifts) == {
+        "other": {"mean": pytest.approx(1.3), "by_timestep": {5: 1.0, 9: pytest.approx(1.6)}},
+        "subject": {"mean": 0.5, "by_timestep": {5: 0.5}},
+    }
 
 
 def test_cosine_distance_is_that_of_torch(script):
@@ -380,7 +411,10 @@ def test_pictures_are_those_of_the_pipeline_alone(evaluated):
 
 @pytest.fixture(scope="session")
 def by_hand(evaluated, judges):
-    """Unit features of the photos and of each row of the table, with nothing but transformers."""
+    """
+    Unit features of the photos and of each row of the table, with nothing but transformers: (CLIP's, ViT's) of a
+    picture, CLIP's of a prompt. At last, those of the rows' pictures as they are.
+    """
     rows = read_rows(evaluated[0])
     clip, vit = CLIPModel.from_pretrained(judges / "clip").eval(), ViTModel.from_pretrained(judges / "vit").eval()
     see = {name: AutoImageProcessor.from_pretrained(judges / name) for name in ("clip", "vit")}
@@ -391,35 +425,109 @@ def by_hand(evaluated, judges):
         image = Image.open(path)
         seen = clip.visual_projection(clip.vision_model(**see["clip"](image, return_tensors="pt")).pooler_output)
         token = vit(**see["vit"](image, return_tensors="pt")).last_hidden_state[:, 0]
-        return [torch.nn.functional.normalize(features.double(), dim=1)[0].numpy() for features in (seen, token)]
+        return seen[0].double().numpy(), token[0].double().numpy()
 
     @torch.no_grad()
     def read(text):
         output = clip.text_model(**tokenizer(text.replace("sks ", ""), return_tensors="pt")).pooler_output
         return torch.nn.functional.normalize(clip.text_projection(output).double(), dim=1)[0].numpy()
 
-    photos = [encode(path) for path in sorted(PHOTOS.iterdir())]
-    return rows, photos, [encode(row["file"]) for row in rows], [read(row["prompt"]) for row in rows]
+    photos, pictures = ([encode(path) for path in paths] for paths in (sorted(PHOTOS.iterdir()), files_of(rows)))
+    units = ([[seen / np.linalg.norm(seen) for seen in pair] for pair in pairs] for pairs in (photos, pictures))
+    return rows, *units, [read(row["prompt"]) for row in rows], pictures
+
+
+def files_of(rows):
+    return [row["file"] for row in rows]
+
+
+def rows_of(rows, model, kind):
+    return [i for i, row in enumerate(rows) if (row["model"], row["kind"]) == (model, kind)]
 
 
 def test_fidelity_and_alignment_are_mean_cosines_of_the_features(evaluated, by_hand):
-    rows, photos, pictures, texts = by_hand
+    rows, photos, pictures, texts, _ = by_hand
     measured = read_metrics(evaluated[0])["subject"]
     for model in ("base", "personalized"):
-        chosen = [i for i, row in enumerate(rows) if (row["model"], row["kind"]) == (model, "subject")]
+        chosen = rows_of(rows, model, "subject")
         for name, judge in (("clip_i", 0), ("dino", 1)):
             mean = np.mean([pictures[i][judge] @ photo[judge] for i in chosen for photo in photos])
             assert measured[model][name] == pytest.approx(mean, abs=1e-5)
         alignment = np.mean([pictures[i][0] @ texts[i] for i in chosen])
         assert measured[model]["clip_t"] == pytest.approx(alignment, abs=1e-5)
-    among = [photos[i][1] @ photos[j][1] for i in range(5) for j in range(5) if i != j]
-    assert measured["photos"]["dino"] == pytest.approx(np.mean(among), abs=1e-5)
+    for name, judge in (("clip_i", 0), ("dino", 1)):
+        among = [photos[i][judge] @ photos[j][judge] for i in range(5) for j in range(5) if i != j]
+        assert measured["photos"][name] == pytest.approx(np.mean(among), abs=1e-5)
+    # Pictures of the base with texts that they were not drawn from.
+    chosen = rows_of(rows, "base", "subject")
+    pairs = [(i, j) for i in chosen for j in chosen if rows[i]["prompt"] != rows[j]["prompt"]]
+    unrelated = np.mean([pictures[i][0] @ texts[j] for i, j in pairs])
+    assert measured["unrelated"]["clip_t"] == pytest.approx(unrelated, abs=1e-5)
+
+
+def test_pictures_of_other_prompts_are_compared_with_their_texts_and_with_the_photos(evaluated, by_hand):
+    rows, photos, pictures, texts, _ = by_hand
+    for model, measured in read_metrics(evaluated[0])["other"].items():
+        chosen = rows_of(rows, model, "other")
+        alignment = np.mean([pictures[i][0] @ texts[i] for i in chosen])
+        likeness = np.mean([pictures[i][1] @ photo[1] for i in chosen for photo in photos])
+        assert measured == pytest.approx({"clip_t": alignment, "dino": likeness}, abs=1e-5)
+
+
+def test_the_table_has_what_was_measured_on_each_picture(evaluated, by_hand):
+    rows, photos, pictures, texts, _ = by_hand
+    twin = {(row["model"], row["prompt"], row["seed"]): i for i, row in enumerate(rows)}
+    for i, row in enumerate(rows):
+        other = pictures[
+            twin[{"base": "personalized", "personalized": "base"}[row["model"]], row["prompt"], row["seed"]]
+        ]
+        expected = {
+            "clip_t": pictures[i][0] @ texts[i],
+            "clip_i": np.mean([pictures[i][0] @ photo[0] for photo in photos]),
+            "dino": np.mean([pictures[i][1] @ photo[1] for photo in photos]),
+            "nearest_photo_dino": max(pictures[i][1] @ photo[1] for photo in photos),
+            "clip_distance": 1 - pictures[i][0] @ other[0],
+            "dino_distance": 1 - pictures[i][1] @ other[1],
+        }
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_summary_is_the_way_between_the_yardsticks(evaluated):
+    measured = read_metrics(evaluated[0])
+    subject, drift, summary = (measured[name] for name in ("subject", "drift", "summary"))
+    ours, base = subject["personalized"], subject["base"]
+    learned = (ours["dino"] - base["dino"]) / (subject["photos"]["dino"] - base["dino"])
+    unrelated = subject["unrelated"]["clip_t"]
+    obeyed = (ours["clip_t"] - unrelated) / (base["clip_t"] - unrelated)
+    moved = drift["dino_distance"] / drift["between_seeds"]["dino_distance"]
+    # The judges are random: where a yardstick is upside down, there is no way to go.
+    expected = {
+        "learned": learned if subject["photos"]["dino"] > base["dino"] else None,
+        "obeyed": obeyed if base["clip_t"] > unrelated else None,
+        "moved": moved,
+        "copies": ours["copies"],
+    }
+    assert summary == pytest.approx(expected)
+    assert moved > 0 and expected["learned"] is not None
+
+
+@pytest.mark.parametrize(
+    "value, limits, grade",
+    [(0.6, (0.6, 0.3), "good"), (0.59, (0.6, 0.3), "fair"), (0.29, (0.6, 0.3), "poor")]
+    + [(0.25, (0.25, 0.6), "good"), (0.26, (0.25, 0.6), "fair"), (0.61, (0.25, 0.6), "poor"), (None, (1, 0), "soft")],
+)
+def test_the_word_of_an_answer_is_that_of_its_limits(script, value, limits, grade):
+    words = dict(zip(("good", "fair", "poor"), ("well", "so-so", "badly")), soft="cannot be said with these pictures")
+    found = re.search(
+        r'<div class="word (\w+)">([^<]*)</div>', script.card("", value, *limits, tuple(words.values())[:3], "")
+    )
+    assert found.groups() == (grade, words[grade])
 
 
 def test_diversity_and_nearest_photo_are_in_dino_space(evaluated, by_hand):
-    rows, photos, pictures, _ = by_hand
+    rows, photos, pictures, *_ = by_hand
     measured = read_metrics(evaluated[0])["subject"]["personalized"]
-    chosen = [i for i, row in enumerate(rows) if (row["model"], row["kind"]) == ("personalized", "subject")]
+    chosen = rows_of(rows, "personalized", "subject")
     a, b, c, d = (pictures[i][1] for i in chosen)
     assert measured["diversity"] == pytest.approx(((1 - a @ b) + (1 - c @ d)) / 2, abs=1e-5)
     nearest = [max(pictures[i][1] @ photo[1] for photo in photos) for i in chosen]
@@ -432,7 +540,7 @@ def test_diversity_and_nearest_photo_are_in_dino_space(evaluated, by_hand):
 
 
 def test_drift_of_pictures_pairs_those_of_one_prompt_and_seed(evaluated, by_hand):
-    rows, _, pictures, _ = by_hand
+    rows, _, pictures, _, as_they_are = by_hand
     measured = read_metrics(evaluated[0])["drift"]
     of = {(row["model"], row["prompt"], row["seed"]): i for i, row in enumerate(rows) if row["kind"] == "other"}
     pairs = [(i, of["personalized", text, seed]) for (model, text, seed), i in of.items() if model == "base"]
@@ -442,7 +550,25 @@ def test_drift_of_pictures_pairs_those_of_one_prompt_and_seed(evaluated, by_hand
     pixels = [np.asarray(Image.open(row["file"]), float) for row in rows]
     rms = np.mean([math.sqrt(((pixels[i] - pixels[j]) ** 2).mean()) for i, j in pairs])
     assert measured["pixel_rms"] == pytest.approx(rms)
-    assert measured["cmmd"] > 0 and measured["frechet_clip"] > 0 and measured["frechet_dino"] > 0
+    # Of one prompt, the base's own two pictures.
+    seeds = itertools.combinations(rows_of(rows, "base", "other"), 2)
+    seeds = [(i, j) for i, j in seeds if rows[i]["prompt"] == rows[j]["prompt"]]
+    assert len(seeds) == 2
+    between = {
+        "clip_distance": np.mean([1 - pictures[i][0] @ pictures[j][0] for i, j in seeds]),
+        "dino_distance": np.mean([1 - pictures[i][1] @ pictures[j][1] for i, j in seeds]),
+        "pixel_rms": np.mean([math.sqrt(((pixels[i] - pixels[j]) ** 2).mean()) for i, j in seeds]),
+    }
+    assert measured["between_seeds"] == pytest.approx(between, abs=1e-5)
+    # The sets as a whole.
+    base, ours = (
+        [np.array([as_they_are[i][judge] for i in rows_of(rows, model, "other")]) for judge in (0, 1)]
+        for model in ("base", "personalized")
+    )
+    assert measured["cmmd"] == pytest.approx(cmmd_by_hand(base[0], ours[0]), rel=1e-3) and measured["cmmd"] > 0
+    for name, judge in (("frechet_clip", 0), ("frechet_dino", 1)):
+        expected = frechet_by_torchmetrics(base[judge], ours[judge])
+        assert measured[name] == pytest.approx(expected, rel=1e-2) and expected > 0
 
 
 def test_parameters_have_drifted_where_they_were_changed(evaluated):
@@ -474,9 +600,26 @@ def test_the_report_needs_no_other_file(evaluated):
 
 def test_the_report_shows_the_numbers_beside_those_of_the_base(evaluated):
     page, measured = evaluated[0].joinpath("report.html").read_text(), read_metrics(evaluated[0])
-    row = re.search(r"<td>CLIP-T</td>(.*?)</tr>", page, re.DOTALL)[1]
-    shown = re.findall(r'<td class="n"[^>]*>([^<]*)</td>', row)
-    assert shown[:2] == [f"{measured['subject'][model]['clip_t']:.3f}" for model in ("personalized", "base")]
+    subject, other, drift = (measured[name] for name in ("subject", "other", "drift"))
+    expected = {
+        title: [f"{group[model][name]:.3f}" for model in ("personalized", "base")]
+        for group, rows in (
+            (subject, {"DINO": "dino", "CLIP-I": "clip_i", "CLIP-T": "clip_t", "diversity": "diversity"}),
+            (subject, {"nearest photo": "nearest_photo"}),
+            (other, {"other prompts: CLIP-T": "clip_t", "other prompts: DINO": "dino"}),
+        )
+        for title, name in rows.items()
+    }
+    for title, name, digits in (
+        ("CLIP", "clip_distance", 4),
+        ("DINO", "dino_distance", 4),
+        ("pixels", "pixel_rms", 1),
+    ):
+        title = "pixels, RMS" if title == "pixels" else f"{title} distance"
+        expected[title] = [f"{values[name]:.{digits}f}" for values in (drift, drift["between_seeds"])]
+    for title, numbers_ in expected.items():
+        row = re.search(rf"<td>{title}</td>(.*?)</tr>", page, re.DOTALL)[1]
+        assert re.findall(r'<td class="n"[^>]*>([^<]*)</td>', row)[:2] == numbers_, title
 
 
 def test_tensorboard_gets_numbers_and_grids(evaluated):
@@ -535,9 +678,16 @@ def test_the_report_looks_right_in_a_browser(evaluated, browse, tmp_path):
     pixels = np.asarray(Image.open(screenshot).convert("RGB"), dtype=int)
     assert pixels.shape == (1600, 1200, 3)
     # The paper of the cards on the grey page, and nothing that runs over the margin.
-    assert (pixels == 255).all(axis=2).mean() > 0.2
+    white, ink = (pixels == 255).all(axis=2), pixels.max(axis=2) < 100
+    assert 0.2 < white.mean() < 0.9 and (pixels[0, 0] == (244, 245, 247)).all()
     margin = pixels[:, -20:]
     assert (margin == margin[0, 0]).all()
+    # Words from the title down to the last number of the tables, and four cards side by side with theirs.
+    words = pixels.max(axis=2) < 140  # in grey, too
+    assert all(words[top : top + 160].sum() > 2000 for top in range(0, 1600, 160))
+    assert all(ink[:500, left : left + 270].sum() > 500 for left in range(60, 1140, 270))
+    # The bars of the answers, and further down the curves, have colours.
+    assert ((pixels.max(axis=2) - pixels.min(axis=2)) > 60).sum() > 1000
 
 
 def test_nothing_in_the_report_is_wider_than_the_screen_or_cut_off(evaluated, browse, tmp_path):
@@ -859,6 +1009,43 @@ def test_sdxl_is_measured_too_and_a_copy_of_it_has_no_drift(evaluate, tiny_sdxl,
     assert set(metrics["parameter_drift"]) == {"unet", "text_encoder", "text_encoder_2"}
 
 
+def test_a_lora_of_sdxl_is_measured_on_top_of_the_base(evaluate, tiny_sdxl, tmp_path):
+    pytest.importorskip("peft")
+    from diffusers import StableDiffusionXLPipeline
+
+    expected = lora_of(StableDiffusionXLPipeline.from_pretrained(tiny_sdxl), tmp_path / "lora", 0.5)
+    both = [f"--base_model_name_or_path={tiny_sdxl}", f"--pretrained_model_name_or_path={tmp_path / 'lora'}"]
+    metrics = evaluate(*both, f"--output_dir={tmp_path / 'out'}")
+    assert metrics["parameter_drift"]["unet"]["drift"] == pytest.approx(expected, rel=1e-3) and expected > 0
+    assert metrics["drift"]["pixel_rms"] > 0 and metrics["prediction_drift"]["other"]["mean"] > 0
+
+
+TRAINED = {
+    "full": [],
+    "lora": ["--rank=2"],
+    "custom_diffusion": ["--modifier_token=<new1>", "--initializer_token=mug"],
+}
+
+
+@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("script_name", ["train_dreambooth_lipschitz", "train_dreambooth_lipschitz_sdxl"])
+def test_what_the_training_scripts_write_is_measured(script_name, method, evaluate, tiny_sdxl, tmp_path):
+    """A step at a rate that is high enough to be seen."""
+    base = tiny_sdxl if script_name.endswith("sdxl") else BASE
+    token = "<new1>" if method == "custom_diffusion" else "sks"
+    model = tmp_path / "model"
+    train = [sys.executable, ROOT / f"{script_name}.py", f"--pretrained_model_name_or_path={base}"]
+    train += [f"--method={method}", *TRAINED[method], f"--instance_data_dir={PHOTOS}", f"--output_dir={model}"]
+    train += [f"--instance_prompt=a photo of a {token} mug", "--resolution=64", "--max_train_steps=2", "--seed=0"]
+    train += ["--learning_rate=1e-2", "--lr_warmup_steps=0"]
+    result = subprocess.run(list(map(str, train)), text=True, capture_output=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    both = [f"--base_model_name_or_path={base}", f"--pretrained_model_name_or_path={model}"]
+    metrics = evaluate(*both, f"--instance_token={token}", f"--output_dir={tmp_path / 'out'}")
+    assert metrics["parameter_drift"]["unet"]["drift"] > 0
+    assert metrics["drift"]["pixel_rms"] > 0 and metrics["prediction_drift"]["other"]["mean"] > 0
+
+
 def test_one_photo_and_one_picture_a_prompt_leave_empty_what_needs_two(evaluate, tmp_path):
     tmp_path.joinpath("photos").mkdir()
     shutil.copy(PHOTOS / "0.png", tmp_path / "photos")
@@ -1017,6 +1204,9 @@ def test_refuses_judges_that_are_not_there_or_of_the_wrong_kind(refused, judges,
     assert "some/clip" in refused("--clip_model=some/clip")
     assert "--clip_model" in refused(f"--clip_model={judges / 'vit'}")
     assert "--dino_model" in refused(f"--dino_model={judges / 'clip'}")
+    ConvNextModel(ConvNextConfig(hidden_sizes=[4] * 4, depths=[1] * 4)).save_pretrained(tmp_path / "convnext")
+    shutil.copy(judges / "vit" / "preprocessor_config.json", tmp_path / "convnext")
+    assert "no class token" in refused(f"--dino_model={tmp_path / 'convnext'}", f"--output_dir={tmp_path / 'out'}")
     broken = shutil.copytree(judges / "vit", tmp_path / "vit") / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:1000])
     assert "--dino_model" in refused(f"--dino_model={broken.parent}", f"--output_dir={tmp_path / 'out'}")

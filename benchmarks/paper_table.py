@@ -1,0 +1,157 @@
+# The paper's Table 1 on the drawn world: methods at one number of steps, measured by evaluate_dreambooth.py.
+"""
+python benchmarks/paper_table.py --subjects mug star --seeds 0
+python benchmarks/paper_table.py --shard 1/2      # all of it; 2/2 on another machine, or another core
+python benchmarks/paper_table.py --print docs/paper_table.jsonl
+
+A stopped run goes on with the same command. Judges are the drawn world's CLIP and ViT. What the exact judge says of
+the same trainings, and of many more: tradeoff.py.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from accelerate.state import AcceleratorState
+from plot_tradeoff import bootstrap, interval, print_table, show
+from tqdm.auto import tqdm
+from tradeoff import (
+    SD,
+    SUBJECTS,
+    TINYWORLD,
+    Training,
+    append_line,
+    load_script,
+    read_lines,
+    shard,
+    shard_of,
+    train,
+    trainings_of,
+)
+
+
+# Method, learning rate and weight of trainings of tradeoff.py: the high rate, with either penalty at its best weight,
+# and the rate that suits DreamBooth and prior preservation.
+CHOSEN = [
+    ("DreamBooth", 1e-3, 0),
+    ("penalty", 1e-3, 300),
+    ("penalty of inputs", 1e-3, 4),
+    ("DreamBooth", 5e-4, 0),
+    ("prior preservation", 5e-4, 0),
+]
+# By name in `metrics.json`: title, factor, digits, and where the same is said of the base.
+COLUMNS = {
+    "subject/personalized/dino": ("DINO", 1, 3, "subject/base/dino"),
+    "subject/personalized/clip_i": ("CLIP-I", 1, 3, "subject/base/clip_i"),
+    "subject/personalized/clip_t": ("CLIP-T", 1, 3, "subject/base/clip_t"),
+    "subject/personalized/diversity": ("diversity", 1, 3, "subject/base/diversity"),
+    "other/personalized/clip_t": ("others' CLIP-T", 1, 3, "other/base/clip_t"),
+    "drift/dino_distance": ("drift: DINO", 1, 3, None),
+    "drift/clip_distance": ("CLIP", 1, 3, None),
+    "drift/pixel_rms": ("pixels", 1, 1, None),
+    "drift/cmmd": ("CMMD", 1, 2, None),
+    "drift/frechet_dino": ("Fréchet (DINO)", 1, 2, None),
+    "prediction_drift/other/mean": ("predictions, %", 100, 1, None),
+}
+
+
+def chosen_trainings() -> list[Training]:
+    trainings = {training[:3]: training for training in trainings_of(["dreambooth", "penalty", "inputs", "prior"])}
+    return [trainings[key] for key in CHOSEN]
+
+
+def evaluate(training: Training, subject: str, seed: int, work: Path) -> dict[str, float]:
+    """Trains, and returns the numbers of `metrics.json`."""
+    model, evaluation = work / "model", work / "evaluation"
+    for folder in (model, evaluation):
+        shutil.rmtree(folder, ignore_errors=True)
+    train(SD, training, subject, seed, model)
+    script = load_script("evaluate_dreambooth")
+    flags = [f"--pretrained_model_name_or_path={model}", f"--base_model_name_or_path={SD.base}"]
+    flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / subject}", "--instance_token=sks"]
+    flags += [f"--class_name={SUBJECTS[subject].kind}", f"--seed={seed}"]
+    flags += [f"--{kind}_file={TINYWORLD / kind}.txt" for kind in ("prompts", "other_prompts")]
+    flags += [f"--clip_model={TINYWORLD / 'clip'}", f"--dino_model={TINYWORLD / 'vit'}"]
+    flags += ["--num_inference_steps=25", "--guidance_scale=4", "--batch_size=20"]
+    flags += [f"--base_images_dir={work / f'base-{subject}-{seed}'}", f"--output_dir={evaluation}"]
+    AcceleratorState._reset_state(reset_partial_state=True)  # which a script of its own process does not find
+    script.main(script.parse_args(flags))
+    metrics = json.loads((evaluation / "metrics.json").read_text())
+    return script.flatten({name: value for name, value in metrics.items() if name != "settings"})
+
+
+def print_results(lines: list[dict]) -> None:
+    """
+    Means over subjects and seeds, and how much each method differs from the first with 95% confidence intervals, by
+    bootstrap over subjects, of the subjects and seeds that all of them have.
+    """
+    found = {}
+    for line in lines:
+        key = (line["method"], line["rate"], line["weight"])
+        found.setdefault(key, {})[line["subject"], line["seed"]] = line["metrics"]
+    complete = set.intersection(*(set(of.keys()) for of in found.values())) if len(found) == len(CHOSEN) else set()
+    if not complete:
+        raise SystemExit("paper_table.py: error: no subject and seed has been measured with all methods yet")
+    subjects, seeds = (sorted(set(values)) for values in zip(*complete))
+    print(f"Subjects: {', '.join(subjects)}; seeds: {', '.join(map(str, seeds))}.")
+
+    def column(key: tuple, name: str) -> np.ndarray:
+        """(subjects,), a mean over seeds"""
+        return np.array(
+            [np.mean([found[key][pair][name] for pair in complete if pair[0] == subject]) for subject in subjects]
+        )
+
+    titles = [title for title, *_ in COLUMNS.values()]
+    base = [
+        "0" if name is None else f"{factor * column(CHOSEN[0], name).mean():.{digits}f}"
+        for _, factor, digits, name in COLUMNS.values()
+    ]
+    means, gains = [["base", *base]], []
+    for key in CHOSEN:
+        method = f"{key[0]} at {key[1]:g}" + f", weight {key[2]:g}" * bool(key[2])
+        values = {name: column(key, name) for name in COLUMNS}
+        means.append(
+            [method, *(f"{factor * values[n].mean():.{digits}f}" for n, (_, factor, digits, _) in COLUMNS.items())]
+        )
+        cells = []
+        for name, (_, factor, digits, _) in COLUMNS.items():
+            gain = values[name] - column(CHOSEN[0], name)
+            limits = interval(bootstrap(len(subjects), lambda chosen: gain[chosen].mean()))
+            cells.append(show(gain.mean(), limits, factor, digits))
+        gains.append([method, *cells])
+    print_table("Means", ["", *titles], means)
+    print_table("More than the first", ["", *titles], gains[1:])
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train methods on the drawn world and evaluate them as users do.")
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=SUBJECTS, help="All.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Of trainings and pictures.")
+    parser.add_argument("--shard", type=shard, default="1/1", help="i/n: part i of n, for n machines or cores.")
+    parser.add_argument("--output_dir", type=Path, default=Path("paper_table"), help="A file for each shard.")
+    parser.add_argument("--print", nargs="+", type=Path, dest="files", help="Print the table of these files, no more.")
+    return parser.parse_args(input_args)
+
+
+def main(args: argparse.Namespace) -> None:
+    if not args.files:
+        name = args.shard.replace("/", "-of-")
+        path, work = args.output_dir / f"{name}.jsonl", args.output_dir / f"work-{name}"
+        work.mkdir(parents=True, exist_ok=True)
+        pairs = shard_of([(seed, subject) for seed in args.seeds for subject in args.subjects], args.shard)
+        todo = [(training, *pair) for pair in pairs for training in chosen_trainings()]
+        for training, seed, subject in tqdm(todo, desc="trainings"):
+            row = {"subject": subject, "seed": seed, **training._asdict()}
+            row = {name: row[name] for name in ("subject", "seed", "method", "rate", "weight")}
+            done = [line for file in args.output_dir.glob("*.jsonl") for line in read_lines(file)]
+            if row not in [{name: line[name] for name in row} for line in done]:
+                append_line(path, {**row, "metrics": evaluate(training, subject, seed, work)})
+        shutil.rmtree(work)
+    files = args.files or sorted(args.output_dir.glob("*.jsonl"))
+    print_results([line for file in files for line in read_lines(file)])
+
+
+if __name__ == "__main__":
+    main(parse_args())
