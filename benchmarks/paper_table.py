@@ -9,6 +9,7 @@ the same trainings, and of many more: tradeoff.py.
 """
 
 import argparse
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -41,6 +42,7 @@ CHOSEN = [
     ("DreamBooth", 5e-4, 0),
     ("prior preservation", 5e-4, 0),
 ]
+DRAWING = ["--num_inference_steps=25", "--guidance_scale=4", "--batch_size=20"]
 # By name in `metrics.json`: title, factor, digits, and where the same is said of the base.
 COLUMNS = {
     "subject/personalized/dino": ("DINO", 1, 3, "subject/base/dino"),
@@ -62,8 +64,11 @@ def chosen_trainings() -> list[Training]:
     return [trainings[key] for key in CHOSEN]
 
 
-def evaluate(training: Training, subject: str, seed: int, work: Path) -> dict[str, float]:
-    """Trains, and returns the numbers of `metrics.json`."""
+def evaluate(training: Training, subject: str, seed: int, work: Path) -> dict[str, dict]:
+    """
+    Trains, and returns the numbers of `metrics.json` as "metrics"; as "prompts", by prompt, the drift in pixels of
+    those that do not name the subject and CLIP-T of those that do, means over the personalized model's pictures.
+    """
     model, evaluation = work / "model", work / "evaluation"
     for folder in (model, evaluation):
         shutil.rmtree(folder, ignore_errors=True)
@@ -74,12 +79,22 @@ def evaluate(training: Training, subject: str, seed: int, work: Path) -> dict[st
     flags += [f"--class_name={SUBJECTS[subject].kind}", f"--seed={seed}"]
     flags += [f"--{kind}_file={TINYWORLD / kind}.txt" for kind in ("prompts", "other_prompts")]
     flags += [f"--clip_model={TINYWORLD / 'clip'}", f"--dino_model={TINYWORLD / 'vit'}"]
-    flags += ["--num_inference_steps=25", "--guidance_scale=4", "--batch_size=20"]
-    flags += [f"--base_images_dir={work / f'base-{subject}-{seed}'}", f"--output_dir={evaluation}"]
+    flags += [*DRAWING, f"--base_images_dir={work / f'base-{subject}-{seed}'}", f"--output_dir={evaluation}"]
     AcceleratorState._reset_state(reset_partial_state=True)  # which a script of its own process does not find
     script.main(script.parse_args(flags))
     metrics = json.loads((evaluation / "metrics.json").read_text())
-    return script.flatten({name: value for name, value in metrics.items() if name != "settings"})
+    prompts = {}
+    with (evaluation / "images.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["model"] == "personalized":
+                text = row["prompt"].replace(f"sks {SUBJECTS[subject].kind}", "{subject}")
+                text = text.replace(f"a photo of a {SUBJECTS[subject].kind}", "a photo of a {class}")
+                measured = float(row["clip_t" if row["kind"] == "subject" else "pixel_rms"])
+                prompts.setdefault(row["kind"], {}).setdefault(text, []).append(measured)
+    return {
+        "metrics": script.flatten({name: value for name, value in metrics.items() if name != "settings"}),
+        "prompts": {kind: {text: float(np.mean(of)) for text, of in by.items()} for kind, by in prompts.items()},
+    }
 
 
 def print_results(lines: list[dict]) -> None:
@@ -90,7 +105,7 @@ def print_results(lines: list[dict]) -> None:
     found = {}
     for line in lines:
         key = (line["method"], line["rate"], line["weight"])
-        found.setdefault(key, {})[line["subject"], line["seed"]] = line["metrics"]
+        found.setdefault(key, {})[line["subject"], line["seed"]] = line
     complete = set.intersection(*(set(of.keys()) for of in found.values())) if len(found) == len(CHOSEN) else set()
     if not complete:
         raise SystemExit("paper_table.py: error: no subject and seed has been measured with all methods yet")
@@ -100,7 +115,10 @@ def print_results(lines: list[dict]) -> None:
     def column(key: tuple, name: str) -> np.ndarray:
         """(subjects,), a mean over seeds"""
         return np.array(
-            [np.mean([found[key][pair][name] for pair in complete if pair[0] == subject]) for subject in subjects]
+            [
+                np.mean([found[key][pair]["metrics"][name] for pair in complete if pair[0] == subject])
+                for subject in subjects
+            ]
         )
 
     titles = [title for title, *_ in COLUMNS.values()]
@@ -123,6 +141,13 @@ def print_results(lines: list[dict]) -> None:
         gains.append([method, *cells])
     print_table("Means", ["", *titles], means)
     print_table("More than the first", ["", *titles], gains[1:])
+    names = [row[0] for row in gains]
+    for kind, title, digits in (("other", "drift in pixels", 1), ("subject", "CLIP-T", 3)):
+        rows = []
+        for text in found[CHOSEN[0]][min(complete)]["prompts"][kind]:
+            values = [np.mean([found[key][pair]["prompts"][kind][text] for pair in complete]) for key in CHOSEN]
+            rows.append([text, *(f"{value:.{digits}f}" for value in values)])
+        print_table(f"By prompt: {title}", ["", *names], rows)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -147,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
             row = {name: row[name] for name in ("subject", "seed", "method", "rate", "weight")}
             done = [line for file in args.output_dir.glob("*.jsonl") for line in read_lines(file)]
             if row not in [{name: line[name] for name in row} for line in done]:
-                append_line(path, {**row, "metrics": evaluate(training, subject, seed, work)})
+                append_line(path, row | evaluate(training, subject, seed, work))
         shutil.rmtree(work)
     files = args.files or sorted(args.output_dir.glob("*.jsonl"))
     print_results([line for file in files for line in read_lines(file)])

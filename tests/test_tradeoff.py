@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import paper_table  # noqa: E402
 import plot_tradeoff  # noqa: E402
 import tradeoff  # noqa: E402
 from examine import other_things  # noqa: E402
@@ -413,3 +414,35 @@ def test_only_the_seeds_that_were_asked_for_count(tmp_path):
     assert [half.seeds for half in halves] == [[0], [1]]
     means = np.mean([half.curves["penalty"].values for half in halves], axis=0)
     assert whole.curves["penalty"].values == pytest.approx(means)
+
+
+# The evaluation's own numbers
+
+
+def test_the_table_of_the_evaluation_is_measured_once_and_is_that_of_the_evaluation(tmp_path, monkeypatch, capsys):
+    assert [training[:3] for training in paper_table.chosen_trainings()] == paper_table.CHOSEN
+    chosen = [
+        training._replace(flags=(*training.flags, "--max_train_steps=1"))
+        for training in paper_table.chosen_trainings()[:2]
+    ]
+    monkeypatch.setattr(paper_table, "CHOSEN", paper_table.CHOSEN[:2])
+    monkeypatch.setattr(paper_table, "chosen_trainings", lambda: chosen)
+    quick = ["--num_inference_steps=1", "--guidance_scale=1", "--num_images_per_prompt=2", "--batch_size=30"]
+    monkeypatch.setattr(paper_table, "DRAWING", quick)
+    args = paper_table.parse_args(["--subjects", "mug", f"--output_dir={tmp_path}"])
+    paper_table.main(args)
+    printed = capsys.readouterr().out
+    lines = tradeoff.read_lines(tmp_path / "1-of-1.jsonl")
+    assert [(line["method"], line["weight"]) for line in lines] == [("DreamBooth", 0), ("penalty", 300)]
+    first, second = (line["metrics"] for line in lines)
+    gain = second["drift/pixel_rms"] - first["drift/pixel_rms"]
+    row = cells_of(printed, "More than the first", "penalty at 0.001, weight 300")
+    assert row[7] == f"{gain:.1f} [{gain:.1f}, {gain:.1f}]"
+    assert cells_of(printed, "Means", "DreamBooth at 0.001")[0] == f"{first['subject/personalized/dino']:.3f}"
+    assert cells_of(printed, "Means", "base")[0] == f"{first['subject/base/dino']:.3f}"
+    by_prompt = lines[0]["prompts"]
+    assert np.mean(list(by_prompt["other"].values())) == pytest.approx(first["drift/pixel_rms"])
+    assert np.mean(list(by_prompt["subject"].values())) == pytest.approx(first["subject/personalized/clip_t"])
+    monkeypatch.delattr(paper_table, "train")
+    paper_table.main(args)
+    assert capsys.readouterr().out == printed
