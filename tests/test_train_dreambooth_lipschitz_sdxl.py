@@ -16,6 +16,7 @@ from conftest import make_vae
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
@@ -658,6 +659,39 @@ def test_drift_is_zero_at_the_base_and_measuring_it_changes_no_training(method, 
     assert list(moved) == [2, 3] and 0 < moved[2] < 1
     assert set(still.values()) == {0.0}
     assert same_bits(result(tmp_path / "moved"), result(tmp_path / "not"))
+
+
+def test_logged_drift_of_predictions_is_that_of_the_loaded_model(train, flags_of, tiny_sdxl, tmp_path):
+    prompt = "a house at night"
+    (tmp_path / "prompts.txt").write_text(prompt)
+    drift = ["--drift_every=2", f"--drift_prompts_file={tmp_path / 'prompts.txt'}", "--max_train_steps=2"]
+    train(*flags_of("lora with text encoders"), *drift, "--lipschitz_weight=1", f"--output_dir={tmp_path / 'model'}")
+    base, personalized = (
+        StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, dtype=torch.float32),
+        load(tmp_path / "model"),
+    )
+    config = base.scheduler.config
+    base.scheduler = DPMSolverMultistepScheduler.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    latents = base(prompt, num_inference_steps=25, generator=generator, output_type="latent").images
+    noise = torch.randn(5, *latents.shape[1:], generator=generator)
+    side = base.default_sample_size * base.vae_scale_factor
+    sizes, changes = torch.tensor([[side, side, 0, 0, side, side]]), []
+    for timestep, row in zip((100, 300, 500, 700, 900), noise):
+        a = DDPMScheduler.from_config(config).alphas_cumprod[timestep]
+        noisy, seen = a.sqrt() * latents + (1 - a).sqrt() * row, []
+        for model in (personalized, base):
+            with torch.no_grad():
+                embeds, _, pooled, _ = model.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
+                conditions = {"text_embeds": pooled, "time_ids": sizes}
+                seen.append(model.unet(noisy, timestep, embeds, added_cond_kwargs=conditions).sample.double())
+        changes.append([(seen[0] - seen[1]).norm().item(), seen[1].norm().item()])
+    assert config.prediction_type == "epsilon"
+    change, size = np.array(changes).T
+    values, _ = scalars(tmp_path / "model")
+    assert values["drift/prediction"][2] == pytest.approx((change / size).mean(), rel=1e-3)
+    expected = change.max() / values["lipschitz/drift"][2]
+    assert values["drift/lipschitz"][2] == pytest.approx(expected, rel=1e-3) and expected > 0
 
 
 # Photos, captions and sizes
