@@ -110,7 +110,7 @@ GRIDS = {
         Row("proximal", (1e-3,), (3e5, 1e6), PENALTY + " --lipschitz_mode=proximal", steps=(120,)),
         Row("projected", (1e-3,), (4, 6), PROJECTED, steps=(120,)),
         Row("sum", (1e-3,), (3e-3, 1e-2), PENALTY + " --lipschitz_reduction=sum", steps=(120,)),
-        Row(SELECTIVE, (1e-3,), (1, 2), "--lipschitz_weight=0", steps=(120,)),
+        Row(SELECTIVE, (1e-3,), (1, 2, 4), "--lipschitz_weight=0", steps=(120,)),
         Row("penalty, constant rate", (5e-4,), (300,), schedule="constant", steps=(120,)),
     ],
     "lora": [
