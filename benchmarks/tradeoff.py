@@ -128,7 +128,7 @@ GRIDS = {
         Row("Custom Diffusion, stopped early", (4e-3,), (0,), CUSTOM + PENALTY, "constant", (120,), (30, 60)),
         Row("Custom Diffusion, penalty", (4e-3,), (3,), CUSTOM + PENALTY, steps=(60, 250)),
         Row("Custom Diffusion, penalty of inputs", (4e-3,), (0.02, 0.08), CUSTOM + INPUTS),
-        Row("Custom Diffusion, prior preservation", (4e-3,), flags=CUSTOM + PRIOR),
+        Row("Custom Diffusion, prior preservation", (4e-3,), flags=CUSTOM + PRIOR, steps=(60, 250)),
     ],
 }  # fmt: skip
 
