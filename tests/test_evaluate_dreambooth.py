@@ -327,11 +327,15 @@ REQUIRED = (
 )
 
 
-def test_the_script_takes_the_commands_of_the_documentation(script):
-    commands = re.findall(r"accelerate launch (evaluate_dreambooth.py.*?)```", DOCS.read_text(), re.DOTALL)
-    assert len(commands) == 2
-    for command in commands:
-        script.parse_args(shlex.split(command.replace("\\\n", ""))[1:])
+def test_the_scripts_take_the_commands_of_the_documentation(script):
+    spec = importlib.util.spec_from_file_location("training", ROOT / "train_dreambooth_lipschitz.py")
+    training = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(training)
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", DOCS.read_text(), re.DOTALL)).replace("\\\n", "")
+    commands = re.findall(r"(train|evaluate)_dreambooth\w*.py (.*)", blocks)
+    assert [name for name, _ in commands] == ["evaluate", "train", "evaluate", "train"]
+    for name, flags in commands:
+        {"train": training, "evaluate": script}[name].parse_args(shlex.split(flags))
 
 
 # Prompts
@@ -396,6 +400,12 @@ def test_every_picture_has_a_row_and_a_file(evaluated):
     assert len({row["file"] for row in rows}) == len(rows)
     for row in rows:
         assert Image.open(row["file"]).size == (64, 64)
+
+
+def test_long_work_shows_a_bar(evaluated):
+    work = [*(f"{model}: {what}" for model in ("base", "personalized") for what in ("pictures", "predictions"))]
+    work += [f"{judge}: {pictures}" for judge in ("clip", "dino") for pictures in ("photos", "base", "personalized")]
+    assert [bar for bar in work if not re.search(rf"{bar}: 100%\|.*\d+/\d+", evaluated[1])] == []
 
 
 def test_pictures_are_those_of_the_pipeline_alone(evaluated):
@@ -1046,7 +1056,7 @@ def test_what_the_training_scripts_write_is_measured(script_name, method, evalua
     assert metrics["drift"]["pixel_rms"] > 0 and metrics["prediction_drift"]["other"]["mean"] > 0
 
 
-def test_one_photo_and_one_picture_a_prompt_leave_empty_what_needs_two(evaluate, tmp_path):
+def test_one_photo_and_one_picture_a_prompt_leave_empty_what_needs_two(evaluate, tmp_path, caplog):
     tmp_path.joinpath("photos").mkdir()
     shutil.copy(PHOTOS / "0.png", tmp_path / "photos")
     one = [f"--instance_data_dir={tmp_path / 'photos'}", "--num_images_per_prompt=1", "--num_inference_steps=1"]
@@ -1056,6 +1066,9 @@ def test_one_photo_and_one_picture_a_prompt_leave_empty_what_needs_two(evaluate,
     assert subject["personalized"]["diversity"] is None and subject["personalized"]["copies"] is None
     assert subject["personalized"]["dino"] is not None and metrics["drift"]["dino_distance"] > 0
     assert metrics["summary"]["learned"] is None and metrics["summary"]["moved"] is None
+    assert (
+        len([message for message in caplog.messages if message.endswith("what is compared to it stays empty.")]) == 1
+    )
     page = tmp_path.joinpath("out", "report.html").read_text()
     assert "–" in page and "Needs two pictures of a prompt" in page
 
