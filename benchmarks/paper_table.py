@@ -20,6 +20,7 @@ from plot_tradeoff import bootstrap, interval, print_table, show
 from tqdm.auto import tqdm
 from tradeoff import (
     SD,
+    SELECTIVE,
     SUBJECTS,
     TINYWORLD,
     Training,
@@ -33,34 +34,38 @@ from tradeoff import (
 )
 
 
-# Method, learning rate and weight of trainings of tradeoff.py: the high rate, with either penalty at its best weight,
-# and the rate that suits DreamBooth and prior preservation.
+# Method, learning rate and weight (or strength) of trainings of tradeoff.py: a rate at which DreamBooth breaks things,
+# alone and with either penalty at its best weight; then the rivals at theirs.
 CHOSEN = [
     ("DreamBooth", 1e-3, 0),
     ("penalty", 1e-3, 300),
     ("penalty of inputs", 1e-3, 4),
     ("DreamBooth", 5e-4, 0),
+    ("DreamBooth", 3e-4, 0),
+    (SELECTIVE, 1e-3, 2),
     ("prior preservation", 5e-4, 0),
 ]
 DRAWING = ["--num_inference_steps=25", "--guidance_scale=4", "--batch_size=20"]
 # By name in `metrics.json`: title, factor, digits, and where the same is said of the base.
-COLUMNS = {
+NUMBERS = {
     "subject/personalized/dino": ("DINO", 1, 3, "subject/base/dino"),
     "subject/personalized/clip_i": ("CLIP-I", 1, 3, "subject/base/clip_i"),
     "subject/personalized/clip_t": ("CLIP-T", 1, 3, "subject/base/clip_t"),
     "subject/personalized/diversity": ("diversity", 1, 3, "subject/base/diversity"),
     "other/personalized/clip_t": ("others' CLIP-T", 1, 3, "other/base/clip_t"),
-    "drift/dino_distance": ("drift: DINO", 1, 3, None),
-    "drift/clip_distance": ("CLIP", 1, 3, None),
-    "drift/pixel_rms": ("pixels", 1, 1, None),
-    "drift/cmmd": ("CMMD", 1, 2, None),
-    "drift/frechet_dino": ("Fréchet (DINO)", 1, 2, None),
-    "prediction_drift/other/mean": ("predictions, %", 100, 1, None),
+    "drift/dino_distance": ("drift, DINO", 1, 3, None),
+    "drift/clip_distance": ("drift, CLIP", 1, 3, None),
+    "drift/pixel_rms": ("drift, pixels", 1, 1, None),
+    "drift/cmmd": ("drift, CMMD", 1, 2, None),
+    "drift/frechet_dino": ("drift, Fréchet (DINO)", 1, 2, None),
+    "prediction_drift/other/mean": ("drift of predictions, %", 100, 1, None),
 }
 
 
 def chosen_trainings() -> list[Training]:
-    trainings = {training[:3]: training for training in trainings_of(["dreambooth", "penalty", "inputs", "prior"])}
+    trainings = {
+        training[:3]: training for training in trainings_of(["dreambooth", "penalty", "inputs", "forms", "prior"])
+    }
     return [trainings[key] for key in CHOSEN]
 
 
@@ -99,55 +104,46 @@ def evaluate(training: Training, subject: str, seed: int, work: Path) -> dict[st
 
 def print_results(lines: list[dict]) -> None:
     """
-    Means over subjects and seeds, and how much each method differs from the first with 95% confidence intervals, by
-    bootstrap over subjects, of the subjects and seeds that all of them have.
+    Means over subjects and seeds, and how much more it is than with each method that has no penalty, with 95%
+    confidence intervals by bootstrap over subjects; of the subjects and seeds that all methods have.
     """
     found = {}
     for line in lines:
         key = (line["method"], line["rate"], line["weight"])
         found.setdefault(key, {})[line["subject"], line["seed"]] = line
-    complete = set.intersection(*(set(of.keys()) for of in found.values())) if len(found) == len(CHOSEN) else set()
+    complete = sorted(set.intersection(*map(set, found.values()))) if len(found) == len(CHOSEN) else []
     if not complete:
         raise SystemExit("paper_table.py: error: no subject and seed has been measured with all methods yet")
     subjects, seeds = (sorted(set(values)) for values in zip(*complete))
     print(f"Subjects: {', '.join(subjects)}; seeds: {', '.join(map(str, seeds))}.")
 
-    def column(key: tuple, name: str) -> np.ndarray:
-        """(subjects,), a mean over seeds"""
-        return np.array(
-            [
-                np.mean([found[key][pair]["metrics"][name] for pair in complete if pair[0] == subject])
-                for subject in subjects
-            ]
-        )
+    def by_subject(key: tuple, name: str) -> np.ndarray:
+        """(subjects,), means over seeds"""
+        values = {pair: found[key][pair]["metrics"][name] for pair in complete}
+        return np.array([np.mean([values[pair] for pair in complete if pair[0] == subject]) for subject in subjects])
 
-    titles = [title for title, *_ in COLUMNS.values()]
-    base = [
-        "0" if name is None else f"{factor * column(CHOSEN[0], name).mean():.{digits}f}"
-        for _, factor, digits, name in COLUMNS.values()
-    ]
-    means, gains = [["base", *base]], []
-    for key in CHOSEN:
-        method = f"{key[0]} at {key[1]:g}" + f", weight {key[2]:g}" * bool(key[2])
-        values = {name: column(key, name) for name in COLUMNS}
-        means.append(
-            [method, *(f"{factor * values[n].mean():.{digits}f}" for n, (_, factor, digits, _) in COLUMNS.items())]
-        )
-        cells = []
-        for name, (_, factor, digits, _) in COLUMNS.items():
-            gain = values[name] - column(CHOSEN[0], name)
-            limits = interval(bootstrap(len(subjects), lambda chosen: gain[chosen].mean()))
-            cells.append(show(gain.mean(), limits, factor, digits))
-        gains.append([method, *cells])
-    print_table("Means", ["", *titles], means)
-    print_table("More than the first", ["", *titles], gains[1:])
-    names = [row[0] for row in gains]
+    methods = [f"{name} at {rate:g}" + f", weight {weight:g}" * bool(weight) for name, rate, weight in CHOSEN]
+    means, gains = [], {key: [] for key in CHOSEN if "penalty" not in key[0]}
+    for name, (title, factor, digits, of_base) in NUMBERS.items():
+        values = [factor * by_subject(key, name) for key in CHOSEN]
+        base = "0" if of_base is None else f"{factor * by_subject(CHOSEN[0], of_base).mean():.{digits}f}"
+        means.append([title, base, *(f"{value.mean():.{digits}f}" for value in values)])
+        for rival, rows in gains.items():
+            cells = []
+            for value in values:
+                gain = value - values[CHOSEN.index(rival)]
+                limits = interval(bootstrap(len(subjects), lambda chosen: gain[chosen].mean()))
+                cells.append(show(gain.mean(), limits, digits=digits))
+            rows.append([title, *cells])
+    print_table("Means", ["", "base", *methods], means)
+    for rival, rows in gains.items():
+        print_table(f"More than {methods[CHOSEN.index(rival)]}", ["", *methods], rows)
     for kind, title, digits in (("other", "drift in pixels", 1), ("subject", "CLIP-T", 3)):
         rows = []
-        for text in found[CHOSEN[0]][min(complete)]["prompts"][kind]:
+        for text in found[CHOSEN[0]][complete[0]]["prompts"][kind]:
             values = [np.mean([found[key][pair]["prompts"][kind][text] for pair in complete]) for key in CHOSEN]
             rows.append([text, *(f"{value:.{digits}f}" for value in values)])
-        print_table(f"By prompt: {title}", ["", *names], rows)
+        print_table(f"By prompt: {title}", ["", *methods], rows)
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:

@@ -440,10 +440,10 @@ def test_the_table_of_the_evaluation_is_measured_once_and_is_that_of_the_evaluat
     assert [(line["method"], line["weight"]) for line in lines] == [("DreamBooth", 0), ("penalty", 300)]
     first, second = (line["metrics"] for line in lines)
     gain = second["drift/pixel_rms"] - first["drift/pixel_rms"]
-    row = cells_of(printed, "More than the first", "penalty at 0.001, weight 300")
-    assert row[7] == f"{gain:.1f} [{gain:.1f}, {gain:.1f}]"
-    assert cells_of(printed, "Means", "DreamBooth at 0.001")[0] == f"{first['subject/personalized/dino']:.3f}"
-    assert cells_of(printed, "Means", "base")[0] == f"{first['subject/base/dino']:.3f}"
+    row = cells_of(printed, "More than DreamBooth at 0.001", "drift, pixels")
+    assert row == ["0.0 [0.0, 0.0]", f"{gain:.1f} [{gain:.1f}, {gain:.1f}]"]
+    dino = [first["subject/base/dino"], *(metrics["subject/personalized/dino"] for metrics in (first, second))]
+    assert cells_of(printed, "Means", "DINO") == [f"{value:.3f}" for value in dino]
     by_prompt = lines[0]["prompts"]
     assert np.mean(list(by_prompt["other"].values())) == pytest.approx(first["drift/pixel_rms"])
     assert np.mean(list(by_prompt["subject"].values())) == pytest.approx(first["subject/personalized/clip_t"])
