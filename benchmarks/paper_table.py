@@ -20,7 +20,6 @@ from plot_tradeoff import bootstrap, interval, print_table, show
 from tqdm.auto import tqdm
 from tradeoff import (
     SD,
-    SELECTIVE,
     SUBJECTS,
     TINYWORLD,
     Training,
@@ -34,7 +33,7 @@ from tradeoff import (
 )
 
 
-# Method, learning rate and weight (or strength) of trainings of tradeoff.py: a rate at which DreamBooth breaks things,
+# Method, learning rate and weight of trainings of tradeoff.py: a rate at which DreamBooth breaks things,
 # alone and with either penalty at its best weight; then the rivals at theirs.
 CHOSEN = [
     ("DreamBooth", 1e-3, 0),
@@ -42,7 +41,6 @@ CHOSEN = [
     ("penalty of inputs", 1e-3, 4),
     ("DreamBooth", 5e-4, 0),
     ("DreamBooth", 3e-4, 0),
-    (SELECTIVE, 1e-3, 2),
     ("prior preservation", 5e-4, 0),
 ]
 DRAWING = ["--num_inference_steps=25", "--guidance_scale=4", "--batch_size=20"]
@@ -63,9 +61,7 @@ NUMBERS = {
 
 
 def chosen_trainings() -> list[Training]:
-    trainings = {
-        training[:3]: training for training in trainings_of(["dreambooth", "penalty", "inputs", "forms", "prior"])
-    }
+    trainings = {training[:3]: training for training in trainings_of(["dreambooth", "penalty", "inputs", "prior"])}
     return [trainings[key] for key in CHOSEN]
 
 
