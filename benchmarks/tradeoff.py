@@ -93,7 +93,6 @@ GRIDS = {
     # which are of photographs and not of the drawn world.
     "inputs": [
         Row("penalty of inputs", (1e-3,), (1, 4, 16), INPUTS, steps=(120,)),
-        Row("penalty of inputs", (5e-4,), (1,), INPUTS, steps=(120,)),
         Row("penalty of inputs, default prompts", (1e-3,), (4,), PENALTY + " --lipschitz_inputs", steps=(120,)),
     ],
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR, steps=(120,))],
