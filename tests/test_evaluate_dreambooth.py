@@ -442,13 +442,10 @@ def by_hand(evaluated, judges):
         output = clip.text_model(**tokenizer(text.replace("sks ", ""), return_tensors="pt")).pooler_output
         return torch.nn.functional.normalize(clip.text_projection(output).double(), dim=1)[0].numpy()
 
-    photos, pictures = ([encode(path) for path in paths] for paths in (sorted(PHOTOS.iterdir()), files_of(rows)))
+    drawn = [row["file"] for row in rows]
+    photos, pictures = ([encode(path) for path in paths] for paths in (sorted(PHOTOS.iterdir()), drawn))
     units = ([[seen / np.linalg.norm(seen) for seen in pair] for pair in pairs] for pairs in (photos, pictures))
     return rows, *units, [read(row["prompt"]) for row in rows], pictures
-
-
-def files_of(rows):
-    return [row["file"] for row in rows]
 
 
 def rows_of(rows, model, kind):
@@ -627,9 +624,9 @@ def test_the_report_shows_the_numbers_beside_those_of_the_base(evaluated):
     ):
         title = "pixels, RMS" if title == "pixels" else f"{title} distance"
         expected[title] = [f"{values[name]:.{digits}f}" for values in (drift, drift["between_seeds"])]
-    for title, numbers_ in expected.items():
+    for title, cells in expected.items():
         row = re.search(rf"<td>{title}</td>(.*?)</tr>", page, re.DOTALL)[1]
-        assert re.findall(r'<td class="n"[^>]*>([^<]*)</td>', row)[:2] == numbers_, title
+        assert re.findall(r'<td class="n"[^>]*>([^<]*)</td>', row)[:2] == cells, title
 
 
 def test_tensorboard_gets_numbers_and_grids(evaluated):
@@ -1040,7 +1037,7 @@ TRAINED = {
 @pytest.mark.parametrize("method", TRAINED)
 @pytest.mark.parametrize("script_name", ["train_dreambooth_lipschitz", "train_dreambooth_lipschitz_sdxl"])
 def test_what_the_training_scripts_write_is_measured(script_name, method, evaluate, tiny_sdxl, tmp_path):
-    """A step at a rate that is high enough to be seen."""
+    """Two steps at a rate that is high enough to be seen."""
     base = tiny_sdxl if script_name.endswith("sdxl") else BASE
     token = "<new1>" if method == "custom_diffusion" else "sks"
     model = tmp_path / "model"
