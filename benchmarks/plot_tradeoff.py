@@ -137,6 +137,8 @@ def read_results(paths: list[Path], seeds: list[int] | None = None) -> tuple[Res
             rows.append(json.loads(line))
         except json.JSONDecodeError:  # of a run that was killed
             continue
+    if not all("settings" in row for row in rows):
+        raise SystemExit("plot_tradeoff.py: error: not all of these files are results of tradeoff.py")
     rows = [row for row in rows if seeds is None or row["seed"] in seeds]
     newest = rows[-1]["settings"] if rows else None
     groups = {}

@@ -420,6 +420,11 @@ def test_only_the_seeds_that_were_asked_for_count(tmp_path):
     assert whole.curves["penalty"].values == pytest.approx(means)
 
 
+def test_results_of_another_program_are_refused_in_one_line():
+    with pytest.raises(SystemExit, match="not all of these files are results of tradeoff.py"):
+        plot_tradeoff.read_results([BENCHMARKS.parent / "docs" / "paper_table.jsonl"])
+
+
 # The evaluation's own numbers
 
 
