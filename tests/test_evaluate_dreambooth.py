@@ -666,15 +666,18 @@ def test_charts_are_labelled_with_round_numbers_in_the_order_of_the_model(script
 
 @pytest.fixture
 def browse(tmp_path):
-    """Runs Chromium on a page."""
+    """Runs Chromium on a page, with a new profile."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium here: apt-get install chromium")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,1600"]
-    command.append(f"--user-data-dir={tmp_path / 'profile'}")
+    flags = ["headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"]
+    flags += ["disable-component-update", "disable-sync", "hide-scrollbars", "window-size=1200,1600"]
+    command = [browser, *(f"--{flag}" for flag in flags), f"--user-data-dir={tmp_path / 'profile'}"]
 
     def call(page, flag):
-        return subprocess.run([*command, flag, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
+        result = subprocess.run([*command, flag, page.as_uri()], capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
 
     return call
 
