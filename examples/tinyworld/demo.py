@@ -9,6 +9,7 @@ Trains the tiny model with the script for it and measures it; how it trains is t
 
 import argparse
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -58,7 +59,7 @@ SD = Setup(BASE, ROOT / "train_dreambooth_lipschitz.py", COMMON, METHODS)
 SDXL = Setup(BASE.with_name("sdxl"), ROOT / "train_dreambooth_lipschitz_sdxl.py", ["--method=full", *COMMON], METHODS)
 
 
-def train(setup: Setup, subject: str, method: str, seed: int, folder: Path) -> float:
+def train(setup: Setup, subject: str, method: str, seed: int, folder: Path, bar: tqdm) -> float:
     """Personalizes the base by running the script as users do; returns the seconds that it took, start included."""
     photos = folder / "photos"
     photos.mkdir(parents=True, exist_ok=True)
@@ -72,10 +73,14 @@ def train(setup: Setup, subject: str, method: str, seed: int, folder: Path) -> f
     command += [*setup.common, *setup.methods[method]]
     started = time.time()
     log = folder / f"{method}.log"
-    with log.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-    if code != 0:
-        sys.exit(f"The training of {subject!r} by {method!r} failed; the reason is at the end of {log}.")
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        while process.poll() is None:
+            time.sleep(0.5)
+            bar.refresh()  # so that its clock goes on
+    if process.returncode != 0:
+        bar.close()
+        reason = "\n".join(log.read_text().splitlines()[-10:])
+        sys.exit(f"{reason}\nThe training of {subject!r} by {method!r} failed. All it wrote: {log}")
     return time.time() - started
 
 
@@ -169,18 +174,27 @@ def main() -> None:
     # What was measured in another way is measured again; its line stays in the file.
     results = [result for result in results if result["settings"] == settings.get(result["method"])]
     done = {(result["subject"], result["seed"], result["method"]) for result in results}
-    bar = tqdm(total=len(subjects) * len(args.seeds) * len(names), desc="models")
+    things, model = " and of a ".join(subjects), "SDXL" if args.sdxl else "Stable Diffusion"
+    print(f"Personalizes a tiny {model} on five pictures of a {things}: {', '.join(args.methods)}.", flush=True)
+    # For each pair of subject and seed: all trainings, all measurements and the picture.
+    parts = len(args.methods) + len(names) + 1
+    bar = tqdm(total=len(subjects) * len(args.seeds) * parts)
     for seed in args.seeds:
         examiner = Examiner(args.others, per_scene=4, seed=seed)
         for subject in subjects:
             folder = args.output_dir / f"{subject}-{seed}"
             models = {name: folder / name for name in args.methods}
             if {(subject, seed, name) for name in names} <= done:
-                bar.update(len(names))
+                bar.update(parts)
                 continue
             shutil.rmtree(folder, ignore_errors=True)
             for name in names:
-                seconds = 0.0 if name == BASE_NAME else train(setup, subject, name, seed, folder)
+                seconds = 0.0
+                if name != BASE_NAME:
+                    bar.set_description(f"training, {name}")
+                    seconds = train(setup, subject, name, seed, folder, bar)
+                    bar.update()
+                bar.set_description(f"measuring, {name}")
                 measured = examiner.examine(load(models.get(name, setup.base)), subject)
                 bar.update()
                 if (subject, seed, name) not in done:
@@ -188,11 +202,15 @@ def main() -> None:
                     results.append({**result, "settings": settings[name]})
                     with path.open("a") as file:
                         print(json.dumps(results[-1]), file=file)
-            picture = args.output_dir / f"{subject}-{seed}.png"
-            save_picture(subject, seed, {BASE_NAME: setup.base, **models}, picture)
+            bar.set_description("drawing the picture")
+            save_picture(subject, seed, {BASE_NAME: setup.base, **models}, folder.with_suffix(".png"))
             shutil.rmtree(folder)
-            bar.write(f"the picture: {picture}")
+            bar.update()
+    bar.set_description("done")
     bar.close()
+    print()
+    for seed, subject in itertools.product(args.seeds, subjects):
+        print(f"the picture: {args.output_dir / f'{subject}-{seed}.png'}")
     print_table([result for result in results if result["subject"] in subjects and result["seed"] in args.seeds])
 
 

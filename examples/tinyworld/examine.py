@@ -11,6 +11,7 @@ from random import Random
 
 import diffusers
 import numpy as np
+import quiet  # noqa: F401
 import torch
 import transformers
 from diffusers import DiffusionPipeline
@@ -28,7 +29,7 @@ NEW_SCENES = [scene for scene in SCENES if scene not in SUBJECT_SCENES]
 def generate(pipeline: DiffusionPipeline, prompts: list[str], seeds: list[int]) -> list[Image.Image]:
     """One picture a prompt, 25 DDIM steps, guidance 4; the same seed starts from the same noise in every model."""
     pictures = []
-    for start in tqdm(range(0, len(prompts), 20), desc="generating", leave=False):
+    for start in range(0, len(prompts), 20):
         part = slice(start, start + 20)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
         pictures += pipeline(prompts[part], num_inference_steps=25, guidance_scale=4.0, generator=generators).images
@@ -110,8 +111,10 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.model / "model_index.json").is_file():
         parser.error(f"--model: there is no pipeline in {args.model}")
-    others = other_things(args.prompts)
-    pictures = generate(load(args.model), [caption_of(*other) for other in others], list(range(args.prompts)))
+    others, pipeline, pictures = other_things(args.prompts), load(args.model), []
+    for start in tqdm(range(0, args.prompts, 20), desc="pictures"):
+        part = range(args.prompts)[start : start + 20]
+        pictures += generate(pipeline, [caption_of(*others[i]) for i in part], list(part))
     read, truths = Judge.from_pretrained().read(pictures), [traits_of(*other) for other in others]
     for name in NAMED_TRAITS:
         print(f"{name:12s}{100 * share_right(read, truths, (name,)):6.1f}%")

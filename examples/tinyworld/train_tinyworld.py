@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import quiet  # noqa: F401
 import torch
 import torch.nn.functional as F
 from diffusers import (
