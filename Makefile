@@ -1,16 +1,18 @@
-# Everything runs in an environment of its own, .venv, made from requirements.txt. PYTHON=python3.12 make test: another one.
+# Everything runs in an environment of its own, .venv, with the versions of requirements.txt: for the demo only what it
+# needs, for the rest all. PYTHON=python3.12 make test: another Python.
 # make demo SDXL=1: the demo on the tiny SDXL.
 PYTHON ?= python3
 BIN = .venv/bin
+PIP = $(BIN)/pip --quiet --disable-pip-version-check install
 export HF_HUB_OFFLINE = 1
 
 .PHONY: demo test style quality
 
-demo: .venv/ready
-	$(BIN)/python examples/tinyworld/demo.py $(if $(SDXL),--sdxl)
+demo: .venv/demo
+	@$(BIN)/python examples/tinyworld/demo.py $(if $(SDXL),--sdxl)
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile -rs
 
 style: .venv/ready
 	$(BIN)/ruff format .
@@ -20,8 +22,13 @@ quality: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-.venv/ready: requirements.txt setup.cfg pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --requirement requirements.txt
-	$(BIN)/pip install --quiet --no-deps --editable .
-	touch $@
+.venv/demo: requirements.txt setup.cfg pyproject.toml
+	@echo "Installing what the demo needs into .venv; it takes minutes."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) --constraint requirements.txt --editable '.[scripts,demo]'
+	@touch $@
+
+.venv/ready: .venv/demo
+	@echo "Installing what the tests need into .venv; it takes minutes."
+	@$(PIP) --requirement requirements.txt
+	@touch $@
