@@ -135,7 +135,7 @@ class _Recorder:
         if not torch.isfinite(output):
             raise ValueError(
                 f"{self.name} gave numbers that are not finite while its inputs were recorded: let it run in float32 "
-                "or bfloat16 (--mixed_precision=bf16)."
+                "or bfloat16."
             )
         if output == 0:
             return {}  # no change is small beside it

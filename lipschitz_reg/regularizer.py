@@ -2,6 +2,7 @@
 # Holds no arithmetic (functional.py, lora.py), chooses no parameters (targets.py), knows no model, loss or loop.
 import math
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,16 @@ from .functional import (
 )
 from .lora import LoraAdapter, add_lora_penalty_gradient_, squared_deltas
 from .targets import Penalized, Targets, checked, to_floats, zeros_like
+
+
+class _Defaults(dict):
+    """
+    The defaults of an optimizer, which torch copies and pickles with it, as it does not do with hooks: through them
+    the regularizer comes along. It is no item, because a param group that is added gets all items, and checkpoints
+    hold the groups.
+    """
+
+    regularizer: "LipschitzRegularizer"
 
 
 class LipschitzRegularizer:
@@ -67,8 +78,11 @@ class LipschitzRegularizer:
             From `record_inputs`: a displacement counts by how much it changes what its layer gives for these inputs,
             not by its length (inputs.py), and another `weight` fits. For mode `"coupled"` and `lora_form` `"delta"`.
 
+    A copy of the optimizer, by `copy.deepcopy` or `pickle`, has a copy of the regularizer attached, anchors and all.
+
     Raises:
-        `ValueError`: If an argument is out of range, or a parameter is not a dense floating-point tensor.
+        `ValueError`: If an argument is out of range, a parameter is not a dense floating-point tensor, or the optimizer
+            has a LipschitzRegularizer already.
     """
 
     def __init__(
@@ -89,6 +103,12 @@ class LipschitzRegularizer:
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise ValueError(f"`optimizer` must be a torch.optim.Optimizer, not {type(self.optimizer).__name__}.")
+        hooks = getattr(self.optimizer, "_optimizer_step_pre_hooks", {}).values()
+        if any(isinstance(getattr(hook, "__self__", None), LipschitzRegularizer) for hook in hooks):
+            raise ValueError(
+                "This optimizer has a LipschitzRegularizer already, and the penalties of two would add up: call "
+                "remove() on the first, or build the model and the optimizer anew."
+            )
         if mode not in ("coupled", "proximal", "projected"):
             raise ValueError(f"`mode` must be one of coupled, proximal, projected, not {mode!r}.")
         if radius is None and mode == "projected":
@@ -124,10 +144,9 @@ class LipschitzRegularizer:
         self._fingerprint: str | None = None
         self._handles = []
         if self._targets.weighted:
-            self._handles = [
-                self.optimizer.register_step_pre_hook(self._before_step),
-                self.optimizer.register_step_post_hook(self._after_step),
-            ]
+            self._attach()
+            self.optimizer.defaults = _Defaults(self.optimizer.defaults)
+            self.optimizer.defaults.regularizer = self
 
     def add_gradient(self) -> None:
         """
@@ -215,7 +234,7 @@ class LipschitzRegularizer:
             )
         if state_dict.get("inputs", False) != bool(self._targets.inputs):
             saved, now = ("without", "leave out") if self._targets.inputs else ("with", "give")
-            raise ValueError(f"The checkpoint was trained {saved} `inputs`: {now} `inputs` (--lipschitz_inputs).")
+            raise ValueError(f"The checkpoint was trained {saved} `inputs`: {now} `inputs`, then load it.")
         self.weight = state_dict["weight"]
         self.reduction = state_dict["reduction"]
         self.mode = state_dict["mode"]
@@ -223,12 +242,31 @@ class LipschitzRegularizer:
         self._steps = state_dict["steps"]
 
     def remove(self) -> None:
-        """Detach from the optimizer and free the anchors."""
+        """Detach from the optimizer and free the anchors. The optimizer may get another regularizer then."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if getattr(self.optimizer.defaults, "regularizer", None) is self:
+            self.optimizer.defaults = dict(self.optimizer.defaults)
         self._targets.anchors, self._targets.adapters, self._targets.factors = {}, [], set()
         self._targets.inputs = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handles": bool(self._handles)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _handles=[])
+        if state["_handles"]:
+            # The optimizer may not have its own state yet, and keeps the hooks that it finds when it gets it.
+            for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+                vars(self.optimizer).setdefault(name, OrderedDict())
+            self._attach()
+
+    def _attach(self) -> None:
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._steps += 1

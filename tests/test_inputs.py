@@ -464,6 +464,20 @@ def test_of_dora_the_magnitudes_are_not_recorded():
     assert set(inputs) == {adapter.weight for adapter in find_lora_adapters(net)}
 
 
+def test_copy_of_an_optimizer_is_measured_by_the_same_inputs():
+    net, plain = make_net(), make_net()
+    optimizer = OPTIMIZERS["SGD"](net.parameters())
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT, inputs=record(net))
+    train(net, optimizer)
+    copied_net, copied_optimizer, copied = copy.deepcopy((net, optimizer, regularizer))
+    assert 0 < copied.penalty() == regularizer.penalty()
+    after, other = train(net, optimizer), train(copied_net, copied_optimizer)
+    assert all(torch.equal(one, two) for one, two in zip(after, other, strict=True))
+    train(plain, OPTIMIZERS["SGD"](plain.parameters()), steps=8)
+    assert regularizer.penalty() == copied.penalty()
+    assert any((one - two).abs().max() > 1e-3 for one, two in zip(after, plain.parameters(), strict=True))
+
+
 def test_state_tells_training_with_inputs_from_training_without():
     regularizers = []
     for with_inputs in (False, True):

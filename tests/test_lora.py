@@ -483,6 +483,20 @@ def test_resumed_training_is_bit_identical(form):
     assert_identical(train(resumed, optimizer, first=4), net)
 
 
+@pytest.mark.parametrize("form", ["delta", "factors"])
+def test_copy_of_an_optimizer_penalizes_the_factors_of_the_copied_model(form):
+    net = make_net(use_dora=True)
+    optimizer = make_optimizer(net)
+    LipschitzRegularizer(optimizer, weight=WEIGHT, adapters=find_lora_adapters(net), lora_form=form)
+    train(net, optimizer, steps=2)
+    copied, copied_optimizer = copy.deepcopy((net, optimizer))
+    train(net, optimizer, steps=2, first=2)
+    train(copied, copied_optimizer, steps=2, first=2)
+    assert_identical(net, copied)
+    plain = make_net(use_dora=True)
+    assert distance(net, train(plain, make_optimizer(plain))) > 0.01
+
+
 @pytest.mark.parametrize("change", ["base", "form"])
 def test_checkpoint_of_another_base_or_form_is_refused(change):
     states = []

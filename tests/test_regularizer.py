@@ -1,9 +1,11 @@
 # LipschitzRegularizer on real optimizers, against the same optimizer fed with the penalty by autograd in float64.
 # The arithmetic itself is in test_functional.py, the anchors in test_anchors.py.
 import copy
+import gc
 import math
 import pickle
 import warnings
+import weakref
 
 import bitsandbytes
 import pytest
@@ -505,9 +507,92 @@ def test_checkpoints_of_the_optimizer_are_those_of_plain_training():
         if penalized:
             LipschitzRegularizer(optimizer, weight=WEIGHT)
         train(net, optimizer)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lipschitz_weight": 0.0})
         states.append(optimizer.state_dict())
     assert states[0]["param_groups"] == states[1]["param_groups"]
     assert states[0]["state"].keys() == states[1]["state"].keys()
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda parts: pickle.loads(pickle.dumps(parts))], ids=["deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "AdamW8bit"])  # whose copies cannot step
+def test_copy_of_an_optimizer_trains_as_the_optimizer_does(name, duplicate):
+    net, plain = make_net(), make_net()
+    optimizer = OPTIMIZERS[name](net.parameters())
+    LipschitzRegularizer(optimizer, weight=WEIGHT)
+    train(net, optimizer, steps=2)
+    train(plain, OPTIMIZERS[name](plain.parameters()), steps=4)
+    copied_net, copied_optimizer = duplicate((net, optimizer))
+    train(net, optimizer, steps=2, first=2)
+    assert distance(net, copied_net) > 1e-3
+    train(copied_net, copied_optimizer, steps=2, first=2)
+    assert_identical(net, copied_net)
+    assert distance(net, plain) > 0.01
+
+
+@pytest.mark.parametrize("order", ["model, optimizer, regularizer", "regularizer, optimizer, model"])
+def test_copied_along_a_regularizer_is_the_one_of_the_copied_optimizer(order):
+    parts = {"model": make_net()}
+    parts["optimizer"] = OPTIMIZERS["AdamW foreach"](parts["model"].parameters())
+    parts["regularizer"] = LipschitzRegularizer(parts["optimizer"], weight=WEIGHT)
+    train(parts["model"], parts["optimizer"])
+    copied = copy.deepcopy({name: parts[name] for name in order.split(", ")})
+    assert copied["regularizer"].optimizer is copied["optimizer"]
+    assert copied["regularizer"].metrics() == parts["regularizer"].metrics()
+    assert copied["regularizer"].state_dict() == parts["regularizer"].state_dict()
+    before = parts["regularizer"].metrics()
+    copied["regularizer"].remove()
+    train(copied["model"], copied["optimizer"])
+    assert parts["regularizer"].metrics() == before
+    assert not copied["optimizer"]._optimizer_step_pre_hooks and parts["optimizer"]._optimizer_step_pre_hooks
+    assert type(copied["optimizer"].defaults) is dict
+
+
+def test_copy_after_remove_is_plain():
+    net = make_net()
+    optimizer = OPTIMIZERS["SGD"](net.parameters())
+    LipschitzRegularizer(optimizer, weight=WEIGHT).remove()
+    copied = pickle.loads(pickle.dumps(optimizer))
+    assert not copied._optimizer_step_pre_hooks and type(copied.defaults) is dict
+
+
+def test_shallow_copy_is_not_penalized_and_may_get_its_own():
+    optimizer = OPTIMIZERS["SGD"](make_net().parameters())
+    first = LipschitzRegularizer(optimizer, weight=WEIGHT)
+    copied = copy.copy(optimizer)
+    assert not copied._optimizer_step_pre_hooks  # docs/lipschitz_reg.md warns of it
+    LipschitzRegularizer(copied, weight=WEIGHT).remove()
+    assert optimizer._optimizer_step_pre_hooks and optimizer.defaults.regularizer is first
+
+
+def test_removed_it_is_freed():
+    optimizer = OPTIMIZERS["SGD"](make_net().parameters())
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT)
+    trace = weakref.ref(regularizer)
+    regularizer.remove()
+    del regularizer
+    gc.collect()
+    assert trace() is None
+
+
+@pytest.mark.parametrize("weight", [2.0, 0.0])
+def test_second_on_one_optimizer_is_refused_until_the_first_is_removed(weight):
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    first = LipschitzRegularizer(optimizer, weight=1.0, reduction="sum")
+    with pytest.raises(ValueError, match=r"already.*remove\(\) on the first"):
+        LipschitzRegularizer(optimizer, weight=weight, reduction="sum")
+    parameter.data.fill_(1.0)
+    parameter.grad = torch.zeros(3)
+    optimizer.step()
+    assert parameter.tolist() == pytest.approx([0.8] * 3)  # 1 - lr * 2 * weight: of the first alone
+    first.remove()
+    LipschitzRegularizer(optimizer, weight=weight, reduction="sum")
+    parameter.data.add_(1.0)
+    parameter.grad = torch.zeros(3)
+    optimizer.step()
+    assert parameter.tolist() == pytest.approx([1.8 - 0.1 * 2 * weight] * 3)
 
 
 def test_state_is_small_and_loads_without_trusting_pickle(tmp_path):
