@@ -15,10 +15,12 @@ test: .venv/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile -rs
 
 style: .venv/ready
+	$(BIN)/python utils/copies.py --write
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 quality: .venv/ready
+	$(BIN)/python utils/copies.py
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 

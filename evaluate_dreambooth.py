@@ -15,10 +15,13 @@ goes on where it was. What the numbers mean: docs/evaluation.md.
 import argparse
 import base64
 import csv
+import functools
 import gc
 import hashlib
 import html
+import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -26,6 +29,8 @@ import os
 import re
 import shutil
 import sys
+import warnings
+from collections.abc import Iterable
 from datetime import date, timedelta
 from itertools import zip_longest
 from pathlib import Path
@@ -42,12 +47,12 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from diffusers.utils import check_min_version, is_wandb_available
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageCms, ImageDraw, ImageFont
 from PIL.ImageOps import exif_transpose, fit
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 
 if is_wandb_available():
@@ -56,21 +61,31 @@ if is_wandb_available():
 # The first release in which pipelines take `dtype`.
 check_min_version("0.40.0")
 
+# Copied from train_dreambooth_lipschitz.py
 logger = get_logger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
-KEYS_VALUES, NEW_TOKENS = "custom_diffusion.safetensors", "learned_embeds.safetensors"
-# A personalized model is what the first of these files that it has says.
-KINDS = {"model_index.json": "pipeline", LORA_WEIGHTS: "lora", KEYS_VALUES: "custom_diffusion"}
+# Copied from train_dreambooth_lipschitz.py
+LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
+# Copied from train_dreambooth_lipschitz.py
+KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
+# A personalized model is what that of these files says that it has.
+KINDS = {"model_index.json": "pipeline", LORA_FILE: "lora", KEYS_VALUES_FILE: "custom_diffusion"}
 MODELS = ("base", "personalized")
 # Beside the pictures: what they were drawn with.
 RECORD = "drawn_with.json"
 FLAGS = {"base": "--base_model_name_or_path", "personalized": "--pretrained_model_name_or_path"}
 TRAINED_PARTS = ("unet", "text_encoder", "text_encoder_2")
-# What loading raises; the Hub's errors are among them.
+# Copied from train_dreambooth_lipschitz.py
+# What comes of files that are missing, broken or of another model.
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+# Copied from train_dreambooth_lipschitz.py
+# Photos of telephones. Pillow reads them by another package.
+HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
+# Copied from train_dreambooth_lipschitz.py
+# Twice as many pixels are refused: 536 million, which cameras do not have yet.
+Image.MAX_IMAGE_PIXELS = 1 << 28
 MISFIT = "it was made for another base: name its own with --base_model_name_or_path"
 
 # What is asked of the subject, when no --prompts_file is given. The first part is for all.
@@ -140,13 +155,17 @@ OTHER_PROMPTS = [
 ]
 
 
+# Copied from train_dreambooth_lipschitz.py
 def stop(message: str | Exception) -> NoReturn:
     """Ends the run because of a mistake that its user can mend: one line on stderr for all processes, exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        line = " ".join(str(message).split())
+        line = line if len(line) <= 1000 else f"{line[:1000]} ..."  # libraries name each of a thousand tensors
+        print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
 
 
+# Copied from train_dreambooth_lipschitz.py
 class OneLineParser(argparse.ArgumentParser):
     """Reports a bad argument without repeating the whole usage."""
 
@@ -154,11 +173,27 @@ class OneLineParser(argparse.ArgumentParser):
         stop(message)
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
+# Copied from train_dreambooth_lipschitz.py
+def number(convert, minimum, exclusive=False, below=math.inf):
+    """An argparse type: a finite number that is at least, or `exclusive`ly above, the minimum, and `below` a limit."""
+
+    def parse(text):
+        value = convert(text)
+        if not minimum <= value < below or (exclusive and value == minimum):  # NaN is neither
+            bound = f"above {minimum}" if exclusive else f"at least {minimum}"
+            bound += f" and below {below}" if math.isfinite(below) else ""
+            raise argparse.ArgumentTypeError(f"must be a finite number {bound}, not {text}")
+        return value
+
+    # argparse names the type by this when `convert` itself fails.
+    parse.__name__ = convert.__name__
+    return parse
+
+
+# Copied from train_dreambooth_lipschitz.py
+positive_int, count = number(int, 1), number(int, 0)
+# Copied from train_dreambooth_lipschitz.py
+user_path = os.path.expanduser  # bash leaves the ~ of --flag=~/folder as it is
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -167,16 +202,22 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("models").add_argument
     add(
         "--pretrained_model_name_or_path",
+        type=user_path,
         required=True,
         help="Personalized model: folder or Hub name of an SD or SDXL pipeline, or of what goes onto the base: a LoRA"
-        f" ({LORA_WEIGHTS}) or a Custom Diffusion ({KEYS_VALUES}, {NEW_TOKENS}).",
+        f" ({LORA_FILE}) or a Custom Diffusion ({KEYS_VALUES_FILE}, {TOKENS_FILE}).",
     )
-    add("--base_model_name_or_path", required=True, help="The pipeline that it was made from: a folder or Hub name.")
+    add(
+        "--base_model_name_or_path",
+        type=user_path,
+        required=True,
+        help="The pipeline that it was made from: a folder or Hub name.",
+    )
     add("--revision", help="Git revision of the base on the Hub.")
     add("--variant", help="Variant of the base's weight files, such as fp16.")
 
     add = parser.add_argument_group("subject").add_argument
-    add("--instance_data_dir", required=True, help="Folder with the photos of the subject.")
+    add("--instance_data_dir", type=user_path, required=True, help="Folder with the photos of the subject.")
     add("--instance_token", required=True, help="The word that names it: sks.")
     add("--class_name", required=True, help="What it is: dog.")
     add(
@@ -187,10 +228,15 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--prompts_file",
+        type=user_path,
         help='Prompts of your own, one a line: "a {token} {class} in the snow". {0} and {1} mean the same; the file'
         " prompts_and_classes.txt of the DreamBooth data set is understood.",
     )
-    add("--other_prompts_file", help="Prompts that do not name the subject, one a line, {class} allowed.")
+    add(
+        "--other_prompts_file",
+        type=user_path,
+        help="Prompts that do not name the subject, one a line, {class} allowed.",
+    )
 
     add = parser.add_argument_group("pictures").add_argument
     add("--num_images_per_prompt", type=positive_int, default=4, help="Each from a seed of its own.")
@@ -202,8 +248,18 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=list(PRECISIONS), help="For drawing; default: fp16 on CUDA, else fp32.")
 
     add = parser.add_argument_group("measures").add_argument
-    add("--clip_model", default="openai/clip-vit-base-patch32", help="For CLIP-I, CLIP-T: a folder or Hub name.")
-    add("--dino_model", default="facebook/dino-vits16", help="For DINO; any vision transformer with a class token.")
+    add(
+        "--clip_model",
+        type=user_path,
+        default="openai/clip-vit-base-patch32",
+        help="For CLIP-I, CLIP-T: a folder or Hub name.",
+    )
+    add(
+        "--dino_model",
+        type=user_path,
+        default="facebook/dino-vits16",
+        help="For DINO; any vision transformer with a class token.",
+    )
     add(
         "--probes",
         type=positive_int,
@@ -213,8 +269,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--probe_timesteps", type=positive_int, default=10, help="Timesteps of the comparison, evenly spaced.")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="evaluation", help="Folder for the report, the figures and the pictures.")
-    add("--base_images_dir", help="Folder of the base's pictures, which evaluations of many models can share.")
+    add(
+        "--output_dir",
+        type=user_path,
+        default="evaluation",
+        help="Folder for the report, the figures and the pictures.",
+    )
+    add(
+        "--base_images_dir",
+        type=user_path,
+        help="Folder of the base's pictures, which evaluations of many models can share.",
+    )
     add("--overwrite", action="store_true", help="Draw afresh what was drawn with other models or settings.")
     add("--report_to", choices=["tensorboard", "wandb", "all"], help="Also log there, or to all that are installed.")
     # The words that a Custom Diffusion learned, with spaces between them: `check_models` finds them.
@@ -261,24 +326,133 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
 # What is wrong with the input is found here, before anything is loaded
 
 
+# Copied from train_dreambooth_lipschitz.py
+def read_text(flag: str, path: str | Path) -> str:
+    """What is in a text file, UTF-8 with or without a byte-order mark."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        stop(f"{flag}: cannot read {path}: {error}")
+
+
+# Copied from train_dreambooth_lipschitz.py
+@functools.cache
+def register_heif() -> bool:
+    """Lets Pillow read the photos of telephones, if pillow-heif is installed. Returns whether it is."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return True
+
+
+# Copied from train_dreambooth_lipschitz.py
+@functools.lru_cache(maxsize=16)
+def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    """From the colours of a profile to those of a screen. Raises `PyCMSError` if the profile is of another mode."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+# Copied from train_dreambooth_lipschitz.py
+def open_image(source: Path | bytes) -> Image.Image:
+    """
+    The image as a viewer shows it: upright, in sRGB, over white where it is transparent. Raises `ValueError` if its
+    numbers have no range that could be shown, and what Pillow raises if it is broken.
+    """
+    register_heif()
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        kind, profile, transparent = file.format, file.info.get("icc_profile"), file.has_transparency_data
+        image = exif_transpose(file)
+    alpha = None
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.int64)
+        if "transparency" in image.info:
+            alpha = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its numbers ({image.mode}, {kind}) have no range to show: save it with 8 or 16 bits")
+    elif transparent:
+        alpha = image.convert("RGBA").getchannel("A")
+        image = image.convert("L" if image.mode in ("L", "LA", "La") else "RGB")
+    elif image.mode in ("1", "P", "PA"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    try:
+        image = ImageCms.applyTransform(image, to_srgb(profile, image.mode)) if profile else image.convert("RGB")
+    except ImageCms.PyCMSError:  # broken, or for another kind of image: viewers show it without
+        image = image.convert("RGB")
+    return image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
+
+
+# Copied from train_dreambooth_lipschitz.py
+def check_image(flag: str, source: Path | bytes, name: str | Path) -> None:
+    """Stops unless the image can be shown."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            open_image(source)
+    except Image.DecompressionBombError:
+        stop(f"{flag}: {name} has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down")
+    except Exception as error:  # Pillow's decoders raise almost anything
+        stop(f"{flag}: {name} is broken or no image that can be shown: {error}")
+
+
+# Copied from train_dreambooth_lipschitz.py
+def find_images(flag: str, folder: str | Path) -> list[Path]:
+    """
+    The images of a folder, sorted by name and known to open. Other things in it are named in a warning, once, but for
+    text files of an image's name, which may be captions.
+    """
+    folder, with_heif = Path(folder), register_heif()
+    if not folder.is_dir():
+        stop(f"{flag}: there is no folder {folder}")
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images, others = [], []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in HEIF_SUFFIXES and path.is_file() and not with_heif:
+            stop(f"{flag}: {path} is a HEIC photo, which needs pillow-heif: pip install pillow-heif")
+        is_image = path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
+        (images if is_image else others).append(path)
+    for path in images:
+        check_image(flag, path, path)
+    captions = {path.with_suffix(".txt") for path in images}
+    others = [path.name for path in others if path not in captions]
+    if others:
+        logger.warning(f"{flag}: ignored, as they are no images: {', '.join(others)}")
+    return images
+
+
+# Copied from train_dreambooth_lipschitz.py
+def check_apart(
+    written: list[tuple[str, str | None]], read: list[tuple[str, str | None, bool]], names: Iterable[str] = ()
+) -> None:
+    """
+    Stops if what is written would stand among what is read, or take its place, whatever the folders are called.
+
+    Args:
+        written: Flag and folder.
+        read: Flag, folder or file, and whether all below it is read.
+        names: What is written below the first folder; a name that ends in "-" is the beginning of several.
+    """
+    for (flag, target), (other, source, is_deep) in itertools.product(written, read):
+        # A model that is not there is one on the Hub. Several subjects may share class images.
+        if target is None or source is None or flag == other or not (os.path.exists(source) or target == source):
+            continue
+        target, source = Path(os.path.realpath(target)), Path(os.path.realpath(source))
+        stands_in = target == source or (is_deep and source in target.parents)
+        if (flag, target) == (written[0][0], Path(os.path.realpath(written[0][1]))) and target in source.parents:
+            first = source.relative_to(target).parts[0]
+            stands_in = any(first.startswith(name) if name.endswith("-") else first == name for name in names)
+        if stands_in:
+            stop(f"{flag}: what is written to {target} would get among what {other} reads: choose another folder")
+
+
 def find_photos(folder: str) -> list[Path]:
     """The photos, sorted by name and known to open; other things in the folder are named in a warning."""
-    if not os.path.isdir(folder):
-        stop(f"--instance_data_dir: there is no folder {folder}")
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    photos, others = [], []
-    for path in sorted(Path(folder).iterdir()):
-        is_image = path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
-        (photos if is_image else others).append(path)
-    for path in photos:
-        try:
-            open_photo(path)
-        except Exception as error:  # Pillow's decoders raise almost anything
-            stop(f"--instance_data_dir: {path} is broken or no image: {error}")
+    photos = find_images("--instance_data_dir", folder)
     if not photos:
         stop(f"--instance_data_dir: there is no image in {folder}")
-    if others:
-        logger.warning(f"--instance_data_dir: ignored, as no images: {', '.join(path.name for path in others)}")
     if len(photos) == 1:
         logger.warning("With one photo, how alike photos are cannot be measured: what is compared to it stays empty.")
     return photos
@@ -286,17 +460,13 @@ def find_photos(folder: str) -> list[Path]:
 
 def open_photo(path: Path) -> Image.Image:
     """The middle square of a photo, which is what training sees of it."""
-    with Image.open(path) as file:
-        image = exif_transpose(file).convert("RGB")
+    image = open_image(path)
     return fit(image, (min(image.size),) * 2)
 
 
 def read_prompts(flag: str, path: str, subject_type: str) -> list[str]:
     """The templates in a file, with `{token}` and `{class}`, whether plain lines or DreamBooth's own format."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        stop(f"{flag}: cannot read {path}: {error}")
+    text = read_text(flag, path)
     if ".format(" in text:
         # prompts_and_classes.txt: two lists in Python under headings, after a table of classes.
         heading = "Live Subject Prompts" if subject_type == "live" else "Object Prompts"
@@ -357,7 +527,8 @@ def find_file(args: argparse.Namespace, model: str, name: str) -> Path | None:
     if os.path.isdir(source):
         return Path(source, name) if Path(source, name).is_file() else None
     if os.path.isfile(source):
-        stop(f"{FLAGS[model]}: {source} is a file: name the folder that it is in")
+        what = "save it as a folder, by diffusers' from_single_file and save_pretrained"
+        stop(f"{FLAGS[model]}: {source} is a file: name the folder that it is in, or, if it is a whole model, {what}")
     try:
         return Path(hf_hub_download(source, name, revision=revision))
     except EntryNotFoundError:
@@ -376,12 +547,16 @@ def check_models(args: argparse.Namespace) -> None:
     def read(model, name):
         path = find_file(args, model, name)
         try:
-            return json.loads(path.read_text()) if path else None
+            return json.loads(path.read_text(encoding="utf-8")) if path else None
         except ValueError as error:
             stop(f"{FLAGS[model]}: {path} is broken: {error}")
 
     classes = {model: (read(model, "model_index.json") or {}).get("_class_name") for model in MODELS}
-    args.kind = KINDS[next((file for file in KINDS if find_file(args, "personalized", file)), "model_index.json")]
+    found = [file for file in KINDS if find_file(args, "personalized", file)]
+    if len(found) > 1:
+        names = f"{FLAGS['personalized']}: {args.pretrained_model_name_or_path}"
+        stop(f"{names} holds several models, {' and '.join(found)}: leave only one there")
+    args.kind = KINDS[found[0] if found else "model_index.json"]
     for model in MODELS if args.kind == "pipeline" else MODELS[:1]:
         source, _ = source_of(args, model)
         if classes[model] is None:
@@ -402,10 +577,10 @@ def check_models(args: argparse.Namespace) -> None:
     if args.num_inference_steps > (most := scheduler.get("num_train_timesteps", 1000)):
         stop(f"--num_inference_steps must be at most {most}, which is all that the base has")
     if args.kind == "custom_diffusion":
-        path, words = find_file(args, "personalized", KEYS_VALUES), []
+        path, words = find_file(args, "personalized", KEYS_VALUES_FILE), []
         try:
             load_file(path)
-            if path := find_file(args, "personalized", NEW_TOKENS):
+            if path := find_file(args, "personalized", TOKENS_FILE):
                 words = read_new_words(path)
         except (*LOAD_ERRORS, TypeError) as error:
             stop(f"{FLAGS['personalized']}: {path} is broken: {error}")
@@ -495,7 +670,7 @@ def load_onto_base(args: argparse.Namespace, pipeline: Any) -> None:
 
 def load_lora(args: argparse.Namespace, pipeline: Any) -> None:
     """Puts a LoRA onto the base. Raises `ValueError` if a part of it finds no place, which diffusers only warns of."""
-    source = {"pretrained_model_name_or_path_or_dict": args.pretrained_model_name_or_path, "weight_name": LORA_WEIGHTS}
+    source = {"pretrained_model_name_or_path_or_dict": args.pretrained_model_name_or_path, "weight_name": LORA_FILE}
     pipeline.load_lora_weights(**source)
     in_file, *_ = pipeline.lora_state_dict(**source, unet_config=pipeline.unet.config)
     modules = [getattr(pipeline, part) for part in TRAINED_PARTS if hasattr(pipeline, part)]
@@ -511,7 +686,7 @@ def load_custom_diffusion(args: argparse.Namespace, pipeline: Any) -> None:
     has SD's by their names, (width,). For SDXL it has those of both encoders, (words, width), as `clip_l` and
     `clip_g`. Raises `ValueError` if the base has no such place.
     """
-    keys_values, tokens = (find_file(args, "personalized", file) for file in (KEYS_VALUES, NEW_TOKENS))
+    keys_values, tokens = (find_file(args, "personalized", file) for file in (KEYS_VALUES_FILE, TOKENS_FILE))
     unknown = pipeline.unet.load_state_dict(load_file(keys_values), strict=False).unexpected_keys
     if unknown:
         raise ValueError(f"{MISFIT} (which has no {unknown[0]})")
@@ -536,6 +711,29 @@ def wording(args: argparse.Namespace, model: str, text: str) -> str:
     return " ".join(text.split())
 
 
+# Copied from train_dreambooth_lipschitz.py
+def words_cut_off(prompt: str, tokenizers: list[PreTrainedTokenizerBase]) -> list[str]:
+    """The last words of a prompt, which stand beyond what a text encoder reads; of a word that is cut, all."""
+    words = prompt.split()
+    kept = len(words)
+    for tokenizer in tokenizers:
+        while kept and len(tokenizer(" ".join(words[:kept]), verbose=False).input_ids) > tokenizer.model_max_length:
+            kept -= 1
+    return words[kept:]
+
+
+def check_prompts(args: argparse.Namespace, pipeline: Any, images: list[dict[str, Any]]) -> None:
+    """Warns of each prompt that the text encoder does not read to its end, and stops where that loses the subject."""
+    tokenizers = [getattr(pipeline, name) for name in ("tokenizer", "tokenizer_2") if hasattr(pipeline, name)]
+    for prompt, kind in {image["text"]: image["kind"] for image in images}.items():
+        if not (cut := words_cut_off(prompt, tokenizers)):
+            continue
+        where = f"the text encoder does not read {cut} in {prompt!r}"
+        if kind == "subject" and set(args.instance_token.split()) & set(cut):
+            stop(f"--prompts_file: {where}, which names the subject: shorten it")
+        logger.warning(f"{where[0].upper()}{where[1:]}.")
+
+
 def plan_images(args: argparse.Namespace, prompts: dict[str, list[dict[str, str]]]) -> list[dict[str, Any]]:
     """What both models draw: kind, prompt, seed and file name of each picture. No picture depends on another one."""
     images = []
@@ -555,9 +753,9 @@ def digest_weights(args: argparse.Namespace, model: str) -> str:
     entry = find_file(args, model, next(file for file in KINDS if KINDS[file] == kind))
     if not os.path.isdir(source):
         return entry.parent.name
-    files = [entry, *Path(source).glob(NEW_TOKENS)] if kind == "custom_diffusion" else [entry]
+    files = [entry, *Path(source).glob(TOKENS_FILE)] if kind == "custom_diffusion" else [entry]
     if kind == "pipeline":
-        parts = [Path(source, name) for name in sorted(json.loads(entry.read_text()))]
+        parts = [Path(source, name) for name in sorted(json.loads(entry.read_text(encoding="utf-8")))]
         files = [path for part in parts if part.is_dir() for path in sorted(part.iterdir())]
     digest = hashlib.sha256()
     for path in [path for path in files if path.suffix in (".safetensors", ".bin", ".json")]:
@@ -803,7 +1001,7 @@ def parameter_drift(args: argparse.Namespace) -> dict[str, dict]:
             part: getattr(pipeline, part).get_input_embeddings().num_embeddings for part in parts if part != "unet"
         }
         if args.kind == "custom_diffusion":
-            keys_values = load_file(find_file(args, "personalized", KEYS_VALUES)).keys() & anchors["unet"].keys()
+            keys_values = load_file(find_file(args, "personalized", KEYS_VALUES_FILE)).keys() & anchors["unet"].keys()
             anchors["unet"] |= {name: anchors["unet"][name].detach().clone() for name in keys_values}
         load_onto_base(args, pipeline)
     check_weights(args, "personalized", pipeline)
@@ -1380,6 +1578,7 @@ def write_results(
 def main(args: argparse.Namespace) -> None:
     # What can be wrong is found, as far as loading shows it, before anything is written or drawn.
     accelerator = build_accelerator(args)
+    check_apart([("--output_dir", args.output_dir)], [("--instance_data_dir", args.instance_data_dir, False)])
     photos = find_photos(args.instance_data_dir)
     images = plan_images(args, build_prompts(args))
     check_models(args)
@@ -1398,6 +1597,8 @@ def main(args: argparse.Namespace) -> None:
     dtype, probes, predictions = PRECISIONS[args.precision], None, {}
     for model in MODELS:
         pipeline = load_pipeline(args, model, dtype).to(accelerator.device)
+        if model == "base":
+            check_prompts(args, pipeline, images)
         draw_images(args, accelerator, pipeline, model, images, folders[model])
         if probes is None:
             probes = build_probes(args, pipeline, probe_pictures(args, images, folders[model], photos))

@@ -1,6 +1,7 @@
 # DreamBooth for Stable Diffusion 1.x and 2.x with the Lipschitz penalty: full fine-tuning, LoRA or Custom Diffusion.
 # Flags and outputs of diffusers' train_dreambooth.py and train_dreambooth_lora.py, less what serves DeepFloyd IF; new
 # words as in train_custom_diffusion.py, photos and captions as in train_dreambooth_lora_sdxl.py. Holds no SDXL.
+# `make style` copies what it shares to train_dreambooth_lipschitz_sdxl.py and evaluate_dreambooth.py.
 """
 Teaches Stable Diffusion a subject from 3-6 photos, and keeps the rest of the model where it was, by the penalty of
 "Preserve and Personalize" (arXiv 2505.19519, Algorithm 1):
@@ -17,6 +18,7 @@ With `--lipschitz_weight=0` it is plain DreamBooth; with `--with_prior_preservat
 """
 
 import argparse
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -33,10 +35,10 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import diffusers
 import numpy as np
@@ -48,18 +50,20 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.training_utils import compute_snr
 from diffusers.utils import check_min_version, is_wandb_available, is_xformers_available
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.ImageOps import exif_transpose
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lipschitz_reg import InputMoment, LipschitzRegularizer, find_lora_adapters, record_inputs
+from lipschitz_reg.anchors import fingerprint
 
 
 if is_wandb_available():
@@ -70,22 +74,63 @@ check_min_version("0.40.0")
 
 logger = get_logger(__name__)
 
-PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
+# What this script trains, in the words that it shares with its sibling.
+Pipeline = StableDiffusionPipeline
+NoiseScheduler = DDPMScheduler
+FAMILY, TAG = "Stable Diffusion", "stable-diffusion"
+SIBLINGS = {"StableDiffusionXLPipeline": "train_dreambooth_lipschitz_sdxl.py"}
+TEXT_ENCODERS = ["text_encoder"]
+RESOLUTION = 512
 # Learning rates and folders of diffusers' scripts; weights of the paper's authors, and for LoRA one that was found in
-# the drawn world (docs/methods.md).
+# the drawn world (docs/methods.md). The first method is the default.
 DEFAULTS = {
     "full": {"learning_rate": 5e-6, "lipschitz_weight": 500.0, "output_dir": "dreambooth-model"},
     "lora": {"learning_rate": 5e-4, "lipschitz_weight": 1.0, "output_dir": "lora-dreambooth-model"},
     "custom_diffusion": {"learning_rate": 1e-5, "lipschitz_weight": 175.0, "output_dir": "custom-diffusion-model"},
 }
+# Of AdamW where there is no penalty.
+WEIGHT_DECAY = 1e-2
+METHOD_FLAGS = {
+    "lora": ["rank", "lora_alpha", "lora_dropout", "use_dora", "output_kohya_format", "lipschitz_lora"],
+    "custom_diffusion": ["modifier_token", "initializer_token"],
+}
+# The names of the models in files of kohya's trainer.
+KOHYA_NAMES = {"unet": "lora_unet", "text_encoder": "lora_te"}
+
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LORA_TARGETS = {
-    "unet": ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],
-    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
+    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
+    **dict.fromkeys(TEXT_ENCODERS, ["q_proj", "k_proj", "v_proj", "out_proj"]),
+}
+LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
+KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
+# Folders of a pipeline.
+PARTS = ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "safety_checker"]
+PARTS += ["feature_extractor", "image_encoder"]
+# By these words a result of this script is known, and a class image that it drew, with the prompt behind them.
+CARD_WORDS, CLASS_COMMENT = "personalized by DreamBooth", "Drawn for DreamBooth: "
+# In a checkpoint: what it was trained with, and since when.
+SETTINGS_FILE = "settings.json"
+# What a resumed run may have otherwise: it changes where things lie, what is logged and how fast it goes, or, as the
+# number of steps, is changed on purpose. What lies at the paths is compared itself.
+FREE_TO_CHANGE = {
+    *["pretrained_model_name_or_path", "revision", "variant", "pretrained_config", "tokenizer_name"],
+    *["pretrained_vae_model_name_or_path", "lipschitz_anchor_model", "instance_data_dir", "dataset_name"],
+    *["dataset_config_name", "image_column", "caption_column", "cache_dir", "concepts_list", "class_data_dir"],
+    *["drift_prompts_file", "output_dir", "resume_from_checkpoint", "dataloader_num_workers", "sample_batch_size"],
+    *["prior_generation_precision", "num_train_epochs", "max_train_steps", "lr_warmup_steps", "checkpointing_steps"],
+    *["checkpoints_total_limit", "lipschitz_anchor_device", "set_grads_to_none", "gradient_checkpointing"],
+    *["enable_xformers_memory_efficient_attention", "allow_tf32", "validation_prompt"],
+    *["num_validation_images", "validation_steps", "validation_epochs", "validation_scheduler", "drift_every"],
+    *["report_to", "logging_dir", "push_to_hub", "hub_token", "hub_model_id", "output_kohya_format"],
 }
 # What comes of files that are missing, broken or of another model.
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 INTERPOLATION = {mode.name.lower(): mode for mode in Image.Resampling}
+# Twice as many pixels are refused: 536 million, which cameras do not have yet.
+Image.MAX_IMAGE_PIXELS = 1 << 28
+# Photos of telephones. Pillow reads them by another package.
+HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 # Where drift is measured unless --drift_prompts_file says otherwise: no subject is named. Guidance needs the last.
 DRIFT_PROMPTS = [
     "a photo of a dog",
@@ -100,15 +145,21 @@ DRIFT_PROMPTS = [
 DRIFT_TIMESTEPS = 5
 # Of --lipschitz_inputs: enough to meet all noise levels; and weights that were found in the drawn world.
 RECORDED_STEPS, INPUTS_WEIGHTS = 10, {"full": 5.0, "lora": 0.2, "custom_diffusion": 0.08}
-LORA_FILE = "pytorch_lora_weights.safetensors"
-KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
 
 
 def stop(message: str | Exception) -> NoReturn:
     """Ends the run because of a mistake that its user can mend: one line on stderr for all processes, exit code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        line = " ".join(str(message).split())
+        line = line if len(line) <= 1000 else f"{line[:1000]} ..."  # libraries name each of a thousand tensors
+        print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def warn(message: str) -> None:
+    """Says what its user may not have meant, in one line, before there is a logger."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(__file__).name}: warning: {message}", file=sys.stderr)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -136,41 +187,71 @@ def number(convert, minimum, exclusive=False, below=math.inf):
 
 positive_int, count = number(int, 1), number(int, 0)
 non_negative, positive, share = number(float, 0), number(float, 0, exclusive=True), number(float, 0, below=1)
+user_path = os.path.expanduser  # bash leaves the ~ of --flag=~/folder as it is
 
 
-def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineParser(description="DreamBooth for Stable Diffusion 1.x and 2.x with the Lipschitz penalty.")
+def defaults_of(name: str) -> str:
+    """The default of a flag for each method, for its help."""
+    return ", ".join(f"{values[name]:g} for {method}" for method, values in DEFAULTS.items())
 
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("base model").add_argument
     add(
         "--pretrained_model_name_or_path",
         required=True,
-        help="Stable Diffusion pipeline: a folder, or a name on the Hub.",
+        type=user_path,
+        help=f"{FAMILY} pipeline: a folder, a name on the Hub, or one file, .safetensors or .ckpt.",
     )
     add("--revision", help="Git revision of the pipeline on the Hub.")
     add("--variant", help="Variant of its weight files, such as fp16; training is in float32 all the same.")
-    add("--tokenizer_name", help="Folder or Hub name of another tokenizer than the pipeline's.")
+    add(
+        "--pretrained_config",
+        type=user_path,
+        help="For a base in one file: a pipeline of the same kind, a folder or a name on the Hub, whose tokenizer and"
+        " configuration are taken; default: the model on the Hub that the file was made from.",
+    )
+    return add
 
+
+def add_method_arguments(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("method").add_argument
     add(
         "--method",
         choices=list(DEFAULTS),
-        default="full",
+        default=next(iter(DEFAULTS)),
         help="What is trained. full: all weights. lora: small matrices that are added to those of attention."
-        " custom_diffusion: keys and values of cross-attention, and the embeddings of --modifier_token.",
+        " custom_diffusion: keys and values of cross-attention, and the embeddings of --modifier_token. Default:"
+        " %(default)s.",
     )
     add("--rank", type=positive_int, help="lora: rank of the added matrices; default: 4.")
     add("--lora_alpha", type=positive_int, help="lora: they are scaled by this over the rank; default: the rank.")
     add("--lora_dropout", type=share, help="lora: share of their inputs left out in training; default: 0.")
     add("--use_dora", action="store_true", help="lora: train the lengths of the weights' rows apart from directions.")
+    add(
+        "--output_kohya_format",
+        action="store_true",
+        help="lora: save it with the names of kohya's trainer too, for other programs than diffusers.",
+    )
     add("--modifier_token", help='custom_diffusion: new words, one for each concept: "<new1>+<new2>".')
     add("--initializer_token", help="custom_diffusion: words whose meaning they begin with; default: ktn+pll+ucd.")
+    return add
 
+
+def add_subject_arguments(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("subject").add_argument
-    add("--instance_data_dir", help="Folder with the photos of the subject.")
-    add("--instance_prompt", help='What they show, a rare word included: "a photo of sks dog".')
+    add(
+        "--instance_data_dir",
+        type=user_path,
+        help="Folder with the photos of the subject. A text file of a photo's name, 1.txt for 1.jpg, is its caption.",
+    )
+    add(
+        "--instance_prompt",
+        help='What they show, a rare word included: "a photo of sks dog". Prompt of photos without a caption.',
+    )
     add(
         "--dataset_name",
+        type=user_path,
         help="Photos that may have captions of their own, instead of --instance_data_dir: a data set on the Hub, or a"
         " folder with photos and metadata.jsonl, whose lines are as"
         ' {"file_name": "1.jpg", "text": "a photo of sks dog in the snow"}. Its part train is read, or its only one.',
@@ -182,13 +263,19 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="Its column of captions, above text. A photo's caption is its prompt; one without a caption, and all"
         " photos where this is not given, have --instance_prompt.",
     )
-    add("--cache_dir", help="Folder for what of the data set is downloaded.")
+    add("--cache_dir", type=user_path, help="Folder for what of the data set is downloaded.")
     add(
         "--concepts_list",
+        type=user_path,
         help="Several subjects instead of one: a JSON list of objects with instance_data_dir and instance_prompt, and"
         " for prior preservation class_data_dir and class_prompt.",
     )
-    add("--resolution", type=positive_int, default=512, help="Side of the square training images, in pixels.")
+    add(
+        "--resolution",
+        type=positive_int,
+        default=RESOLUTION,
+        help="Side of the square training images, in pixels; default: %(default)s.",
+    )
     add(
         "--center_crop",
         action="store_true",
@@ -203,14 +290,17 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add("--repeats", type=positive_int, default=1, help="Times that each photo comes in an epoch.")
     add("--dataloader_num_workers", type=count, default=0, help="Processes that read images; 0: the main one.")
+    return add
 
+
+def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("Lipschitz penalty").add_argument
     add(
         "--lipschitz_weight",
         type=non_negative,
         help="Strength of the pull towards the pretrained weights, lambda in the paper. Too small: other prompts start"
         " to show the subject; too large: the subject is not learned. 0 attaches nothing: plain DreamBooth. Default:"
-        " 500 for full, 1 for lora, 175 for custom_diffusion.",
+        f" {defaults_of('lipschitz_weight')}.",
     )
     add(
         "--lipschitz_reduction",
@@ -236,8 +326,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--lipschitz_anchor_model",
-        help="Stable Diffusion pipeline to stay near to, a folder or a name on the Hub, where the base has been"
-        " personalized before and drift shall not add up; default: the base itself.",
+        type=user_path,
+        help=f"{FAMILY} pipeline to stay near to, a folder or a name on the Hub, where the base has been personalized"
+        " before and drift shall not add up; default: the base itself.",
     )
     add(
         "--lipschitz_lora",
@@ -245,19 +336,25 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="lora: penalize what is added to the weights (delta, the default), or its two factors one by one"
         " (factors: the authors' way, with their weight of 1e-7 and --lipschitz_reduction sum).",
     )
-
     add(
         "--lipschitz_inputs",
         action="store_true",
-        help="Measure the way of a weight from the base by how much it changes what its layer gives, for the inputs"
-        " that the layer gets while the model draws --drift_prompts_file before training, in"
+        help="Measure how far a weight has moved by how much that changes its layer's outputs on the inputs that the"
+        " layer has while the model draws --drift_prompts_file before training, in"
         f" {RECORDED_STEPS} steps each. In the drawn world other prompts drift less by that. The default weight is"
         f" then {', '.join(f'{weight:g} for {method}' for method, weight in INPUTS_WEIGHTS.items())}.",
     )
+    return add
 
+
+def add_prior_arguments(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("prior preservation").add_argument
     add("--with_prior_preservation", action="store_true", help="Train on images of the subject's class too.")
-    add("--class_data_dir", help="Folder of class images; those that are missing are drawn by the base model.")
+    add(
+        "--class_data_dir",
+        type=user_path,
+        help="Folder of class images; those that are missing are drawn by the base model.",
+    )
     add("--class_prompt", help='What the class images show: "a photo of dog".')
     add("--num_class_images", type=positive_int, default=100, help="Class images to train on.")
     add("--prior_loss_weight", type=non_negative, default=1.0, help="Weight of the class images in the loss.")
@@ -265,40 +362,57 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add(
         "--prior_generation_precision", choices=list(PRECISIONS), help="For drawing; default: fp16 on CUDA, else fp32."
     )
+    return add
 
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("training").add_argument
     add(
         "--output_dir",
-        help="Folder for the result, checkpoints and logs; default: dreambooth-model, for lora lora-dreambooth-model,"
-        " for custom_diffusion custom-diffusion-model.",
+        type=user_path,
+        help="Folder for the result, checkpoints and logs; default: "
+        + ", ".join(f"{values['output_dir']} for {method}" for method, values in DEFAULTS.items())
+        + ".",
     )
     add("--seed", type=number(int, 0, below=2**32), help="Makes a run repeatable.")
-    add("--train_text_encoder", action="store_true", help="Train, and penalize, the text encoder too.")
+    add("--train_text_encoder", action="store_true", help="Train, and penalize, what encodes the prompts too.")
     add("--train_batch_size", type=positive_int, default=4, help="Photos in a batch, per process.")
-    add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches per optimizer step.")
+    add(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=1,
+        help="Batches per optimizer step; the last step of an epoch has what is left.",
+    )
     add("--num_train_epochs", type=positive_int, default=1, help="Passes over the images.")
     add("--max_train_steps", type=positive_int, help="Optimizer steps; overrides --num_train_epochs.")
     add("--checkpointing_steps", type=positive_int, default=500, help="Optimizer steps between checkpoints.")
     add("--checkpoints_total_limit", type=positive_int, help="Checkpoints to keep; older ones are deleted.")
     add(
         "--resume_from_checkpoint",
-        help='A checkpoint folder, or "latest" for the last one in --output_dir. The settings of optimizer and penalty'
-        " are the checkpoint's then; the penalty still pulls to the pretrained model, which must be the same.",
+        type=user_path,
+        help='A checkpoint folder, or "latest" for the last one of the newest run in --output_dir. Photos, prompts and'
+        " settings must be those of that run; the penalty still pulls to the pretrained model.",
     )
-    add("--snr_gamma", type=non_negative, help="Min-SNR weighting of each sample's loss; 5.0 is usual.")
-    add("--offset_noise", action="store_true", help="Add noise that is constant over an image, for its brightness.")
-    add("--local_rank", type=int, default=-1, help="Set by some launchers; the variable LOCAL_RANK is what counts.")
+    add("--snr_gamma", type=positive, help="Min-SNR weighting of each sample's loss; 5.0 is usual.")
+    return add
 
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("optimizer").add_argument
     add(
         "--learning_rate",
         type=non_negative,
-        help="Peak learning rate; default: 5e-6, for lora 5e-4, for custom_diffusion 1e-5.",
+        help=f"Peak learning rate; default: {defaults_of('learning_rate')}.",
     )
     add("--scale_lr", action="store_true", help="Multiply it by processes, accumulation steps and batch size.")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedules, default="constant", help="How the learning rate changes.")
-    add("--lr_warmup_steps", type=count, default=500, help="Steps of rising rate, in schedules that have them.")
+    add(
+        "--lr_warmup_steps",
+        type=count,
+        help="Steps of rising rate, in all schedules but constant; default: 500, or half of the training where that is"
+        " less.",
+    )
     add("--lr_num_cycles", type=positive_int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=non_negative, default=1.0, help="Exponent of polynomial.")
     add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, with a quarter of the state.")
@@ -307,17 +421,20 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add(
         "--adam_weight_decay",
         type=non_negative,
-        help="Pull towards zero. 1e-2, or 0 with the Lipschitz penalty, which pulls towards the pretrained weights.",
+        help="Pull towards zero, where there is no Lipschitz penalty, which pulls towards the pretrained weights;"
+        f" default: {WEIGHT_DECAY:g}, with the penalty 0.",
     )
-    add("--adam_epsilon", type=non_negative, default=1e-8, help="Added to the denominator.")
+    add("--adam_epsilon", type=positive, default=1e-8, help="Added to the denominator.")
     add(
         "--max_grad_norm",
         type=non_negative,
         default=1.0,
-        help="Norm to which gradients of the denoising loss are clipped.",
+        help="Norm to which gradients of the denoising loss are clipped; 0: they are not.",
     )
-    add("--set_grads_to_none", action="store_true", help="Free gradients between steps instead of zeroing them.")
+    return add
 
+
+def add_memory_arguments(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("memory and speed").add_argument
     add("--gradient_checkpointing", action="store_true", help="Less memory for activations, slower steps.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Overrides the configuration of accelerate.")
@@ -327,12 +444,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="In place of PyTorch's own; CUDA only.",
     )
     add("--allow_tf32", action="store_true", help="Faster float32 products with a shorter mantissa; CUDA only.")
+    return add
 
+
+def add_logging_arguments(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("validation, logging, Hub").add_argument
     add("--validation_prompt", help="Draw images of this prompt during training and at its end.")
     add("--num_validation_images", type=positive_int, default=4, help="Images drawn each time.")
-    add("--validation_steps", type=positive_int, default=100, help="Optimizer steps from one time to the next.")
-    add("--validation_epochs", type=positive_int, help="Epochs from one time to the next, in place of steps.")
     add(
         "--drift_every",
         type=positive_int,
@@ -344,63 +462,93 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--drift_prompts_file",
+        type=user_path,
         help="Prompts for --drift_every and --lipschitz_inputs, one a line; default:"
         f" {len(DRIFT_PROMPTS)} of everyday things. Each costs 25 and {RECORDED_STEPS} steps of drawing, once, and"
         f" {DRIFT_TIMESTEPS} predictions in each measurement.",
     )
-    samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
-    add("--validation_scheduler", choices=samplers, default=samplers[0], help="What draws them, in 25 steps.")
-    add("--report_to", default="tensorboard", help='"tensorboard", "wandb", "comet_ml", or "all" that are installed.')
-    add("--logging_dir", default="logs", help="Folder of the logs, inside --output_dir.")
-    add("--push_to_hub", action="store_true", help="Upload the trained pipeline.")
+    add(
+        "--report_to",
+        default="tensorboard",
+        help='"tensorboard", "wandb", "comet_ml", "all" that are installed, or "none".',
+    )
+    add("--logging_dir", type=user_path, default="logs", help="Folder of the logs, inside --output_dir.")
+    add("--push_to_hub", action="store_true", help="Upload the result.")
     add("--hub_token", help="Token for it; better, log in with `hf auth login`.")
     add("--hub_model_id", help="Repository to upload to; by default named after --output_dir.")
+    return add
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(description="DreamBooth for Stable Diffusion 1.x and 2.x with the Lipschitz penalty.")
+    add = add_model_arguments(parser)
+    add("--tokenizer_name", type=user_path, help="Folder or Hub name of another tokenizer than the pipeline's.")
+    add_method_arguments(parser)
+    add_subject_arguments(parser)
+    add_lipschitz_arguments(parser)
+    add_prior_arguments(parser)
+    add = add_training_arguments(parser)
+    add("--offset_noise", action="store_true", help="Add noise that is constant over an image, for its brightness.")
+    add = add_optimizer_arguments(parser)
+    add(
+        "--set_grads_to_none",
+        action="store_true",
+        help="Free gradients between steps. That is so in any case; the flag is one of diffusers' script.",
+    )
+    add_memory_arguments(parser)
+    add = add_logging_arguments(parser)
+    add("--validation_steps", type=positive_int, default=100, help="Optimizer steps from one time to the next.")
+    add("--validation_epochs", type=positive_int, help="Epochs from one time to the next, in place of steps.")
+    samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
+    add("--validation_scheduler", choices=samplers, default=samplers[0], help="What draws them, in 25 steps.")
 
     args = parser.parse_args(input_args)
-
     check_method(args, parser.error)
     check_inputs(args, parser.error)
     for name, value in DEFAULTS[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if (args.lipschitz_mode == "projected") != (args.lipschitz_radius is not None):
-        parser.error("--lipschitz_mode projected and --lipschitz_radius need each other")
     if args.adam_weight_decay is None:
-        args.adam_weight_decay = 0.0 if args.lipschitz_weight > 0 else 1e-2
+        args.adam_weight_decay = 0.0 if args.lipschitz_weight > 0 else WEIGHT_DECAY
+    check_arguments(args, parser.error)
+    return args
+
+
+def check_arguments(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
+    """Refuses flags that do not go together, whatever the method."""
+    if (args.lipschitz_mode == "projected") != (args.lipschitz_radius is not None):
+        error("--lipschitz_mode projected and --lipschitz_radius need each other")
     if args.concepts_list is not None:
         for flag in ("instance_data_dir", "dataset_name", "instance_prompt", "class_data_dir", "class_prompt"):
             if getattr(args, flag) is not None:
-                parser.error(f"--concepts_list has photos and prompts of its own: leave out --{flag}")
+                error(f"--concepts_list has photos and prompts of its own: leave out --{flag}")
     elif args.instance_data_dir is None and args.dataset_name is None:
-        parser.error("--instance_data_dir is needed, or --dataset_name, or --concepts_list")
+        error("--instance_data_dir is needed, or --dataset_name, or --concepts_list")
     elif args.instance_data_dir is not None and args.dataset_name is not None:
-        parser.error("--instance_data_dir and --dataset_name both give photos: leave out one")
-    elif args.instance_prompt is None:
-        parser.error("--instance_prompt is needed, what the photos show")
+        error("--instance_data_dir and --dataset_name both give photos: leave out one")
+    elif not (args.instance_prompt or "").strip():
+        error("--instance_prompt is needed, what the photos show")
     elif args.with_prior_preservation:
         if args.class_data_dir is None:
-            parser.error("--with_prior_preservation needs --class_data_dir, a folder for the class images")
+            error("--with_prior_preservation needs --class_data_dir, a folder for the class images")
         if args.class_prompt is None:
-            parser.error("--with_prior_preservation needs --class_prompt, what the class images show")
+            error("--with_prior_preservation needs --class_prompt, what the class images show")
     elif args.class_data_dir is not None or args.class_prompt is not None:
-        warnings.warn("--class_data_dir and --class_prompt do nothing without --with_prior_preservation")
+        warn("--class_data_dir and --class_prompt do nothing without --with_prior_preservation")
     for flag in ("dataset_config_name", "caption_column"):
         if getattr(args, flag) is not None and args.dataset_name is None:
-            parser.error(f"--{flag} is about a data set: add --dataset_name")
+            error(f"--{flag} is about a data set: add --dataset_name")
     if args.drift_prompts_file is not None and args.drift_every is None and not args.lipschitz_inputs:
-        parser.error("--drift_prompts_file does nothing without --drift_every or --lipschitz_inputs")
+        error("--drift_prompts_file does nothing without --drift_every or --lipschitz_inputs")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
+        error("--lr_scheduler polynomial ends at a rate of 1e-7: --learning_rate must be above it")
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
-        parser.error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
-    return args
+        error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
 
 
 def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
     """Refuses flags that the method does not have, and fills in those that it has."""
-    flags = {
-        "lora": ["rank", "lora_alpha", "lora_dropout", "use_dora", "lipschitz_lora"],
-        "custom_diffusion": ["modifier_token", "initializer_token"],
-    }
-    for method, names in flags.items():
+    for method, names in METHOD_FLAGS.items():
         for name in names:
             if getattr(args, name) is not None and getattr(args, name) is not False and args.method != method:
                 error(f"--{name} is for --method {method}, not for --method {args.method}")
@@ -410,11 +558,13 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
         args.lora_alpha = args.lora_alpha or args.rank
         args.lora_dropout = args.lora_dropout or 0.0
         args.lipschitz_lora = args.lipschitz_lora or "delta"
+        if args.output_kohya_format and args.use_dora:
+            error("--output_kohya_format has no form of DoRA that programs agree on: leave out one")
         if args.lipschitz_lora == "delta" and args.lipschitz_mode == "proximal":
             error("--lipschitz_mode proximal has no closed form for LoRA: use coupled, or --lipschitz_lora factors")
     if args.method == "custom_diffusion":
         if args.train_text_encoder:
-            error("--method custom_diffusion trains new words, not the text encoder: leave out --train_text_encoder")
+            error("--method custom_diffusion trains new words, not text encoders: leave out --train_text_encoder")
         if args.modifier_token is None and args.initializer_token is not None:
             error("--initializer_token needs --modifier_token, the new words that begin with it")
         if args.modifier_token is not None:
@@ -450,10 +600,18 @@ def check_inputs(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
     elif args.lipschitz_weight == 0:
         error("--lipschitz_inputs does nothing with --lipschitz_weight 0")
     elif args.lipschitz_weight >= 20 * usual and args.lipschitz_reduction == "tensor_mean":
-        warnings.warn(
+        warn(
             f"--lipschitz_inputs has weights of another scale: {args.lipschitz_weight:g} is"
             f" {args.lipschitz_weight / usual:.0f} times the default; leave out --lipschitz_weight to take that"
         )
+
+
+def read_text(flag: str, path: str | Path) -> str:
+    """What is in a text file, UTF-8 with or without a byte-order mark."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        stop(f"{flag}: cannot read {path}: {error}")
 
 
 class Concept(NamedTuple):
@@ -468,17 +626,34 @@ def read_concepts(args: argparse.Namespace) -> list[Concept]:
     rows = [vars(args)]
     if args.concepts_list is not None:
         try:
-            rows = json.loads(Path(args.concepts_list).read_text())
-        except (OSError, ValueError) as error:
+            rows = json.loads(read_text("--concepts_list", args.concepts_list))
+        except ValueError as error:
             stop(f"--concepts_list: cannot read {args.concepts_list}: {error}")
         needed = Concept._fields if args.with_prior_preservation else Concept._fields[:2]
         if not rows or not isinstance(rows, list):
             stop(f"--concepts_list: {args.concepts_list} is not a list of concepts")
         for index, row in enumerate(rows):
-            missing = [name for name in needed if not (isinstance(row, dict) and isinstance(row.get(name), str))]
+            texts = [name for name in needed if isinstance(row, dict) and isinstance(row.get(name), str)]
+            missing = [name for name in needed if name not in texts or not row[name].strip()]
             if missing:
                 stop(f"--concepts_list: concept {index} of {args.concepts_list} lacks {', '.join(missing)}")
+            for name in ("instance_data_dir", "class_data_dir"):
+                if name in row:
+                    row[name] = user_path(row[name])
     return [Concept(*(row.get(name) for name in Concept._fields)) for row in rows]
+
+
+def accelerator_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"mixed_precision": args.mixed_precision}
+
+
+def needed_packages(args: argparse.Namespace) -> dict[str, str]:
+    """The packages that flags need, and only they."""
+    needed = {"--report_to tensorboard": "tensorboard"} if args.report_to == "tensorboard" else {}
+    needed |= {"--report_to wandb": "wandb"} if args.report_to == "wandb" else {}
+    needed |= {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam else {}
+    needed |= {"--dataset_name": "datasets"} if args.dataset_name is not None else {}
+    return needed | ({"--method lora": "peft"} if args.method == "lora" else {})
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -486,14 +661,17 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     # Before accelerate advises to install what is refused then.
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         stop("DEEPSPEED shards the weights, which this script does not support")
+    for flag, package in needed_packages(args).items():
+        if importlib.util.find_spec(package) is None:
+            stop(f"{flag} needs {package}: pip install {package}")
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
-            mixed_precision=args.mixed_precision,
-            log_with=args.report_to,
+            log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(
                 project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
             ),
+            **accelerator_options(args),
         )
     except ValueError as error:
         stop(error)
@@ -502,14 +680,6 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     # accelerate lets this pass, and trains in float32.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         stop("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
-    if args.report_to == "wandb" and not is_wandb_available():
-        stop("--report_to wandb needs wandb: pip install wandb")
-    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-        stop("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
-    if args.dataset_name is not None and importlib.util.find_spec("datasets") is None:
-        stop("--dataset_name needs datasets: pip install datasets")
-    if args.method == "lora" and importlib.util.find_spec("peft") is None:
-        stop("--method lora needs peft: pip install peft")
     if args.allow_tf32 and accelerator.device.type != "cuda":
         stop(f"--allow_tf32 needs a CUDA GPU, this is {accelerator.device.type}: leave it out")
     if args.enable_xformers_memory_efficient_attention:
@@ -538,34 +708,97 @@ class Example(NamedTuple):
     prompt: str
 
 
+@functools.cache
+def register_heif() -> bool:
+    """Lets Pillow read the photos of telephones, if pillow-heif is installed. Returns whether it is."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return True
+
+
+@functools.lru_cache(maxsize=16)
+def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    """From the colours of a profile to those of a screen. Raises `PyCMSError` if the profile is of another mode."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
 def open_image(source: Path | bytes) -> Image.Image:
-    """The image upright, as a camera meant it, and in RGB."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return exif_transpose(image).convert("RGB")
+    """
+    The image as a viewer shows it: upright, in sRGB, over white where it is transparent. Raises `ValueError` if its
+    numbers have no range that could be shown, and what Pillow raises if it is broken.
+    """
+    register_heif()
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        kind, profile, transparent = file.format, file.info.get("icc_profile"), file.has_transparency_data
+        image = exif_transpose(file)
+    alpha = None
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.int64)
+        if "transparency" in image.info:
+            alpha = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its numbers ({image.mode}, {kind}) have no range to show: save it with 8 or 16 bits")
+    elif transparent:
+        alpha = image.convert("RGBA").getchannel("A")
+        image = image.convert("L" if image.mode in ("L", "LA", "La") else "RGB")
+    elif image.mode in ("1", "P", "PA"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    try:
+        image = ImageCms.applyTransform(image, to_srgb(profile, image.mode)) if profile else image.convert("RGB")
+    except ImageCms.PyCMSError:  # broken, or for another kind of image: viewers show it without
+        image = image.convert("RGB")
+    return image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
 
 
 def check_image(flag: str, source: Path | bytes, name: str | Path) -> None:
+    """Stops unless the image can be shown."""
     try:
-        open_image(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            open_image(source)
+    except Image.DecompressionBombError:
+        stop(f"{flag}: {name} has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down")
     except Exception as error:  # Pillow's decoders raise almost anything
-        stop(f"{flag}: {name} is broken or no image: {error}")
+        stop(f"{flag}: {name} is broken or no image that can be shown: {error}")
 
 
 def find_images(flag: str, folder: str | Path) -> list[Path]:
-    """The images of a folder, sorted by name and known to open; other things in it are named in a warning, once."""
-    folder = Path(folder)
+    """
+    The images of a folder, sorted by name and known to open. Other things in it are named in a warning, once, but for
+    text files of an image's name, which may be captions.
+    """
+    folder, with_heif = Path(folder), register_heif()
     if not folder.is_dir():
         stop(f"{flag}: there is no folder {folder}")
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images, others = [], []
     for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in HEIF_SUFFIXES and path.is_file() and not with_heif:
+            stop(f"{flag}: {path} is a HEIC photo, which needs pillow-heif: pip install pillow-heif")
         is_image = path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
         (images if is_image else others).append(path)
     for path in images:
         check_image(flag, path, path)
+    captions = {path.with_suffix(".txt") for path in images}
+    others = [path.name for path in others if path not in captions]
     if others:
-        logger.warning(f"{flag}: ignored, as they are no images: {', '.join(path.name for path in others)}")
+        logger.warning(f"{flag}: ignored, as they are no images: {', '.join(others)}")
     return images
+
+
+def read_captions(flag: str, images: list[Path], prompt: str) -> list[Example]:
+    """The images, each with what is in the text file of its name, or else with the prompt."""
+    texts = {image: image.with_suffix(".txt") for image in images}
+    captions = {image: read_text(flag, text).strip() for image, text in texts.items() if text.is_file()}
+    captions = {image: " ".join(caption.split()) for image, caption in captions.items() if caption}
+    if captions:
+        logger.info(f"{flag}: {len(captions)} of {len(images)} photos have a caption of their own, in a text file.")
+    return [Example(image, captions.get(image, prompt)) for image in images]
 
 
 def read_dataset(args: argparse.Namespace) -> list[Example]:
@@ -589,6 +822,9 @@ def read_dataset(args: argparse.Namespace) -> list[Example]:
             stop(f"--{flag}: {name} has no column {column}; it has {', '.join(dataset.column_names)}")
     if not isinstance(dataset.features[args.image_column], datasets.Image):
         stop(f"--image_column: {args.image_column} of {name} holds no images")
+    texts = [key for key, feature in dataset.features.items() if getattr(feature, "dtype", None) == "string"]
+    if texts and args.caption_column is None:
+        logger.warning(f"--dataset_name: captions in {', '.join(texts)} are not used: --caption_column {texts[0]}")
     # Files as they are: the data set would decode each one anew, and cannot say which is broken.
     dataset = dataset.select_columns(list(set(columns.values())))
     dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
@@ -601,7 +837,7 @@ def read_dataset(args: argparse.Namespace) -> list[Example]:
         check_image("--dataset_name", source, label)
         if caption is not None and not isinstance(caption, str):
             stop(f"--caption_column: that of {label} is {caption!r}, which is no text")
-        examples.append(Example(source, caption or args.instance_prompt))
+        examples.append(Example(source, (caption or "").strip() or args.instance_prompt))
     return examples
 
 
@@ -616,14 +852,31 @@ def find_examples(args: argparse.Namespace, concepts: list[Concept]) -> tuple[li
             paths = find_images(flags[0], concept.instance_data_dir)
             if not paths:
                 stop(f"{flags[0]}: there is no image in {concept.instance_data_dir}")
-            photos.append([Example(path, concept.instance_prompt) for path in paths])
+            photos.append(read_captions(flags[0], paths, concept.instance_prompt))
         found = args.with_prior_preservation and os.path.exists(concept.class_data_dir)
         class_images.append(find_images(flags[1], concept.class_data_dir) if found else [])
+        check_class_prompt(flags[1], concept, class_images[-1])
     prompts = distinct_prompts(photos)
     for token in args.modifier_token.split("+") if args.modifier_token else []:
         if not any(token in prompt for prompt in prompts):
             stop(f"--modifier_token: {token} is in no prompt of a photo, so that it would not be learned")
     return photos, class_images
+
+
+def check_class_prompt(flag: str, concept: Concept, class_images: list[Path]) -> None:
+    """Warns of class images that a run like this one drew, for another prompt: it is in their comment."""
+    others = {}
+    for path in class_images:
+        with Image.open(path) as image:
+            comment = image.info.get("comment", b"")
+        prompt = comment.decode("utf-8", errors="replace") if isinstance(comment, bytes) else comment
+        if prompt.startswith(CLASS_COMMENT) and prompt != CLASS_COMMENT + concept.class_prompt:
+            others.setdefault(prompt.removeprefix(CLASS_COMMENT), []).append(path)
+    for prompt, paths in others.items():
+        logger.warning(
+            f"{flag}: {len(paths)} images in {concept.class_data_dir} were drawn for the prompt {prompt!r}, not for"
+            f" {concept.class_prompt!r}: choose another folder to draw new ones"
+        )
 
 
 def distinct_prompts(examples: list[list[Example]]) -> list[str]:
@@ -633,24 +886,67 @@ def distinct_prompts(examples: list[list[Example]]) -> list[str]:
 def read_drift_prompts(args: argparse.Namespace) -> list[str]:
     if args.drift_prompts_file is None:
         return DRIFT_PROMPTS
-    try:
-        lines = Path(args.drift_prompts_file).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        stop(f"--drift_prompts_file: cannot read {args.drift_prompts_file}: {error}")
+    lines = read_text("--drift_prompts_file", args.drift_prompts_file).splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         stop(f"--drift_prompts_file: {args.drift_prompts_file} holds no prompts")
     return prompts
 
 
+def describe_run(
+    args: argparse.Namespace, concepts: list[Concept], photos: list[list[Example]], drift_prompts: list[str]
+) -> dict[str, Any]:
+    """What makes a run what it is: the settings that change the result, and what it learns from, as JSON holds it."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
+    if args.with_prior_preservation:
+        settings["class_prompt"] = [concept.class_prompt for concept in concepts]
+    if args.lipschitz_inputs:
+        settings["drift_prompts_file"] = drift_prompts
+    digest = hashlib.sha256()
+    for image, prompt in itertools.chain(*photos):
+        data = image if isinstance(image, bytes) else image.read_bytes()
+        digest.update(f"{len(data)} {prompt}\n".encode())
+        digest.update(data)
+    settings["photos"] = digest.hexdigest()
+    return json.loads(json.dumps(settings))
+
+
+def read_settings(checkpoint: Path) -> dict[str, Any]:
+    """What `save_checkpoint` knew of the run; nothing where it did not write it, or something else is there."""
+    try:
+        return dict(json.loads(Path(checkpoint, SETTINGS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Stops unless the checkpoint is of a run with these settings. Those that it does not know are not compared."""
+    saved, differences = read_settings(checkpoint), []
+    words = {"photos": "other photos or captions", "base": "another base model"}
+    for name in [name for name in settings if name in saved and saved[name] != settings[name]]:
+        was, now = saved[name], settings[name]
+        if isinstance(was, list) and isinstance(now, list):
+            was, now = next(pair for pair in itertools.zip_longest(was, now) if pair[0] != pair[1])
+        if isinstance(was, bool):
+            differences.append(f"--{name}" if was else f"no --{name}")
+        else:
+            differences.append(words.get(name, f"--{name} {was} (now {now})"))
+    if differences:
+        stop(
+            f"--resume_from_checkpoint: {checkpoint} was trained with {', '.join(differences[:3])}: go on with the"
+            " same, or leave out --resume_from_checkpoint to start afresh"
+        )
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders `checkpoint-<step>` of a run, by step."""
-    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
-    return sorted((path for path in found if found[path]), key=lambda path: int(found[path][1]))
+    """The folders `checkpoint-<step>` of all runs: those of a run that began later are later, then by step."""
+    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
+    found = [path for path in steps if steps[path]]
+    return sorted(found, key=lambda path: (read_settings(path).get("began", 0.0), int(steps[path][1])))
 
 
-def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
-    """The complete checkpoint to resume from, or `None` to start afresh."""
+def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator, settings: dict[str, Any]) -> Path | None:
+    """The complete checkpoint to resume from, of a run with these settings, or `None` to start afresh."""
     if args.resume_from_checkpoint is None:
         return None
     if args.resume_from_checkpoint == "latest":
@@ -667,11 +963,13 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
         if checkpoint not in list_checkpoints(checkpoint.parent):
             stop(f"--resume_from_checkpoint: {checkpoint} is not named checkpoint-<step>")
 
-    needed = ["optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
+    check_settings(checkpoint, settings)
+    needed = [SETTINGS_FILE, "optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
+    needed += ["custom_checkpoint_0.pkl"] if args.lipschitz_weight > 0 else []
     if args.method == "full":
         needed += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
         if args.train_text_encoder:
-            needed += ["text_encoder/config.json", "text_encoder/model.safetensors"]
+            needed += [f"{name}/{file}" for name in TEXT_ENCODERS for file in ("config.json", "model.safetensors")]
     elif args.method == "lora":
         needed += [LORA_FILE]
     else:
@@ -683,33 +981,114 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
     if processes != accelerator.num_processes:
         how = f"{processes} processes, not {accelerator.num_processes}: accelerate launch --num_processes={processes}"
         stop(f"--resume_from_checkpoint: {checkpoint} is of a run of {how}")
-    lipschitz_state = Path(checkpoint, "custom_checkpoint_0.pkl")
-    if lipschitz_state.is_file() != (args.lipschitz_weight > 0):
-        how = "without the penalty: add" if args.lipschitz_weight > 0 else "with the penalty: leave out"
-        stop(f"--resume_from_checkpoint: {checkpoint} was trained {how} --lipschitz_weight 0")
-    if args.lipschitz_weight > 0:
-        try:
-            lipschitz_inputs = torch.load(lipschitz_state, weights_only=True).get("inputs", False)
-        except (*LOAD_ERRORS, EOFError, pickle.UnpicklingError) as error:
-            stop(f"--resume_from_checkpoint: cannot resume from {checkpoint}: {error}")
-        if lipschitz_inputs != args.lipschitz_inputs:
-            how = "with --lipschitz_inputs: add it" if lipschitz_inputs else "without --lipschitz_inputs: leave it out"
-            stop(f"--resume_from_checkpoint: {checkpoint} was trained {how}")
     return checkpoint
 
 
-def check_base(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path") -> None:
-    """Stops unless it is a Stable Diffusion pipeline. Reads only its index, the first file to be downloaded."""
+def read_index(args: argparse.Namespace, flag: str) -> dict[str, Any]:
+    """The index of a pipeline, the first file to be downloaded; of a base in one file that of its configuration."""
     source, index = getattr(args, flag[2:]), "model_index.json"
     revision = args.revision if source == args.pretrained_model_name_or_path else None
+    if os.path.isfile(source):
+        check_single_file(flag, source)
+        source, revision = args.pretrained_config, None
+        if source is None:
+            return {"_class_name": Pipeline.__name__}
+        flag = "--pretrained_config"
     try:
         path = Path(source, index) if os.path.isdir(source) else hf_hub_download(source, index, revision=revision)
-        name = json.loads(Path(path).read_text())["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        stop(f"{flag}: found no Stable Diffusion pipeline at {source}: {error}")
-    if name != "StableDiffusionPipeline":
-        other = ": use train_dreambooth_lipschitz_sdxl.py" if name == "StableDiffusionXLPipeline" else ""
-        stop(f"{flag}: {source} is a {name}, not a StableDiffusionPipeline (1.x or 2.x){other}")
+        parts = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {**parts, "_class_name": parts["_class_name"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        stop(f"{flag}: found no {FAMILY} pipeline at {source}: {error}")
+
+
+def check_single_file(flag: str, source: str) -> None:
+    """Stops unless the file may be a model with all of its parts."""
+    if Path(source).suffix not in (".safetensors", ".ckpt"):
+        stop(f"{flag}: {source} is no model: give a folder, a name on the Hub, or a .safetensors or .ckpt file")
+    if Path(source).suffix == ".safetensors":
+        try:
+            with safe_open(source, framework="pt") as file:
+                keys = list(file.keys())
+        except LOAD_ERRORS as error:
+            stop(f"{flag}: {source} is broken: {error}")
+        if not any(key.startswith("model.diffusion_model.") for key in keys):
+            what = "a LoRA" if any("lora" in key for key in keys) else "one of its parts"
+            stop(f"{flag}: {source} holds no whole model, perhaps {what}: give the file of a whole one, or a folder")
+
+
+def check_base(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path") -> dict[str, Any]:
+    """Stops unless it is a pipeline that can be trained here. Reads only its index, and returns it."""
+    source, parts = getattr(args, flag[2:]), read_index(args, flag)
+    if parts["_class_name"] != Pipeline.__name__:
+        sibling = SIBLINGS.get(parts["_class_name"])
+        other = f": use {sibling}" if sibling else ""
+        stop(f"{flag}: {source} is a {parts['_class_name']}, not a {Pipeline.__name__}{other}")
+    needed = ["unet", "vae", "scheduler", *TEXT_ENCODERS]
+    lacking = [name for name in needed if name in parts and parts[name][0] is None]
+    if lacking:
+        stop(f"{flag}: {source} has no {' and no '.join(lacking)}, so that it cannot be trained here")
+    return parts
+
+
+def check_scheduler(args: argparse.Namespace, parts: dict[str, Any]) -> None:
+    """Stops if the base was trained in another way than those that are known here."""
+    if "EDM" in str(parts.get("scheduler")):
+        base = args.pretrained_model_name_or_path
+        stop(f"--pretrained_model_name_or_path: {base} has a scheduler of EDM, which is not trained here")
+
+
+def check_apart(
+    written: list[tuple[str, str | None]], read: list[tuple[str, str | None, bool]], names: Iterable[str] = ()
+) -> None:
+    """
+    Stops if what is written would stand among what is read, or take its place, whatever the folders are called.
+
+    Args:
+        written: Flag and folder.
+        read: Flag, folder or file, and whether all below it is read.
+        names: What is written below the first folder; a name that ends in "-" is the beginning of several.
+    """
+    for (flag, target), (other, source, is_deep) in itertools.product(written, read):
+        # A model that is not there is one on the Hub. Several subjects may share class images.
+        if target is None or source is None or flag == other or not (os.path.exists(source) or target == source):
+            continue
+        target, source = Path(os.path.realpath(target)), Path(os.path.realpath(source))
+        stands_in = target == source or (is_deep and source in target.parents)
+        if (flag, target) == (written[0][0], Path(os.path.realpath(written[0][1]))) and target in source.parents:
+            first = source.relative_to(target).parts[0]
+            stands_in = any(first.startswith(name) if name.endswith("-") else first == name for name in names)
+        if stands_in:
+            stop(f"{flag}: what is written to {target} would get among what {other} reads: choose another folder")
+
+
+def check_folders(args: argparse.Namespace, concepts: list[Concept]) -> None:
+    """Stops if the run would write into what it reads, or over what no run like this one wrote."""
+    photos, classes = "--instance_data_dir", "--class_data_dir"
+    if args.concepts_list:
+        photos, classes = "--concepts_list, instance_data_dir", "--concepts_list, class_data_dir"
+    models = ["pretrained_model_name_or_path", "pretrained_config", "pretrained_vae_model_name_or_path"]
+    models += ["tokenizer_name", "lipschitz_anchor_model"]
+    read = [(f"--{name}", getattr(args, name, None), False) for name in models]
+    read += [("--dataset_name", args.dataset_name, True)]
+    written = [("--output_dir", args.output_dir), ("--cache_dir", args.cache_dir)]
+    for concept in concepts:
+        read.append((photos, concept.instance_data_dir, False))
+        if args.with_prior_preservation:
+            written.append((classes, concept.class_data_dir))
+            read.append((classes, concept.class_data_dir, False))
+    check_apart(written, read, [*PARTS, Path(args.logging_dir).parts[0], "checkpoint-", "tmp-"])
+    check_result(Path(args.output_dir))
+
+
+def check_result(output_dir: Path) -> None:
+    """Stops if there is a pipeline, or a part of one, that no run like this one wrote: it would be deleted."""
+    card = output_dir / "README.md"
+    own = card.is_file() and CARD_WORDS in card.read_text(encoding="utf-8", errors="replace")
+    found = [name for name in ("model_index.json", *PARTS) if (output_dir / name).exists()]
+    # What is left of a run that was killed while it replaced an earlier result.
+    if found and not own and not (output_dir / "tmp-pipeline").exists():
+        stop(f"--output_dir: {output_dir} holds {found[0]}, which is of no run like this one: choose another folder")
 
 
 def check_writable(flag: str, folder: str) -> None:
@@ -730,25 +1109,61 @@ def create_hub_repository(args: argparse.Namespace) -> str:
         stop(f"--push_to_hub: cannot create {name} on the Hub: {error}")
 
 
-def load_pipeline(
-    args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path", **options
-) -> StableDiffusionPipeline:
-    """The base, in float32 whatever its files hold: small updates would be lost in weights of fewer bits."""
-    source = getattr(args, flag[2:])
-    options = {"dtype": torch.float32, **options}
+def base_options(args: argparse.Namespace, flag: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What to load the base with: without safety checker, and with another tokenizer if asked for."""
+    options = {"safety_checker": None, "requires_safety_checker": False}
+    if args.tokenizer_name and getattr(args, flag[2:]) == args.pretrained_model_name_or_path:
+        try:
+            options["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
+        except LOAD_ERRORS as error:
+            stop(f"--tokenizer_name: cannot load {args.tokenizer_name}: {error}")
+    return options
+
+
+def result_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The base's safety checker, which only the result needs. Where it is missing, the result has none."""
+    source, name = args.pretrained_model_name_or_path, "safety_checker"
+    parts = {} if os.path.isfile(source) else read_index(args, "--pretrained_model_name_or_path")
+    if parts.get(name, [None])[0] is None:
+        return {}
+    options = {"revision": args.revision, "variant": args.variant, "dtype": torch.float32}
     try:
-        if source == args.pretrained_model_name_or_path:
-            options = {"revision": args.revision, "variant": args.variant, **options}
-            if args.tokenizer_name:
-                options["tokenizer"] = AutoTokenizer.from_pretrained(args.tokenizer_name, revision=args.revision)
-        pipeline = StableDiffusionPipeline.from_pretrained(source, **options)
+        checker = StableDiffusionSafetyChecker.from_pretrained(source, subfolder=name, **options)
+    except LOAD_ERRORS:
+        logger.warning(f"{source} names a safety checker that is not there: the result will be without one.")
+        return {}
+    return {name: checker, "requires_safety_checker": parts.get("requires_safety_checker", True)}
+
+
+def load_pipeline(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path", **options) -> Pipeline:
+    """The base, in float32 whatever its files hold: small updates would be lost in weights of fewer bits."""
+    source, dtype = getattr(args, flag[2:]), options.get("dtype", torch.float32)
+    options = {"dtype": dtype, **base_options(args, flag, dtype), **options}
+    try:
+        if os.path.isfile(source):
+            pipeline = Pipeline.from_single_file(source, config=args.pretrained_config, **options)
+        else:
+            if source == args.pretrained_model_name_or_path:
+                options = {"revision": args.revision, "variant": args.variant, **options}
+            pipeline = Pipeline.from_pretrained(source, **options)
     except LOAD_ERRORS as error:
-        stop(f"{flag}: cannot load {source}: {error}")
+        more = ""
+        if os.path.isfile(source) and args.pretrained_config is None:
+            more = " (name a pipeline folder of its kind with --pretrained_config)"
+        stop(f"{flag}: cannot load {source}: {error}{more}")
     for part, module in pipeline.components.items():
         weights = module.named_parameters() if isinstance(module, torch.nn.Module) else []
         lacking = [name for name, weight in weights if weight.is_meta]
         if lacking:
             stop(f"{flag}: the {part} of {source} lacks {lacking[0]}: its file is incomplete or of another version")
+    channels, latent = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if channels != latent:
+        stop(
+            f"{flag}: the U-Net of {source} takes {channels} channels, not {latent}: it is a model for inpainting or"
+            " another task than drawing from text, which cannot be trained here"
+        )
+    # Images go through it one by one: in float32 at 1024 pixels, each takes gigabytes.
+    pipeline.vae.enable_slicing()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -767,7 +1182,7 @@ def sample_class_images(
     indices = list(itertools.islice((i for i in itertools.count() if str(i) not in taken), missing))
     default = "fp16" if accelerator.device.type == "cuda" else "fp32"
     dtype = PRECISIONS[args.prior_generation_precision or default]
-    pipeline = load_pipeline(args, dtype=dtype, safety_checker=None, requires_safety_checker=False)
+    pipeline = load_pipeline(args, dtype=dtype)
     pipeline.to(accelerator.device)
     folder.mkdir(parents=True, exist_ok=True)
     with accelerator.split_between_processes(indices) as own:
@@ -780,7 +1195,7 @@ def sample_class_images(
             drawn = pipeline([concept.class_prompt] * len(batch), generator=generators).images
             for index, image in zip(batch, drawn):
                 name = f"{index}-{hashlib.sha1(image.tobytes(), usedforsecurity=False).hexdigest()}.jpg"
-                image.save(folder / f".{name}")
+                image.save(folder / f".{name}", comment=f"{CLASS_COMMENT}{concept.class_prompt}".encode())
                 os.replace(folder / f".{name}", folder / name)
     accelerator.wait_for_everyone()
     return images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
@@ -810,18 +1225,72 @@ def is_new_token(name: str) -> bool:
     return name.endswith("token_embedding.new")
 
 
-def add_tokens(args: argparse.Namespace, pipeline: StableDiffusionPipeline) -> None:
-    """Teaches tokenizer and text encoder the new tokens, which begin as the mean of their initializer's tokens."""
-    tokenizer, embedding = pipeline.tokenizer, pipeline.text_encoder.get_input_embeddings()
-    ids, rows = [], []
-    for token, initializer in zip(args.modifier_token.split("+"), args.initializer_token.split("+")):
-        rows.append(embedding.weight[tokenizer.encode(initializer, add_special_tokens=False)].detach().mean(0))
-        known = token in tokenizer.get_vocab()
-        tokenizer.add_tokens(token)
-        ids += tokenizer.encode(token, add_special_tokens=False)
-        if known or len(ids) != len(rows):
-            stop(f"--modifier_token: {token} is no new word to the tokenizer of the base, choose another")
-    pipeline.text_encoder.set_input_embeddings(NewTokenEmbedding(embedding, ids[0], torch.stack(rows)))
+def tokenizers_of(pipeline: Pipeline) -> list[PreTrainedTokenizerBase]:
+    """Those of `TEXT_ENCODERS`."""
+    return [getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in TEXT_ENCODERS]
+
+
+def text_encoders_of(pipeline: Pipeline) -> list[torch.nn.Module]:
+    return [getattr(pipeline, name) for name in TEXT_ENCODERS]
+
+
+def add_tokens(args: argparse.Namespace, pipeline: Pipeline) -> None:
+    """Teaches tokenizers and text encoders the new tokens, which begin as the mean of their initializer's tokens."""
+    for tokenizer, text_encoder in zip(tokenizers_of(pipeline), text_encoders_of(pipeline)):
+        embedding = text_encoder.get_input_embeddings()
+        ids, rows = [], []
+        for token, initializer in zip(args.modifier_token.split("+"), args.initializer_token.split("+")):
+            rows.append(embedding.weight[tokenizer.encode(initializer, add_special_tokens=False)].detach().mean(0))
+            known = token in tokenizer.get_vocab()
+            tokenizer.add_tokens(token)
+            ids += tokenizer.encode(token, add_special_tokens=False)
+            if known or len(ids) != len(rows):
+                stop(f"--modifier_token: {token} is no new word to the tokenizer of the base, choose another")
+        text_encoder.set_input_embeddings(NewTokenEmbedding(embedding, ids[0], torch.stack(rows)))
+        # Text encoders of SD and SDXL were published with a wrong id of the end of a prompt, for which they take the
+        # highest id to be the end: a new word, and SDXL's embedding of a prompt would not know what comes after it.
+        getattr(text_encoder, "text_model", text_encoder).eos_token_id = tokenizer.eos_token_id
+
+
+def words_cut_off(prompt: str, tokenizers: list[PreTrainedTokenizerBase]) -> list[str]:
+    """The last words of a prompt, which stand beyond what a text encoder reads; of a word that is cut, all."""
+    words = prompt.split()
+    kept = len(words)
+    for tokenizer in tokenizers:
+        while kept and len(tokenizer(" ".join(words[:kept]), verbose=False).input_ids) > tokenizer.model_max_length:
+            kept -= 1
+    return words[kept:]
+
+
+def check_prompts(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    concepts: list[Concept],
+    examples: list[list[Example]],
+    drift_prompts: list[str],
+) -> None:
+    """
+    Warns of each prompt that the text encoder does not read to its end. Stops where that loses a new word, or what an
+    instance prompt calls the subject: a word that the class prompt, if there is one, does not have.
+    """
+    tokenizers = tokenizers_of(pipeline)
+    limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    subjects = {concept.instance_prompt: set((concept.class_prompt or "").split()) for concept in concepts}
+    new_words = args.modifier_token.split("+") if args.modifier_token else []
+    others = [args.validation_prompt] if args.validation_prompt else []
+    others += drift_prompts if args.lipschitz_inputs or args.drift_every is not None else []
+    prompts = distinct_prompts(examples)
+    for prompt in dict.fromkeys(prompts + others):
+        cut = words_cut_off(prompt, tokenizers)
+        if not cut:
+            continue
+        kept, where = set(prompt.split()[: -len(cut)]), f"the text encoder reads {limit} tokens, and not {cut} in"
+        lost = [word for word in new_words if any(word in part for part in cut)]
+        if prompt in subjects:
+            lost += [word for word in cut if word not in kept | subjects[prompt]]
+        if lost and prompt in prompts:
+            stop(f"{lost[0]} would not be learned: {where} {prompt!r}: shorten it")
+        logger.warning(f"{where[0].upper()}{where[1:]} {prompt!r}.")
 
 
 def add_lora(args: argparse.Namespace, trained: dict[str, torch.nn.Module]) -> None:
@@ -841,63 +1310,84 @@ def add_lora(args: argparse.Namespace, trained: dict[str, torch.nn.Module]) -> N
         model.add_adapter(config)
 
 
-def choose_parameters(
-    args: argparse.Namespace, pipeline: StableDiffusionPipeline, dtype: torch.dtype
-) -> dict[str, torch.nn.Module]:
+def choose_parameters(args: argparse.Namespace, pipeline: Pipeline, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
     """
-    Makes the parameters that the method trains, and only those, require gradients. They stay in float32; the others of
-    these models go to `dtype`. Returns the models in which something is trained, by name.
+    Makes the parameters that the method trains, and only those, require gradients. They get the dtype of
+    `trained_dtype`; the others of these models go to `dtype`, but for a method that trains all. Returns the models in
+    which something is trained, by name.
     """
     trained = {"unet": pipeline.unet}
     if args.train_text_encoder or args.modifier_token:
-        trained["text_encoder"] = pipeline.text_encoder
-    if args.method == "full":
-        return trained
-    for model in trained.values():
-        model.requires_grad_(False)
+        trained |= dict(zip(TEXT_ENCODERS, text_encoders_of(pipeline)))
+    if args.method != "full":
+        for model in trained.values():
+            model.requires_grad_(False)
     if args.method == "lora":
         add_lora(args, trained)
-    else:
+    if args.method == "custom_diffusion":
         for name, parameter in pipeline.unet.named_parameters():
             parameter.requires_grad_(re.search(r"\.attn2\.to_[kv]\.", name) is not None)
         if args.modifier_token:
             add_tokens(args, pipeline)
+    dtypes = {True: trained_dtype(args), False: dtype}
     for model in trained.values():
         for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(dtypes[parameter.requires_grad])
     return trained
+
+
+def trained_dtype(args: argparse.Namespace) -> torch.dtype:
+    return torch.float32
+
+
+def choose_schedulers(args: argparse.Namespace, pipeline: Pipeline) -> NoiseScheduler:
+    """That of training; in the pipeline it puts that of validation."""
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = getattr(diffusers, args.validation_scheduler).from_config(pipeline.scheduler.config)
+    return noise_scheduler
+
+
+def probe_scheduler(pipeline: Pipeline) -> Any:
+    """What draws what drift is measured on, and what `record_lipschitz_inputs` records: whatever validation has."""
+    return DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
 
 
 def load_models(
     args: argparse.Namespace, dtype: torch.dtype
-) -> tuple[StableDiffusionPipeline, DDPMScheduler, dict[str, torch.nn.Module]]:
-    """The base, with the validation scheduler in place; the scheduler for training; the models to train, by name."""
-    pipeline = load_pipeline(args, safety_checker=None, requires_safety_checker=False)
-    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+) -> tuple[Pipeline, NoiseScheduler, dict[str, torch.nn.Module], str]:
+    """
+    The base, with the validation scheduler in place; the scheduler for training; the models to train, by name; and the
+    fingerprint of the base's U-Net.
+    """
+    pipeline = load_pipeline(args)
+    base = fingerprint(pipeline.unet.parameters())
+    noise_scheduler = choose_schedulers(args, pipeline)
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         stop(f"the base predicts {noise_scheduler.config.prediction_type}, which cannot be trained here")
-    pipeline.scheduler = getattr(diffusers, args.validation_scheduler).from_config(pipeline.scheduler.config)
     pipeline.vae.requires_grad_(False)
     trained = choose_parameters(args, pipeline, dtype)
     if args.gradient_checkpointing:
         pipeline.unet.enable_gradient_checkpointing()
-        if "text_encoder" in trained:
-            # The other kind has no gradient where the inputs of the first layer have none, as in LoRA.
-            pipeline.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        for name in TEXT_ENCODERS:
+            if name in trained:
+                # The other kind has no gradient where the inputs of the first layer have none, as in LoRA.
+                enable = getattr(trained[name], "activation_checkpointing_enable", None)
+                (enable or trained[name].gradient_checkpointing_enable)({"use_reentrant": False})
     if args.enable_xformers_memory_efficient_attention:
         try:
             pipeline.unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError, RuntimeError) as error:
             stop(f"--enable_xformers_memory_efficient_attention: xformers does not run here: {error}")
-    return pipeline, noise_scheduler, trained
+    return pipeline, noise_scheduler, trained, base
 
 
 class DreamBoothDataset(Dataset):
     """
     The photos of all concepts, each paired with a class image of its concept if there are any. An item is asked for by
-    its index and the seed of its crops and flips; it is the prompts of the one or two images, and the images as a
-    float tensor (1 or 2, 3, size, size) in [-1, 1].
+    its index and the seed of its crops and flips; it is the prompts of the one or two images, the images as a float
+    tensor (1 or 2, 3, size, size) in [-1, 1], and their sizes, of which SDXL is told, a float tensor (1 or 2, 6):
+    height and width of the file, top and left of this very crop in the scaled image, height and width of the crop, in
+    pixels.
     """
 
     def __init__(self, photos, class_images, size, center_crop=False, random_flip=False, interpolation="lanczos"):
@@ -919,10 +1409,12 @@ class DreamBoothDataset(Dataset):
         index, seed = draw
         rng = random.Random(seed)
         examples = self.rows[index]
-        return [example.prompt for example in examples], torch.stack([self.load(e.image, rng) for e in examples])
+        images, sizes = zip(*[self.load(example.image, rng) for example in examples])
+        return [example.prompt for example in examples], torch.stack(images), torch.tensor(sizes)
 
     def load(self, source, rng):
         image = open_image(source)
+        original = (image.height, image.width)
         scale = self.size / min(image.size)
         width, height = (max(self.size, int(side * scale)) for side in image.size)
         image = image.resize((width, height), self.interpolation)
@@ -931,7 +1423,8 @@ class DreamBoothDataset(Dataset):
         free = (width - self.size, height - self.size)
         left, top = (side // 2 if self.center_crop else rng.randint(0, side) for side in free)
         image = image.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+        return pixels, [float(side) for side in (*original, top, left, self.size, self.size)]
 
 
 class EpochSampler(Sampler):
@@ -977,35 +1470,83 @@ def build_dataloader(
     return accelerator.prepare(dataloader), sampler
 
 
-def group_parameters(trained: dict[str, torch.nn.Module]) -> list[dict]:
+def place_frozen_models(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: Pipeline,
+    trained: dict[str, torch.nn.Module],
+    dtype: torch.dtype,
+) -> None:
+    """Puts what is not trained on the device, in the dtype of mixed precision if it is right in that."""
+    pipeline.vae.to(accelerator.device)
+    if vae_is_right_in_half(args) and dtype != torch.float32:  # diffusers warns of every cast
+        pipeline.vae.to(dtype)
+    if TEXT_ENCODERS[0] not in trained:
+        for text_encoder in text_encoders_of(pipeline):
+            text_encoder.to(accelerator.device, dtype=dtype)
+
+
+def vae_is_right_in_half(args: argparse.Namespace) -> bool:
+    return True
+
+
+def rate_and_decay(args: argparse.Namespace, name: str) -> tuple[float, float]:
+    """Learning rate and weight decay of one of the models."""
+    return args.learning_rate, args.adam_weight_decay
+
+
+def group_parameters(
+    args: argparse.Namespace, accelerator: Accelerator, trained: dict[str, torch.nn.Module]
+) -> list[dict]:
     """The param groups. The penalty leaves new tokens alone: they have no pretrained value to be kept at."""
-    named = [row for model in trained.values() for row in model.named_parameters() if row[1].requires_grad]
-    groups = [{"params": [parameter for name, parameter in named if not is_new_token(name)]}]
-    new = [parameter for name, parameter in named if is_new_token(name)]
-    return groups + ([{"params": new, "lipschitz_weight": 0.0}] if new else [])
+    scale = 1
+    if args.scale_lr:
+        scale = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    groups = []
+    for name, model in trained.items():
+        rate, decay = rate_and_decay(args, name)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups.append({"params": parameters, "lr": rate * scale, "weight_decay": decay})
+        if name in TEXT_ENCODERS and args.modifier_token:
+            groups[-1]["lipschitz_weight"] = 0.0
+    return groups
 
 
 def build_optimizer(args: argparse.Namespace, accelerator: Accelerator, groups: list[dict]) -> torch.optim.Optimizer:
-    optimizer_class = torch.optim.AdamW
+    options = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.use_8bit_adam:
         import bitsandbytes
 
-        optimizer_class = bitsandbytes.optim.AdamW8bit
-    learning_rate = args.learning_rate
-    if args.scale_lr:
-        learning_rate *= args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    return optimizer_class(
-        groups,
-        lr=learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
+    return torch.optim.AdamW(groups, **options)
+
+
+def build_lr_scheduler(
+    args: argparse.Namespace, accelerator: Accelerator, optimizer: torch.optim.Optimizer, max_train_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The schedule of the learning rate. A warm-up that is not asked for takes half of the training at most."""
+    warmup = args.lr_warmup_steps
+    if warmup is None:
+        warmup = min(500, max_train_steps // 2)
+    elif warmup >= max_train_steps and args.lr_scheduler != "constant":
+        logger.warning(
+            f"--lr_warmup_steps {warmup} is as long as the training of {max_train_steps} steps: the learning rate only"
+            f" reaches {(max_train_steps - 1) / warmup:.0%} of --learning_rate"
+        )
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        # accelerate advances the schedule once per process at each step.
+        num_warmup_steps=warmup * accelerator.num_processes,
+        num_training_steps=max_train_steps * accelerator.num_processes,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
     )
 
 
 def record_lipschitz_inputs(
     accelerator: Accelerator,
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     trained: dict[str, torch.nn.Module],
     prompts: list[str],
 ) -> dict[torch.Tensor, InputMoment]:
@@ -1023,7 +1564,7 @@ def record_lipschitz_inputs(
 def attach_lipschitz(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     optimizer: torch.optim.Optimizer,
     trained: dict[str, torch.nn.Module],
     drift_prompts: list[str],
@@ -1035,9 +1576,7 @@ def attach_lipschitz(
     if args.method == "lora":
         adapters = [adapter for name in trained for adapter in find_lora_adapters(trained[name], prefix=name)]
     if args.lipschitz_anchor_model is not None:
-        anchor_model = load_pipeline(
-            args, "--lipschitz_anchor_model", safety_checker=None, requires_safety_checker=False
-        )
+        anchor_model = load_pipeline(args, "--lipschitz_anchor_model")
         for name, model in trained.items():
             weights = getattr(anchor_model, name).state_dict()
             for key, parameter in model.named_parameters():
@@ -1069,63 +1608,154 @@ def attach_lipschitz(
 
 
 def encode_prompts(
-    prompts: list[str], tokenizer: PreTrainedTokenizerBase, text_encoder: torch.nn.Module
-) -> torch.Tensor:
-    """Embeddings (prompts, tokens, width) of the prompts."""
+    prompts: list[str], tokenizers: list[PreTrainedTokenizerBase], text_encoders: list[torch.nn.Module]
+) -> dict[str, torch.Tensor]:
+    """What the U-Net is given of the prompts: `prompt_embeds`, (prompts, tokens, width)."""
+    (tokenizer,), (text_encoder,) = tokenizers, text_encoders
     tokens = tokenizer(
         prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
     ids = tokens.input_ids.to(next(text_encoder.parameters()).device)
-    # In parts: a data set may have thousands of captions.
-    return torch.cat([text_encoder(part, return_dict=False)[0] for part in ids.split(64)])
+    return {"prompt_embeds": text_encoder(ids, return_dict=False)[0]}
+
+
+def encode_for_pipeline(pipeline: Pipeline, prompt: str | None) -> dict[str, torch.Tensor]:
+    """What the pipeline takes in place of a prompt, and of none for guidance."""
+    models = tokenizers_of(pipeline), text_encoders_of(pipeline)
+    embeds, negative_embeds = (encode_prompts([text], *models)["prompt_embeds"] for text in (prompt or "", ""))
+    return {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
+
+
+@torch.no_grad()
+def encode_once(
+    args: argparse.Namespace, pipeline: Pipeline, prompts: list[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """
+    What `encode_prompts` gives for all prompts of a run, and `encode_for_pipeline` for that of validation. What
+    encodes them is frozen, and makes room then.
+    """
+    models = tokenizers_of(pipeline), text_encoders_of(pipeline)
+    encoded = [encode_prompts(prompts[start : start + 16], *models) for start in range(0, len(prompts), 16)]
+    conditions = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
+    validation_embeds = encode_for_pipeline(pipeline, args.validation_prompt)
+    del models
+    for name in TEXT_ENCODERS:
+        setattr(pipeline, name, None)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return conditions, validation_embeds
+
+
+def predict(
+    unet: torch.nn.Module,
+    noisy_latents: torch.Tensor,
+    timesteps: torch.Tensor,
+    conditions: dict[str, torch.Tensor],
+    sizes: torch.Tensor,
+) -> torch.Tensor:
+    """The U-Net's output. It is not told of sizes."""
+    return unet(noisy_latents, timesteps, conditions["prompt_embeds"], return_dict=False)[0]
+
+
+def latent_statistics(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the latents, each (channels, 1, 1), by which some autoencoders have them normalized."""
+    mean, deviation = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
+    if mean is None or deviation is None:
+        mean, deviation = [0.0], [1.0]
+    return tuple(torch.tensor(row, device=vae.device).view(-1, 1, 1) for row in (mean, deviation))
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """Float32 latents of a batch of images."""
+    mean, deviation = latent_statistics(vae)
+    latents = vae.encode(images.to(vae.dtype)).latent_dist.sample().float()
+    return (latents - mean) * vae.config.scaling_factor / deviation
+
+
+@torch.no_grad()
+def decode_latents(pipeline: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
+    """
+    What the pipeline itself does, but out of reach of autocast, in which SDXL's autoencoder gives NaN: float16 cannot
+    hold its activations.
+    """
+    mean, deviation = latent_statistics(pipeline.vae)
+    latents = latents.float() * deviation / pipeline.vae.config.scaling_factor + mean
+    images = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
+    return pipeline.image_processor.postprocess(images)
 
 
 def compute_loss(
     args: argparse.Namespace,
-    noise_scheduler: DDPMScheduler,
+    noise_scheduler: NoiseScheduler,
     vae: AutoencoderKL,
     unet: torch.nn.Module,
-    prompt_embeds: torch.Tensor,
+    conditions: dict[str, torch.Tensor],
     images: torch.Tensor,
+    sizes: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The denoising loss of a batch.
 
     Args:
-        prompt_embeds: (images, tokens, width), first of all photos, then of all class images.
-        images: (batch, 1 or 2, 3, height, width), as the dataset gives them.
+        conditions: What `encode_prompts` gives, first for all photos, then for all class images.
+        images, sizes: (batch, 1 or 2, 3, height, width) and (batch, 1 or 2, 6), as the dataset gives them.
 
     Returns:
         The losses on the photos and on the class images (zero if there are none), each a mean over its samples.
     """
     batch_size, kinds = images.shape[:2]
     # All photos come first, then all class images: one pass through the models for both.
-    images = images.transpose(0, 1).flatten(0, 1)
-    with torch.no_grad():
-        latents = vae.encode(images.to(vae.dtype)).latent_dist.sample().float() * vae.config.scaling_factor
-    noise = torch.randn_like(latents)
-    if args.offset_noise:
-        noise += 0.1 * torch.randn_like(latents[:, :, :1, :1])
-    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device)
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-    prediction = unet(noisy_latents, timesteps, prompt_embeds, return_dict=False)[0].float()
+    images, sizes = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (images, sizes))
 
-    v_prediction = noise_scheduler.config.prediction_type == "v_prediction"
-    target = noise_scheduler.get_velocity(latents, noise, timesteps) if v_prediction else noise
-    losses = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
-    if args.snr_gamma is not None:
-        # Min-SNR (arXiv 2303.09556), for each sample by its own timestep. A loss on v is the loss on the image times
-        # SNR + 1; one on the noise, times SNR.
-        snr = compute_snr(noise_scheduler, timesteps)
-        losses = losses * snr.clamp(max=args.snr_gamma) / (snr + 1 if v_prediction else snr)
+    def denoise(noisy_latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        return predict(unet, noisy_latents, timesteps, conditions, sizes).float()
+
+    losses = sample_losses(args, noise_scheduler, denoise, encode_images(vae, images))
     instance_loss = losses[:batch_size].mean()
     return instance_loss, losses[batch_size:].mean() if kinds == 2 else torch.zeros_like(instance_loss)
 
 
+def sample_losses(
+    args: argparse.Namespace,
+    noise_scheduler: NoiseScheduler,
+    denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+) -> torch.Tensor:
+    """The loss of each sample."""
+    noise = torch.randn_like(latents)
+    if args.offset_noise:
+        noise += 0.1 * torch.randn_like(latents[:, :, :1, :1])
+    return diffusion_losses(noise_scheduler, denoise, latents, noise, args.snr_gamma)
+
+
+def diffusion_losses(
+    noise_scheduler: DDPMScheduler,
+    denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    snr_gamma: float | None,
+) -> torch.Tensor:
+    """The loss of each sample: the error of the predicted noise or velocity, at a timestep of its own."""
+    timesteps = torch.randint(noise_scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device)
+    prediction = denoise(noise_scheduler.add_noise(latents, noise, timesteps), timesteps)
+    v_prediction = noise_scheduler.config.prediction_type == "v_prediction"
+    target = noise_scheduler.get_velocity(latents, noise, timesteps) if v_prediction else noise
+    losses = F.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
+    if snr_gamma is not None:
+        # Min-SNR (arXiv 2303.09556), for each sample by its own timestep. A loss on v is the loss on the image times
+        # SNR + 1; one on the noise, times SNR. Where nothing is left of the image, SNR is 0, and min(SNR, gamma) / SNR
+        # is the limit, 1.
+        snr = compute_snr(noise_scheduler, timesteps)
+        weights = snr.clamp(max=snr_gamma) / (snr + 1) if v_prediction else (snr_gamma / snr).clamp(max=1)
+        losses = losses * weights
+    return losses
+
+
 @contextmanager
-def evaluating(pipeline: StableDiffusionPipeline) -> Iterator[None]:
+def evaluating(pipeline: Pipeline) -> Iterator[None]:
     """No dropout, and no gradients, in the models of the pipeline that may be in training."""
-    models = [model for model in (pipeline.unet, pipeline.text_encoder) if model is not None]
+    models = [model for model in (pipeline.unet, *text_encoders_of(pipeline)) if model is not None]
     modes = [model.training for model in models]
     for model in models:
         model.eval()
@@ -1137,19 +1767,18 @@ def evaluating(pipeline: StableDiffusionPipeline) -> Iterator[None]:
 
 def draw_latents(
     accelerator: Accelerator,
-    base: StableDiffusionPipeline,
+    base: Pipeline,
     prompts: list[str],
     num_inference_steps: int,
     generator: torch.Generator,
 ) -> torch.Tensor:
     """A picture of each prompt before it is decoded: (prompts, channels, height, width), float32."""
     latents, validation_scheduler = [], base.scheduler
-    base.scheduler = DPMSolverMultistepScheduler.from_config(base.scheduler.config)  # whatever draws the validation
+    base.scheduler = probe_scheduler(base)
     with evaluating(base), accelerator.autocast():
-        *embeds, unconditional = encode_prompts([*prompts, ""], base.tokenizer, base.text_encoder).split(1)
         options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "latent"}
-        for row in tqdm(embeds, desc="Base draws", disable=not accelerator.is_main_process):
-            latents.append(base(prompt_embeds=row, negative_prompt_embeds=unconditional, **options).images.float())
+        for prompt in tqdm(prompts, desc="Base draws", disable=not accelerator.is_main_process):
+            latents.append(base(**encode_for_pipeline(base, prompt), **options).images.float())
     base.scheduler = validation_scheduler
     return torch.cat(latents)
 
@@ -1159,24 +1788,29 @@ class Probes(NamedTuple):
     The points at which predictions are compared with the base's: a latent for each prompt, noised to each timestep.
 
     Args:
-        prompt_embeds: (prompts, tokens, width), from the text encoder as it was before training.
+        conditions: What `encode_prompts` gave for the prompts before training.
+        sizes: (6), those of an image of the base's own size.
         timesteps: (prompts * timesteps), those of the first prompt first.
-        noisy_latents: (prompts * timesteps, channels, height, width), float32.
+        noisy_latents: (prompts * timesteps, channels, height, width), float32, as the U-Net takes them.
+        coefficients: x and y, each (prompts * timesteps, 1, 1, 1), with which the noise that the U-Net sees in its
+            noisy latents is x * noisy latents + y * output.
         base_noise: The noise that the base sees in them.
     """
 
     prompts: list[str]
-    prompt_embeds: torch.Tensor
+    conditions: dict[str, torch.Tensor]
+    sizes: torch.Tensor
     timesteps: torch.Tensor
     noisy_latents: torch.Tensor
+    coefficients: tuple[torch.Tensor, torch.Tensor]
     base_noise: torch.Tensor | None = None
 
 
 def build_probes(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    pipeline: StableDiffusionPipeline,
-    noise_scheduler: DDPMScheduler,
+    pipeline: Pipeline,
+    noise_scheduler: NoiseScheduler,
     prompts: list[str],
 ) -> Probes:
     """
@@ -1186,7 +1820,7 @@ def build_probes(
     began = time.perf_counter()
     base = pipeline
     if args.lipschitz_anchor_model is not None:
-        base = load_pipeline(args, "--lipschitz_anchor_model", safety_checker=None, requires_safety_checker=False)
+        base = load_pipeline(args, "--lipschitz_anchor_model")
         base.scheduler = pipeline.scheduler
         base.to(accelerator.device)
     # A generator of its own: training goes the same way with and without probes.
@@ -1194,44 +1828,52 @@ def build_probes(
     latents = draw_latents(accelerator, base, prompts, 25, generator).repeat_interleave(DRIFT_TIMESTEPS, dim=0)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     steps = noise_scheduler.config.num_train_timesteps
-    timesteps = [int((i + 0.5) * steps / DRIFT_TIMESTEPS) for i in range(DRIFT_TIMESTEPS)] * len(prompts)
-    timesteps = torch.tensor(timesteps, device=latents.device)
+    indices = [int((i + 0.5) * steps / DRIFT_TIMESTEPS) for i in range(DRIFT_TIMESTEPS)] * len(prompts)
     with evaluating(pipeline), accelerator.autocast():
-        prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, pipeline.text_encoder)
-    probes = Probes(prompts, prompt_embeds, timesteps, noise_scheduler.add_noise(latents, noise, timesteps))
-    probes = probes._replace(base_noise=predict_noise(args, accelerator, base, noise_scheduler, probes))
+        conditions = encode_prompts(prompts, tokenizers_of(pipeline), text_encoders_of(pipeline))
+    size = base.unet.config.sample_size * base.vae_scale_factor
+    sizes = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32, device=latents.device)
+    probes = Probes(prompts, conditions, sizes, *add_probe_noise(noise_scheduler, latents, noise, indices))
+    probes = probes._replace(base_noise=predict_noise(args, accelerator, base, probes))
     logger.info(f"The base's predictions on {len(latents)} probes took {time.perf_counter() - began:.1f} s.")
     return probes
 
 
+def add_probe_noise(
+    noise_scheduler: NoiseScheduler, latents: torch.Tensor, noise: torch.Tensor, indices: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """The timesteps, noisy latents and coefficients of `Probes`, for latents of which each has its index of a step."""
+    timesteps = torch.tensor(indices, device=latents.device)
+    a = noise_scheduler.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
+    noisy_latents = a.sqrt() * latents + (1 - a).sqrt() * noise
+    if noise_scheduler.config.prediction_type == "v_prediction":
+        # v = sqrt(a) noise - sqrt(1 - a) latents (arXiv 2202.00512).
+        return timesteps, noisy_latents, ((1 - a).sqrt(), a.sqrt())
+    return timesteps, noisy_latents, (torch.zeros_like(a), torch.ones_like(a))
+
+
 def predict_noise(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    pipeline: StableDiffusionPipeline,
-    noise_scheduler: DDPMScheduler,
-    probes: Probes,
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: Pipeline, probes: Probes
 ) -> torch.Tensor:
     """The noise that the pipeline sees in the noisy latents of the probes: of their shape, float64, on the CPU."""
-    prompt_embeds, noisy, timesteps = probes.prompt_embeds, probes.noisy_latents, probes.timesteps
+    conditions, output = probes.conditions, []
     with evaluating(pipeline), accelerator.autocast():
-        if pipeline.text_encoder is not None:
-            prompt_embeds = encode_prompts(probes.prompts, pipeline.tokenizer, pipeline.text_encoder)
-        prompt_embeds = prompt_embeds.repeat_interleave(DRIFT_TIMESTEPS, dim=0)
+        if text_encoders_of(pipeline)[0] is not None:
+            conditions = encode_prompts(probes.prompts, tokenizers_of(pipeline), text_encoders_of(pipeline))
+        conditions = {name: rows.repeat_interleave(DRIFT_TIMESTEPS, dim=0) for name, rows in conditions.items()}
         # No more at a time than in training, which the memory is known to hold.
-        batches = zip(*(rows.split(args.train_batch_size) for rows in (noisy, timesteps, prompt_embeds)))
-        output = torch.cat([pipeline.unet(*batch, return_dict=False)[0].float() for batch in batches])
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        # v = sqrt(a) noise - sqrt(1 - a) latents (arXiv 2202.00512), noisy = sqrt(a) latents + sqrt(1 - a) noise.
-        a = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
-        output = a.sqrt() * output + (1 - a).sqrt() * noisy
-    return output.cpu().double()
+        for part in torch.arange(len(probes.timesteps)).split(args.train_batch_size):
+            rows = {name: conditions[name][part] for name in conditions}
+            batch = probes.noisy_latents[part], probes.timesteps[part], rows, probes.sizes.expand(len(part), -1)
+            output.append(predict(pipeline.unet, *batch).float())
+    of_input, of_output = probes.coefficients
+    return (of_input * probes.noisy_latents + of_output * torch.cat(output)).cpu().double()
 
 
 def measure_drift(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    pipeline: StableDiffusionPipeline,
-    noise_scheduler: DDPMScheduler,
+    pipeline: Pipeline,
     probes: Probes,
     lipschitz: LipschitzRegularizer | None,
 ) -> dict[str, float]:
@@ -1241,7 +1883,7 @@ def measure_drift(
     the denoiser's Lipschitz constant in its parameters (arXiv 2505.19519) cannot be below; `drift/seconds` it took.
     """
     began = time.perf_counter()
-    noise = predict_noise(args, accelerator, pipeline, noise_scheduler, probes)
+    noise = predict_noise(args, accelerator, pipeline, probes)
     change, size = (row.flatten(1).norm(dim=1) for row in (noise - probes.base_noise, probes.base_noise))
     logs = {"drift/prediction": (change / size).mean().item()}
     lipschitz_drift = lipschitz.metrics()["lipschitz/drift"] if lipschitz else 0.0
@@ -1269,14 +1911,17 @@ def save_trained(args: argparse.Namespace, trained: dict[str, torch.nn.Module], 
             layers[f"{name}_lora_layers"] = get_peft_model_state_dict(model)
             # diffusers takes the rank for alpha where it finds none, and draws with the dropout that it finds.
             configs[f"{name}_lora_adapter_metadata"] = {**model.peft_config["default"].to_dict(), "lora_dropout": 0.0}
-        StableDiffusionPipeline.save_lora_weights(folder, weight_name=LORA_FILE, **layers, **configs)
+        Pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **layers, **configs)
     else:
         weights = {name: parameter.detach() for name, parameter in trained_keys_values(trained["unet"]).items()}
         save_file(weights, folder / KEYS_VALUES_FILE, metadata={"format": "pt"})
         if args.modifier_token:
-            rows = trained["text_encoder"].get_input_embeddings().new.detach().clone()
-            tokens = dict(zip(args.modifier_token.split("+"), rows.unbind()))
-            save_file(tokens, folder / TOKENS_FILE, metadata={"format": "pt"})
+            save_tokens(args, trained, folder / TOKENS_FILE)
+
+
+def save_tokens(args: argparse.Namespace, trained: dict[str, torch.nn.Module], file: Path) -> None:
+    rows = trained["text_encoder"].get_input_embeddings().new.detach().clone()
+    save_file(dict(zip(args.modifier_token.split("+"), rows.unbind())), file, metadata={"format": "pt"})
 
 
 @torch.no_grad()
@@ -1292,16 +1937,34 @@ def load_trained(args: argparse.Namespace, trained: dict[str, torch.nn.Module], 
         for name, model in trained.items():
             own = {key.removeprefix(f"{name}."): weights[key] for key in weights if key.startswith(f"{name}.")}
             if own.keys() != get_peft_model_state_dict(model).keys():
-                raise ValueError("its LoRA is of other parts: compare --train_text_encoder and --use_dora")
+                raise ValueError("its LoRA is of other parts than the one that trains")
             set_peft_model_state_dict(model, own, adapter_name="default")
     else:
         weights = load_file(Path(folder, KEYS_VALUES_FILE))
         for name, parameter in trained_keys_values(trained["unet"]).items():
             parameter.copy_(weights[name])
         if args.modifier_token:
-            tokens = load_file(Path(folder, TOKENS_FILE))
-            rows = [tokens[token] for token in args.modifier_token.split("+")]
-            trained["text_encoder"].get_input_embeddings().new.copy_(torch.stack(rows))
+            load_tokens(args, trained, Path(folder, TOKENS_FILE))
+
+
+def load_tokens(args: argparse.Namespace, trained: dict[str, torch.nn.Module], file: Path) -> None:
+    tokens = load_file(file)
+    rows = [tokens[token] for token in args.modifier_token.split("+")]
+    trained["text_encoder"].get_input_embeddings().new.copy_(torch.stack(rows))
+
+
+def save_kohya(args: argparse.Namespace, folder: str | Path) -> None:
+    """Writes a LoRA that `save_trained` wrote once more, with the names of kohya's trainer."""
+    factors = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    renamed = {}
+    for key, weight in load_file(Path(folder, LORA_FILE)).items():
+        model, *layer, factor, _ = key.split(".")
+        if model in TEXT_ENCODERS and layer[0] != "text_model":
+            layer.insert(0, "text_model")  # some versions of transformers leave it out
+        name = "_".join([KOHYA_NAMES[model], *layer])
+        renamed[f"{name}.{factors[factor]}.weight"] = weight
+        renamed[f"{name}.alpha"] = torch.tensor(float(args.lora_alpha))
+    save_file(renamed, Path(folder, KOHYA_FILE), metadata={"format": "pt"})
 
 
 def register_checkpoint_format(
@@ -1332,11 +1995,36 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, global_step: int) -> None:
+def stop_if_not_finite(args: argparse.Namespace, values: Iterable[float | torch.Tensor], what: str, step: int) -> None:
+    """Stops a training that is lost, before it takes the place of a checkpoint or a result."""
+    # One transfer from the device.
+    if torch.stack([torch.as_tensor(value).isfinite().all() for value in values]).all():
+        return
+    if int(os.environ.get("RANK", "0")) == 0:
+        shutil.rmtree(Path(args.output_dir, "tmp-pipeline"), ignore_errors=True)
+    how = " or float16, which overflows: try --mixed_precision bf16" if args.mixed_precision == "fp16" else ""
+    stop(
+        f"{what} is no finite number at step {step}. The likely cause is a learning rate that is too high, here"
+        f" {args.learning_rate:g}{how}. Checkpoints and an earlier result in {args.output_dir} are as they were"
+    )
+
+
+def trained_parameters(trained: dict[str, torch.nn.Module]) -> list[torch.nn.Parameter]:
+    return [parameter for model in trained.values() for parameter in model.parameters() if parameter.requires_grad]
+
+
+def save_checkpoint(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    trained: dict[str, torch.nn.Module],
+    settings: dict[str, Any],
+    global_step: int,
+) -> None:
     """
     Writes `checkpoint-<step>`, then deletes what is beyond the limit. A folder has such a name from when it is
     complete until it begins to be deleted: a run that is killed leaves complete checkpoints only.
     """
+    stop_if_not_finite(args, trained_parameters(trained), "A weight", global_step)
     checkpoint = Path(args.output_dir, f"checkpoint-{global_step}")
     unfinished = Path(args.output_dir, "tmp-checkpoint")
     if accelerator.is_main_process:
@@ -1345,6 +2033,8 @@ def save_checkpoint(args: argparse.Namespace, accelerator: Accelerator, global_s
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        unfinished.joinpath(SETTINGS_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        set_permissions(unfinished)
         if checkpoint.exists():
             delete_checkpoint(checkpoint)
         unfinished.rename(checkpoint)
@@ -1362,37 +2052,39 @@ def delete_checkpoint(checkpoint: Path) -> None:
     shutil.rmtree(deleted)
 
 
-def validation_prompts(args: argparse.Namespace) -> list[str]:
-    return [args.validation_prompt or "", ""]
+def set_permissions(folder: Path) -> None:
+    """Gives all files the permissions that a new file has here: safetensors lets only its owner read one."""
+    new = folder / "tmp-new"
+    new.touch()
+    mode = new.stat().st_mode & 0o777
+    new.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def log_validation(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    pipeline: StableDiffusionPipeline,
-    prompt_embeds: torch.Tensor | None,
+    pipeline: Pipeline,
+    prompt_embeds: dict[str, torch.Tensor] | None,
     global_step: int,
 ) -> list[Image.Image]:
     """
     Draws the validation images, sends them to the trackers as of this step, and returns them. `prompt_embeds` are
-    those of `validation_prompts`; where the text encoder is there still, as it is trained, they are encoded anew.
+    those of `encode_for_pipeline`; where what encodes is there still, as it is trained, they are made anew.
     """
     # A generator of its own: training goes the same way with and without validation.
     generator = torch.Generator(accelerator.device)
     generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
+    images = []
     with evaluating(pipeline):
-        if pipeline.text_encoder is not None:
-            prompt_embeds = encode_prompts(validation_prompts(args), pipeline.tokenizer, pipeline.text_encoder)
-        with accelerator.autocast():
-            images = [
-                pipeline(
-                    prompt_embeds=prompt_embeds[:1],
-                    negative_prompt_embeds=prompt_embeds[1:],
-                    num_inference_steps=25,
-                    generator=generator,
-                ).images[0]
-                for _ in range(args.num_validation_images)
-            ]
+        if text_encoders_of(pipeline)[0] is not None:
+            prompt_embeds = encode_for_pipeline(pipeline, args.validation_prompt)
+        for _ in range(args.num_validation_images):
+            with accelerator.autocast():
+                output = pipeline(**prompt_embeds, num_inference_steps=25, generator=generator, output_type="latent")
+            images += decode_latents(pipeline, output.images)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", np.stack(images), global_step, dataformats="NHWC")
@@ -1404,15 +2096,34 @@ def log_validation(
     return images
 
 
+def base_code(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """What else to import from diffusers, and to give, to load the base."""
+    return [], []
+
+
+def tokens_code(args: argparse.Namespace) -> list[str]:
+    """The lines that load the new words."""
+    return [
+        f'tokens = load_file(f"{{folder}}/{TOKENS_FILE}")',
+        "pipeline.load_textual_inversion(list(tokens.values()), token=list(tokens))",
+    ]
+
+
 def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
     """The calls that load what was trained, for someone who has diffusers and not this file."""
-    base, result = json.dumps(args.pretrained_model_name_or_path), json.dumps(repo_id or args.output_dir)
-    lines = ["import torch", "from diffusers import DiffusionPipeline"]
-    source = result
-    if args.method != "full":
+    base, result = args.pretrained_model_name_or_path, json.dumps(repo_id or args.output_dir)
+    (names, more), loader, call = base_code(args), "DiffusionPipeline", "from_pretrained"
+    if args.method == "full":  # the whole pipeline has all inside
+        names, options = [], [result]
+    elif os.path.isfile(base):
+        loader, call, kinds = Pipeline.__name__, "from_single_file", [("config", args.pretrained_config)]
+    else:
         kinds = [(name, getattr(args, name)) for name in ("revision", "variant")]
-        source = ", ".join([base, *(f"{name}={json.dumps(value)}" for name, value in kinds if value is not None)])
-    loading = f"pipeline = DiffusionPipeline.from_pretrained({source}, dtype=torch.float32)"
+    if args.method != "full":
+        options = [json.dumps(base), *(f"{name}={json.dumps(value)}" for name, value in kinds if value is not None)]
+        options += more
+    lines = ["import torch", f"from diffusers import {', '.join([*names, loader])}"]
+    loading = f"pipeline = {loader}.{call}({', '.join(options)}, dtype=torch.float32)"
     if args.method == "full":
         return "\n".join([*lines, "", loading])
     if args.method == "lora":
@@ -1421,10 +2132,7 @@ def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
     lines += ["from safetensors.torch import load_file", ""]
     lines += [f"folder = snapshot_download({result})" if repo_id else f"folder = {result}"]
     lines += [loading, f'pipeline.unet.load_state_dict(load_file(f"{{folder}}/{KEYS_VALUES_FILE}"), strict=False)']
-    if args.modifier_token:
-        lines += [f'tokens = load_file(f"{{folder}}/{TOKENS_FILE}")']
-        lines += ["pipeline.load_textual_inversion(list(tokens.values()), token=list(tokens))"]
-    return "\n".join(lines)
+    return "\n".join(lines + (tokens_code(args) if args.modifier_token else []))
 
 
 def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[Image.Image], folder: Path) -> None:
@@ -1433,12 +2141,13 @@ def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[
     settings = {key: value for key, value in given.items() if key.startswith("lipschitz_")}
     if args.lipschitz_inputs and args.drift_prompts_file is not None:
         settings["drift_prompts_file"] = args.drift_prompts_file
-    tags = "text-to-image dreambooth lipschitz stable-diffusion stable-diffusion-diffusers diffusers-training"
+    tags = ["text-to-image", "dreambooth", "lipschitz", TAG, f"{TAG}-diffusers", "diffusers-training"]
+    method = {"full": [], "lora": ["dora" if args.use_dora else "lora"]}.get(args.method, [args.method])
     data = ModelCardData(
         # The Hub refuses a base that is not on it.
-        base_model=None if os.path.isdir(base) else base,
+        base_model=None if os.path.exists(base) else base,
         library_name="diffusers",
-        tags=tags.split() + ([args.method] if args.method != "full" else []),
+        tags=tags + method,
         instance_prompt=args.instance_prompt,
         **settings,
     )
@@ -1451,11 +2160,12 @@ def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[
         "lora": f"LoRA of rank {args.rank} on the U-Net",
         "custom_diffusion": "keys and values of cross-attention",
     }
-    trained = parts[args.method] + (" and the text encoder" if args.train_text_encoder else "")
+    encoders = " and the text encoder" + ("s" if len(TEXT_ENCODERS) > 1 else "")
+    trained = parts[args.method] + (encoders if args.train_text_encoder else "")
     trained += f", and the new words `{args.modifier_token}`" if args.modifier_token else ""
     text = f"""# {name}
 
-`{base}`, personalized by DreamBooth {how} the Lipschitz penalty of
+`{base}`, {CARD_WORDS} {how} the Lipschitz penalty of
 [Preserve and Personalize](https://arxiv.org/abs/2505.19519). Prompt of the subject: `{args.instance_prompt}`
 
 ```python
@@ -1469,45 +2179,94 @@ Trained: {trained}. Penalty: `{json.dumps(settings)}`
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n").save(Path(folder, "README.md"))
 
 
+def save_frozen_parts(args: argparse.Namespace, trained: dict[str, torch.nn.Module]) -> None:
+    """
+    Writes all of a whole pipeline that is not trained to `tmp-pipeline`, before training: at its end nothing is needed
+    of the base, which may be gone by then.
+    """
+    unfinished = Path(args.output_dir, "tmp-pipeline")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    pipeline = load_pipeline(args, **trained, **result_options(args))
+    for name, part in pipeline.components.items():
+        if part is not None and name not in trained:
+            part.save_pretrained(unfinished / name)
+    pipeline.save_config(unfinished)
+
+
+def delete_result(output_dir: Path) -> None:
+    """Deletes what an earlier run left as its result, and nothing else; first that without which none of it loads."""
+    index, card = output_dir / "model_index.json", output_dir / "README.md"
+    rows = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    parts = [name for name, value in rows.items() if isinstance(value, list)]
+    images = re.findall(r"\(\./(image_\d+\.png)\)", card.read_text(encoding="utf-8")) if card.is_file() else []
+    for name in [index.name, LORA_FILE, KOHYA_FILE, KEYS_VALUES_FILE, TOKENS_FILE, *images, card.name, *parts]:
+        path = output_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def save_result(
-    args: argparse.Namespace, trained: dict[str, torch.nn.Module], images: list[Image.Image], repo_id: str | None
-) -> None:
+    args: argparse.Namespace,
+    trained: dict[str, torch.nn.Module],
+    images: list[Image.Image],
+    repo_id: str | None,
+    global_step: int,
+) -> list[str]:
     """
     Writes the whole pipeline, or what LoRA or Custom Diffusion adds to the base, and its model card to `output_dir`,
-    in place of one that is there. The index, without which no pipeline loads, goes first from the old one and comes
-    last with the new one: what loads is complete.
+    in place of a result that is there. The index, without which no pipeline loads, goes first from the old one and
+    comes last with the new one: what loads is complete. Returns the names of what was written.
     """
+    stop_if_not_finite(args, trained_parameters(trained), "A weight", global_step)
     output_dir, unfinished = Path(args.output_dir), Path(args.output_dir, "tmp-pipeline")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    if args.method == "full":
-        load_pipeline(args, **trained).save_pretrained(unfinished)
-    else:
-        save_trained(args, trained, unfinished)
+    save_trained(args, trained, unfinished)
+    if args.output_kohya_format:
+        save_kohya(args, unfinished)
     save_model_card(args, repo_id, images, unfinished)
-    output_dir.joinpath("model_index.json").unlink(missing_ok=True)
-    for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
+    set_permissions(unfinished)
+    delete_result(output_dir)
+    written = sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json")
+    for path in written:
         target = output_dir / path.name
         if target.is_dir():
             shutil.rmtree(target)
         path.replace(target)
     unfinished.rmdir()
+    return [path.name for path in written]
+
+
+def push_result(args: argparse.Namespace, repo_id: str, names: list[str]) -> None:
+    """Uploads what the run wrote, and nothing else that lies in `output_dir`."""
+    try:
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=args.output_dir,
+            commit_message="DreamBooth with the Lipschitz penalty",
+            allow_patterns=[*names, *(f"{name}/*" for name in names)],
+            token=args.hub_token,
+        )
+    except Exception as error:  # no connection, no right, no space: each of another kind
+        stop(f"--push_to_hub: the result is in {args.output_dir}, but was not uploaded: {error}")
 
 
 def main(args: argparse.Namespace) -> None:
     # What can be wrong with the arguments is found before anything is written or loaded.
     accelerator = build_accelerator(args)
+    args.mixed_precision = accelerator.mixed_precision
     concepts = read_concepts(args)
     args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
-    checkpoint = find_checkpoint(args, accelerator)
+    check_writable("--output_dir", args.output_dir)
+    check_folders(args, concepts)
+    check_scheduler(args, check_base(args))
+    if args.lipschitz_anchor_model is not None:
+        check_base(args, "--lipschitz_anchor_model")
     photos, class_images = find_examples(args, concepts)
     drift_prompts = read_drift_prompts(args)
-    check_writable("--output_dir", args.output_dir)
+    settings = describe_run(args, concepts, photos, drift_prompts)
+    checkpoint = find_checkpoint(args, accelerator, settings)
     for concept, images in zip(concepts, class_images if args.with_prior_preservation else []):
         if len(images) < args.num_class_images:
             check_writable("--concepts_list" if args.concepts_list else "--class_data_dir", concept.class_data_dir)
-    check_base(args)
-    if args.lipschitz_anchor_model is not None:
-        check_base(args, "--lipschitz_anchor_model")
     repo_id = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     if args.with_prior_preservation:
@@ -1518,33 +2277,23 @@ def main(args: argparse.Namespace) -> None:
         class_images = [[Example(path, c.class_prompt) for path in folders[c.class_data_dir]] for c in concepts]
 
     weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
-    pipeline, noise_scheduler, trained = load_models(args, weight_dtype)
+    pipeline, noise_scheduler, trained, base = load_models(args, weight_dtype)
+    check_prompts(args, pipeline, concepts, photos + class_images, drift_prompts)
+    if checkpoint:
+        check_settings(checkpoint, {"base": base})
+    settings |= {"base": base, "began": read_settings(checkpoint)["began"] if checkpoint else time.time()}
     dataloader, sampler = build_dataloader(args, accelerator, photos, class_images)
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     validation_steps = args.validation_epochs * steps_per_epoch if args.validation_epochs else args.validation_steps
 
-    groups = group_parameters(trained)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = build_optimizer(args, accelerator, groups)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        # accelerate advances the schedule once per process at each step.
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=max_train_steps * accelerator.num_processes,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
-    )
+    optimizer = build_optimizer(args, accelerator, group_parameters(args, accelerator, trained))
+    lr_scheduler = build_lr_scheduler(args, accelerator, optimizer, max_train_steps)
     register_checkpoint_format(args, accelerator, trained)
     *prepared, optimizer, lr_scheduler = accelerator.prepare(*trained.values(), optimizer, lr_scheduler)
     models = dict(zip(trained, prepared))
+    place_frozen_models(args, accelerator, pipeline, trained, weight_dtype)
 
-    pipeline.vae.to(accelerator.device)
-    if weight_dtype != torch.float32:  # diffusers warns of every cast
-        pipeline.vae.to(weight_dtype)
-    if "text_encoder" not in trained:
-        pipeline.text_encoder.to(accelerator.device, dtype=weight_dtype)
     lipschitz = None
     if args.lipschitz_weight > 0:
         # Before the checkpoint is loaded: the anchors are the pretrained weights.
@@ -1554,22 +2303,19 @@ def main(args: argparse.Namespace) -> None:
     if args.drift_every is not None and accelerator.is_main_process:
         # Before the checkpoint is loaded, as the lipschitz anchors: predictions of the pretrained weights.
         probes = build_probes(args, accelerator, pipeline, noise_scheduler, drift_prompts)
-    prompts = distinct_prompts(photos + class_images)
-    validation_embeds = None
-    if "text_encoder" not in trained:
-        # Each prompt is encoded once in the whole run, and the text encoder makes room.
-        with torch.no_grad():
-            prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, pipeline.text_encoder)
-            validation_embeds = encode_prompts(validation_prompts(args), pipeline.tokenizer, pipeline.text_encoder)
-        pipeline.text_encoder = None
-        gc.collect()
-        torch.cuda.empty_cache()
+    prompts, validation_embeds = distinct_prompts(photos + class_images), None
+    tokenizers = tokenizers_of(pipeline)
+    if TEXT_ENCODERS[0] not in trained:
+        # Each prompt is encoded once in the whole run.
+        conditions, validation_embeds = encode_once(args, pipeline, prompts)
 
     # Each process draws noise of its own.
     if args.seed is not None:
         set_seed(args.seed, device_specific=True)
     global_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
     os.makedirs(args.output_dir, exist_ok=True)
+    if args.method == "full" and accelerator.is_main_process:
+        save_frozen_parts(args, trained)
     config = {key: value for key, value in vars(args).items() if key != "hub_token"}
     accelerator.init_trackers("dreambooth", config=config)
     logger.info(f"Training from step {global_step} to {max_train_steps} on {sum(map(len, photos))} photos.")
@@ -1578,32 +2324,37 @@ def main(args: argparse.Namespace) -> None:
         total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process
     )
     first_epoch, done = divmod(global_step, steps_per_epoch)
-    losses, images = [], []
+    losses, images, accumulated = [], [], args.gradient_accumulation_steps
     for model in prepared:
         model.train()
     for epoch in range(first_epoch, math.ceil(max_train_steps / steps_per_epoch)):
         sampler.epoch = epoch
-        skipped = done * args.gradient_accumulation_steps if epoch == first_epoch else 0
-        for batch_prompts, batch in accelerator.skip_first_batches(dataloader, skipped):
+        skipped = done * accumulated if epoch == first_epoch else 0
+        for index, batch in enumerate(accelerator.skip_first_batches(dataloader, skipped), skipped):
             if global_step >= max_train_steps:
                 break
+            batch_prompts, batch_images, sizes = batch
             with accelerator.accumulate(*prepared):
                 batch_prompts = [prompt for kind in batch_prompts for prompt in kind]  # photos, then class images
-                if "text_encoder" in trained:
+                if TEXT_ENCODERS[0] in trained:
                     prompts = list(dict.fromkeys(batch_prompts))
-                    prompt_embeds = encode_prompts(prompts, pipeline.tokenizer, models["text_encoder"])
+                    conditions = encode_prompts(prompts, tokenizers, [models[name] for name in TEXT_ENCODERS])
                 rows = [prompts.index(prompt) for prompt in batch_prompts]
+                given = {name: embeds[rows] for name, embeds in conditions.items()}
                 instance_loss, prior_loss = compute_loss(
-                    args, noise_scheduler, pipeline.vae, models["unet"], prompt_embeds[rows], batch
+                    args, noise_scheduler, pipeline.vae, models["unet"], given, batch_images, sizes
                 )
-                accelerator.backward(instance_loss + args.prior_loss_weight * prior_loss)
+                # accelerate divides by all accumulated batches, but the last ones of an epoch may be fewer.
+                fewer = min(accumulated, len(dataloader) - index // accumulated * accumulated)
+                accelerator.backward((instance_loss + args.prior_loss_weight * prior_loss) * (accumulated / fewer))
                 losses.append(torch.stack([instance_loss, prior_loss]).detach())
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+                    if args.max_grad_norm > 0:
+                        accelerator.clip_grad_norm_(trained_parameters(trained), args.max_grad_norm)
                     lipschitz_penalty = lipschitz.penalty() if lipschitz else 0.0
                 optimizer.step()
                 lr_scheduler.step()
-                optimizer.zero_grad(set_to_none=args.set_grads_to_none)
+                optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
 
@@ -1616,13 +2367,14 @@ def main(args: argparse.Namespace) -> None:
                 logs["prior_loss"] = prior_loss
             if lipschitz:
                 logs["lipschitz/penalty"] = lipschitz_penalty
-            logs["lr"] = lr_scheduler.get_last_lr()[0]
+            logs["lr"] = float(lr_scheduler.get_last_lr()[0])  # torchao's is a tensor
+            stop_if_not_finite(args, [logs["loss"]], "The loss", global_step)
             accelerator.log(logs, step=global_step)
             progress_bar.update(1)
             progress_bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
 
             if global_step % args.checkpointing_steps == 0:
-                save_checkpoint(args, accelerator, global_step)
+                save_checkpoint(args, accelerator, trained, settings, global_step)
             if global_step % validation_steps == 0 or global_step == max_train_steps:
                 if lipschitz:
                     lipschitz_drift = {name: value for name, value in lipschitz.metrics().items() if "drift" in name}
@@ -1630,21 +2382,14 @@ def main(args: argparse.Namespace) -> None:
                 if args.validation_prompt is not None and accelerator.is_main_process:
                     images = log_validation(args, accelerator, pipeline, validation_embeds, global_step)
             if probes and (global_step % args.drift_every == 0 or global_step == max_train_steps):
-                drift = measure_drift(args, accelerator, pipeline, noise_scheduler, probes, lipschitz)
-                accelerator.log(drift, step=global_step)
+                accelerator.log(measure_drift(args, accelerator, pipeline, probes, lipschitz), step=global_step)
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_result(args, trained, images, repo_id)
+        names = save_result(args, trained, images, repo_id, global_step)
         logger.info(f"Saved the result in {args.output_dir}")
         if args.push_to_hub:
-            upload_folder(
-                repo_id=repo_id,
-                folder_path=args.output_dir,
-                commit_message="DreamBooth with the Lipschitz penalty",
-                ignore_patterns=["checkpoint-*", "tmp-*"],
-                token=args.hub_token,
-            )
+            push_result(args, repo_id, names)
     accelerator.end_training()
 
 

@@ -366,14 +366,14 @@ def test_each_photo_of_several_concepts_comes_with_its_prompt(concepts, run_scri
     seen, encoded = [], []
     compute_loss, encode_prompts = script.compute_loss, script.encode_prompts
 
-    def spy_on_loss(args, scheduler, vae, unet, prompt_embeds, images):
-        seen.append((prompt_embeds.detach(), encoded[-1], images))
-        return compute_loss(args, scheduler, vae, unet, prompt_embeds, images)
+    def spy_on_loss(args, scheduler, vae, unet, conditions, images, sizes):
+        seen.append((conditions["prompt_embeds"].detach(), encoded[-1], images))
+        return compute_loss(args, scheduler, vae, unet, conditions, images, sizes)
 
     def spy_on_prompts(prompts, *rest):
-        embeds = encode_prompts(prompts, *rest)
-        encoded.append(dict(zip(prompts, embeds, strict=True)))
-        return embeds
+        conditions = encode_prompts(prompts, *rest)
+        encoded.append(dict(zip(prompts, conditions["prompt_embeds"], strict=True)))
+        return conditions
 
     monkeypatch.setattr(script, "compute_loss", spy_on_loss)
     monkeypatch.setattr(script, "encode_prompts", spy_on_prompts)
@@ -488,7 +488,7 @@ MISTAKES = {
     "inputs and a pull": ("--lipschitz_inputs --lipschitz_mode=proximal", "needs --lipschitz_mode coupled"),
     "checkpoint without inputs": (
         "--lipschitz_inputs --resume_from_checkpoint={full}/checkpoint-2",
-        "was trained without --lipschitz_inputs: leave it out",
+        "was trained with --lipschitz_weight 50.0 (now 5.0), no --lipschitz_inputs",
     ),
     "inputs and another reduction": (
         "--lipschitz_inputs --lipschitz_reduction=sum",
@@ -505,7 +505,7 @@ MISTAKES = {
     "concepts and a prompt": ("--concepts_list={world}/concepts.json", "leave out --instance_data_dir"),
     "checkpoint of another method": (
         "--method=lora --resume_from_checkpoint={full}/checkpoint-2",
-        "it lacks pytorch_lora_weights.safetensors",
+        "was trained with --method full (now lora)",
     ),
 }
 
@@ -551,16 +551,16 @@ def test_bad_concepts_end_in_one_line(rows, message, run_script, tmp_path, capsy
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--rank=5"], "cannot resume from"),
-        (["--train_text_encoder"], "its LoRA is of other parts"),
-        (["--use_dora"], "its LoRA is of other parts"),
+        (["--rank=5"], "was trained with --rank 3 (now 5): go on with the same"),
+        (["--train_text_encoder"], "was trained with no --train_text_encoder: go on"),
+        (["--use_dora"], "was trained with no --use_dora: go on"),
     ],
 )
 def test_checkpoint_of_another_lora_is_refused(flags, message, trained, train, tmp_path, capsys):
     checkpoint = f"--resume_from_checkpoint={trained('lora') / 'checkpoint-2'}"
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        train(*METHODS["lora"], *flags, checkpoint, f"--output_dir={tmp_path / 'new'}")
+        train(*METHODS["lora"], "--lipschitz_weight=50", *flags, checkpoint, f"--output_dir={tmp_path / 'new'}")
     assert_one_clear_line(capsys.readouterr().err, message)
 
 

@@ -1,6 +1,5 @@
 # What train_dreambooth_lipschitz_sdxl.py promises, on a tiny random pipeline: its methods, what is SDXL's own, and
 # that it runs alone. What it does in the same words as its sibling is in test_train_dreambooth_lipschitz.py.
-import inspect
 import json
 import math
 import os
@@ -387,13 +386,13 @@ def test_pooled_embedding_knows_what_comes_after_a_new_word(sdxl_script, flags_o
         tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2]
         prompts = ["a <new1> dog at night", "a <new1> dog in snow"]
         with torch.no_grad():
-            _, pooled = sdxl_script.encode_prompts(
-                prompts, tokenizers, [pipeline.text_encoder, pipeline.text_encoder_2]
-            )
+            text_encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+            pooled = sdxl_script.encode_prompts(prompts, tokenizers, text_encoders)["pooled_embeds"]
         assert (pooled[0] - pooled[1]).abs().max() > 1e-3
     pipeline.text_encoder_2.text_model.eos_token_id = 2
     with torch.no_grad():
-        _, pooled = sdxl_script.encode_prompts(prompts, tokenizers, [pipeline.text_encoder, pipeline.text_encoder_2])
+        text_encoders = [pipeline.text_encoder, pipeline.text_encoder_2]
+        pooled = sdxl_script.encode_prompts(prompts, tokenizers, text_encoders)["pooled_embeds"]
     assert torch.allclose(pooled[0], pooled[1], atol=1e-6)
 
 
@@ -515,12 +514,14 @@ def test_defaults_are_those_of_the_method(sdxl_script):
 def batch():
     torch.manual_seed(5)
     time_ids = torch.randint(0, 64, (3, 2, 6)).float()
-    return torch.randn(6, 32, 40), torch.randn(6, 20), torch.rand(3, 2, 3, 16, 16) * 2 - 1, time_ids
+    conditions = {"prompt_embeds": torch.randn(6, 32, 40), "pooled_embeds": torch.randn(6, 20)}
+    return conditions, torch.rand(3, 2, 3, 16, 16) * 2 - 1, time_ids
 
 
 def by_hand(pipeline, batch, seed):
     """Latents of a batch in the order of the loss, and a U-Net that knows its conditions."""
-    embeds, pooled, images, time_ids = batch
+    given, images, time_ids = batch
+    embeds, pooled = given.values()
     torch.manual_seed(seed)
     latents = pipeline.vae.encode(torch.cat([images[:, 0], images[:, 1]])).latent_dist.sample()
     conditions = {"text_embeds": pooled, "time_ids": torch.cat([time_ids[:, 0], time_ids[:, 1]])}
@@ -884,16 +885,6 @@ def test_bfloat16_weights_on_several_gpus_are_refused(train, sdxl_script, tmp_pa
     assert_one_clear_line(capsys.readouterr().err, "would drift apart: accelerate launch --num_processes=1")
 
 
-SHARED = ["stop", "number", "read_concepts", "open_image", "check_image", "find_images", "read_dataset"]
-SHARED += ["find_examples", "read_drift_prompts", "list_checkpoints", "check_writable", "create_hub_repository"]
-SHARED += ["register_checkpoint_format", "load_checkpoint", "save_checkpoint", "delete_checkpoint", "build_dataloader"]
-
-
-@pytest.mark.parametrize("name", SHARED)
-def test_what_is_tested_with_the_other_script_is_the_same_here(name, script, sdxl_script):
-    assert inspect.getsource(getattr(script, name)) == inspect.getsource(getattr(sdxl_script, name))
-
-
 def test_base_that_lacks_a_weight_is_refused(train, tiny_sdxl, tmp_path, capsys):
     base = copy_without_a_weight(tiny_sdxl, tmp_path / "base")
     with pytest.raises(SystemExit):
@@ -903,8 +894,8 @@ def test_base_that_lacks_a_weight_is_refused(train, tiny_sdxl, tmp_path, capsys)
 
 
 OTHERS = {
-    "lora": (["--train_text_encoder"], "its LoRA is of other parts"),
-    "custom_diffusion": (["--modifier_token=<new2>"], "its new words are <new1>+<new2>"),
+    "lora": (["--train_text_encoder"], "was trained with no --train_text_encoder"),
+    "custom_diffusion": (["--modifier_token=<new2>"], "with --modifier_token <new1>+<new2> (now <new2>)"),
 }
 
 
@@ -914,5 +905,5 @@ def test_checkpoint_of_other_parts_is_refused(method, trained, train, flags_of, 
     resume = f"--resume_from_checkpoint={trained(method) / 'checkpoint-2'}"
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        train(*flags_of(method), *flags, resume, f"--output_dir={tmp_path / 'new'}")
+        train(*flags_of(method), *FOUR_STEPS, *flags, resume, f"--output_dir={tmp_path / 'new'}")
     assert_one_clear_line(capsys.readouterr().err, message)
