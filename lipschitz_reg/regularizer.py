@@ -81,8 +81,8 @@ class LipschitzRegularizer:
     A copy of the optimizer, by `copy.deepcopy` or `pickle`, has a copy of the regularizer attached, anchors and all.
 
     Raises:
-        `ValueError`: If an argument is out of range, a parameter is not a dense floating-point tensor, or the optimizer
-            has a LipschitzRegularizer already.
+        `ValueError`: If an argument is out of range, if a parameter is not a dense floating-point tensor, or if the
+            optimizer has a LipschitzRegularizer already.
     """
 
     def __init__(

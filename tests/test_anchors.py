@@ -2,12 +2,23 @@
 # What is done with them is in test_functional.py and test_regularizer.py.
 import pytest
 import torch
-import torch.distributed.tensor
 
 from lipschitz_reg.anchors import fingerprint, make_anchor, smallest_lossless_dtype
 
 
+try:
+    from torch.distributed.tensor import distribute_tensor
+except ImportError:  # before torch 2.5
+    from torch.distributed._tensor import distribute_tensor
+
+
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """Code that torch.compile makes, as another test may have let it, turns them off for the process in torch 2.4."""
+    torch.set_flush_denormal(False)
 
 
 def bits(tensor):
@@ -95,7 +106,7 @@ def test_what_is_sharded_is_refused():
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        sharded = torch.distributed.tensor.distribute_tensor(torch.ones(4), mesh)
+        sharded = distribute_tensor(torch.ones(4), mesh)
         with pytest.raises(ValueError, match="not sharded"):
             make_anchor(sharded)
     finally:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from test_functional import sum_error
 from torch import nn
 
 from lipschitz_reg import LipschitzRegularizer, functional
@@ -28,9 +29,10 @@ OPTIMIZERS = {
     "Adam fused": lambda p: torch.optim.Adam(p, lr=LR, eps=EPS, fused=True),
     "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=LR, eps=EPS, foreach=True),
     "AdamW fused": lambda p: torch.optim.AdamW(p, lr=LR, eps=EPS, fused=True),
-    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=LR),
     "AdamW8bit": lambda p: bitsandbytes.optim.AdamW8bit(p, lr=LR),
 }
+if hasattr(torch.optim, "Adafactor"):  # from torch 2.5 on
+    OPTIMIZERS["Adafactor"] = lambda p: torch.optim.Adafactor(p, lr=LR)
 REDUCTIONS = ["sum", "tensor_mean", "mean"]
 MODES = ["coupled", "proximal", "projected"]
 
@@ -134,9 +136,23 @@ def distance(net, other):
     return math.sqrt(sum((p.detach().double() - q.detach().double()).square().sum().item() for p, q in pairs))
 
 
-def assert_same_training(net, reference):
-    """Equal up to roundings of float32: they are this small beside what the penalty does in a few steps."""
-    assert distance(net, reference) < 1e-5
+def rounding(net, name=""):
+    """How far the parameters of two trainings may part that are the same but for roundings."""
+    sizes = [p.detach().double().abs() for p in net.parameters() if p.requires_grad and p.numel()]
+    eps = torch.finfo(net.scale.dtype).eps
+    if net.scale.dtype == torch.float32:
+        bound = 4 * eps * math.sqrt(sum(size.square().sum().item() for size in sizes))  # a few of each parameter
+    else:
+        bound = eps * max(size.max().item() for size in sizes)  # one that falls to the other side
+    # A state of 8 bits that falls to the other side changes the step of its parameter by a part.
+    return bound + LR / 4 if name == "AdamW8bit" else bound
+
+
+def assert_same_training(net, reference, name="", plain=None):
+    """Equal up to roundings, which must be small beside what the penalty does: `plain` was trained without it."""
+    bound = rounding(reference, name)
+    assert distance(net, reference) <= bound
+    assert plain is None or distance(plain, reference) > 3 * bound
 
 
 def assert_identical(net, other):
@@ -156,9 +172,7 @@ def test_training_equals_autograd(name, dtype, mode):
     Reference(OPTIMIZERS[name](reference.parameters()), **options).train(reference)
     plain = make_net(dtype)
     train(plain, OPTIMIZERS[name](plain.parameters()))
-    effect = distance(plain, reference)
-    assert effect > 0.01
-    assert distance(net, reference) <= (1e-4 if dtype == torch.float32 else 1e-2) * effect
+    assert_same_training(net, reference, name, plain)
 
 
 @pytest.mark.parametrize("mode", ["coupled", "proximal"])
@@ -239,13 +253,13 @@ def train_scaled(net, optimizer, overflow_at=None, steps=4):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["SGD", "SGD fused", "Adam foreach", "AdamW fused", "AdamW8bit"])
 def test_with_grad_scaler_training_equals_autograd(name, mode):
-    net, reference = make_net(), make_net()
+    net, reference, plain = make_net(), make_net(), make_net()
     options = {"weight": WEIGHT, "mode": mode, "radius": 0.05}
     optimizer = OPTIMIZERS[name](net.parameters())
     LipschitzRegularizer(optimizer, **options)
     train_scaled(net, optimizer)
     Reference(OPTIMIZERS[name](reference.parameters()), **options).train(reference)
-    assert_same_training(net, reference)
+    assert_same_training(net, reference, name, train(plain, OPTIMIZERS[name](plain.parameters())))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -258,7 +272,7 @@ def test_overflowing_step_changes_nothing(name, mode):
     before = copy.deepcopy(net)
     train_scaled(net, optimizer, overflow_at=0, steps=1)
     # On the ball, a projection may move a parameter once more, by a rounding.
-    assert distance(net, before) <= (1e-6 if mode == "projected" else 0)
+    assert distance(net, before) <= (rounding(net) if mode == "projected" else 0)
 
 
 @pytest.mark.parametrize("name", ["Adam foreach", "AdamW fused"])
@@ -335,7 +349,7 @@ def test_projection_holds_at_every_step():
     regularizer = LipschitzRegularizer(optimizer, weight=1.0, mode="projected", radius=0.02)
     for step in range(5):
         train(net, optimizer, 1, step)
-        assert regularizer.metrics()["lipschitz/drift"] == pytest.approx(0.02, rel=1e-4)
+        assert regularizer.metrics()["lipschitz/drift"] == pytest.approx(0.02, abs=rounding(net))
 
 
 def test_proximal_step_never_overshoots():
@@ -343,7 +357,7 @@ def test_proximal_step_never_overshoots():
     optimizer = OPTIMIZERS["AdamW foreach"](net.parameters())
     regularizer = LipschitzRegularizer(optimizer, weight=1e12, mode="proximal")
     train(net, optimizer)
-    assert distance(net, base) < 1e-5
+    assert distance(net, base) <= rounding(base)
     assert regularizer.metrics()["lipschitz/relative_drift"] < 1e-6
 
 
@@ -637,7 +651,7 @@ def test_metrics_equal_their_definition(reduction):
             "lipschitz/drift": drift,
             "lipschitz/relative_drift": drift / norm,
         },
-        rel=1e-5,
+        rel=sum_error(sum(point.numel() for point in points)),
     )
 
 
