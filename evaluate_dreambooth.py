@@ -158,6 +158,8 @@ OTHER_PROMPTS = [
 # Copied from train_dreambooth_lipschitz.py
 def stop(message: str | Exception) -> NoReturn:
     """Ends the run because of a mistake that its user can mend: one line on stderr for all processes, exit code 2."""
+    for bar in list(getattr(tqdm, "_instances", [])):  # or the line would be at the end of its
+        bar.close()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         line = " ".join(str(message).split())
         line = line if len(line) <= 1000 else f"{line[:1000]} ..."  # libraries name each of a thousand tensors
@@ -350,7 +352,7 @@ def register_heif() -> bool:
 # Copied from train_dreambooth_lipschitz.py
 @functools.lru_cache(maxsize=16)
 def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
-    """From the colours of a profile to those of a screen. Raises `PyCMSError` if the profile is of another mode."""
+    """From the colours of a profile to sRGB. Raises `PyCMSError` or `OSError` if it is of another mode, or broken."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
@@ -380,7 +382,7 @@ def open_image(source: Path | bytes) -> Image.Image:
         image = image.convert("L" if image.mode == "1" else "RGB")
     try:
         image = ImageCms.applyTransform(image, to_srgb(profile, image.mode)) if profile else image.convert("RGB")
-    except ImageCms.PyCMSError:  # broken, or for another kind of image: viewers show it without
+    except (ImageCms.PyCMSError, OSError):  # broken, or for another kind of image: viewers show it without
         image = image.convert("RGB")
     return image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
 

@@ -149,6 +149,8 @@ RECORDED_STEPS, INPUTS_WEIGHTS = 10, {"full": 5.0, "lora": 0.2, "custom_diffusio
 
 def stop(message: str | Exception) -> NoReturn:
     """Ends the run because of a mistake that its user can mend: one line on stderr for all processes, exit code 2."""
+    for bar in list(getattr(tqdm, "_instances", [])):  # or the line would be at the end of its
+        bar.close()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         line = " ".join(str(message).split())
         line = line if len(line) <= 1000 else f"{line[:1000]} ..."  # libraries name each of a thousand tensors
@@ -721,7 +723,7 @@ def register_heif() -> bool:
 
 @functools.lru_cache(maxsize=16)
 def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
-    """From the colours of a profile to those of a screen. Raises `PyCMSError` if the profile is of another mode."""
+    """From the colours of a profile to sRGB. Raises `PyCMSError` or `OSError` if it is of another mode, or broken."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
@@ -750,7 +752,7 @@ def open_image(source: Path | bytes) -> Image.Image:
         image = image.convert("L" if image.mode == "1" else "RGB")
     try:
         image = ImageCms.applyTransform(image, to_srgb(profile, image.mode)) if profile else image.convert("RGB")
-    except ImageCms.PyCMSError:  # broken, or for another kind of image: viewers show it without
+    except (ImageCms.PyCMSError, OSError):  # broken, or for another kind of image: viewers show it without
         image = image.convert("RGB")
     return image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
 
@@ -1120,19 +1122,20 @@ def base_options(args: argparse.Namespace, flag: str, dtype: torch.dtype) -> dic
     return options
 
 
-def result_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The base's safety checker, which only the result needs. Where it is missing, the result has none."""
+def add_result_parts(args: argparse.Namespace, pipeline: Pipeline) -> None:
+    """Adds the base's safety checker, which only the result needs. Where it is missing, the result has none."""
     source, name = args.pretrained_model_name_or_path, "safety_checker"
     parts = {} if os.path.isfile(source) else read_index(args, "--pretrained_model_name_or_path")
     if parts.get(name, [None])[0] is None:
-        return {}
+        return
     options = {"revision": args.revision, "variant": args.variant, "dtype": torch.float32}
     try:
         checker = StableDiffusionSafetyChecker.from_pretrained(source, subfolder=name, **options)
     except LOAD_ERRORS:
         logger.warning(f"{source} names a safety checker that is not there: the result will be without one.")
-        return {}
-    return {name: checker, "requires_safety_checker": parts.get("requires_safety_checker", True)}
+        return
+    pipeline.register_modules(safety_checker=checker)
+    pipeline.register_to_config(requires_safety_checker=parts.get("requires_safety_checker", True))
 
 
 def load_pipeline(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path", **options) -> Pipeline:
@@ -1141,7 +1144,9 @@ def load_pipeline(args: argparse.Namespace, flag: str = "--pretrained_model_name
     options = {"dtype": dtype, **base_options(args, flag, dtype), **options}
     try:
         if os.path.isfile(source):
+            options.pop("dtype")  # it loads in float32 without, and warns with
             pipeline = Pipeline.from_single_file(source, config=args.pretrained_config, **options)
+            pipeline = pipeline if dtype == torch.float32 else pipeline.to(dtype=dtype)
         else:
             if source == args.pretrained_model_name_or_path:
                 options = {"revision": args.revision, "variant": args.variant, **options}
@@ -2187,7 +2192,8 @@ def save_frozen_parts(args: argparse.Namespace, trained: dict[str, torch.nn.Modu
     unfinished = Path(args.output_dir, "tmp-pipeline")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    pipeline = load_pipeline(args, **trained, **result_options(args))
+    pipeline = load_pipeline(args, **trained)
+    add_result_parts(args, pipeline)
     for name, part in pipeline.components.items():
         if part is not None and name not in trained:
             part.save_pretrained(unfinished / name)
@@ -2384,6 +2390,7 @@ def main(args: argparse.Namespace) -> None:
             if probes and (global_step % args.drift_every == 0 or global_step == max_train_steps):
                 accelerator.log(measure_drift(args, accelerator, pipeline, probes, lipschitz), step=global_step)
 
+    progress_bar.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         names = save_result(args, trained, images, repo_id, global_step)
