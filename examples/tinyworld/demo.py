@@ -60,13 +60,13 @@ SDXL = Setup(BASE.with_name("sdxl"), ROOT / "train_dreambooth_lipschitz_sdxl.py"
 
 
 def train(setup: Setup, subject: str, method: str, seed: int, folder: Path, bar: tqdm) -> float:
-    """Personalizes the base by running the script as users do; returns the seconds that it took, start included."""
+    """Personalizes the base by running the script; returns the seconds that it took, start included."""
     photos = folder / "photos"
     photos.mkdir(parents=True, exist_ok=True)
     for i, photo in enumerate(subject_photos(subject)):
         photo.save(photos / f"{i}.png")
     kind = SUBJECTS[subject].kind
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", str(setup.script)]
+    command = [sys.executable, str(setup.script)]
     command += [f"--pretrained_model_name_or_path={setup.base}", f"--instance_data_dir={photos}", f"--seed={seed}"]
     command += [f"--instance_prompt={subject_prompt(SUBJECTS[subject], '')}", f"--output_dir={folder / method}"]
     command += [f"--class_prompt=a photo of a {kind}", f"--class_data_dir={folder / 'class pictures'}"]
