@@ -20,6 +20,8 @@ def table(tmp_path_factory):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    # Its bar, and no warnings.
+    assert all("%|" in line for line in re.split(r"[\r\n]+", result.stderr.strip())), result.stderr
     assert figure.read_bytes().startswith(b"\x89PNG")
     rows = re.findall(r"^(\S.*?)((?:\s+\d+\.\d\d){9})$", result.stdout, re.MULTILINE)
     return {name: [float(number) for number in numbers.split()] for name, numbers in rows}
