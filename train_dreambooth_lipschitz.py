@@ -94,6 +94,9 @@ METHOD_FLAGS = {
     "lora": ["rank", "lora_alpha", "lora_dropout", "use_dora", "output_kohya_format", "lipschitz_lora"],
     "custom_diffusion": ["modifier_token", "initializer_token"],
 }
+# Packages that only these flags need.
+PACKAGES = {"report_to=tensorboard": "tensorboard", "report_to=wandb": "wandb", "method=lora": "peft"}
+PACKAGES |= {"dataset_name": "datasets", "use_8bit_adam": "bitsandbytes"}
 # The names of the models in files of kohya's trainer.
 KOHYA_NAMES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
@@ -649,23 +652,16 @@ def accelerator_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"mixed_precision": args.mixed_precision}
 
 
-def needed_packages(args: argparse.Namespace) -> dict[str, str]:
-    """The packages that flags need, and only they."""
-    needed = {"--report_to tensorboard": "tensorboard"} if args.report_to == "tensorboard" else {}
-    needed |= {"--report_to wandb": "wandb"} if args.report_to == "wandb" else {}
-    needed |= {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam else {}
-    needed |= {"--dataset_name": "datasets"} if args.dataset_name is not None else {}
-    return needed | ({"--method lora": "peft"} if args.method == "lora" else {})
-
-
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     """The `Accelerator`, once it is certain that this machine has what the arguments ask for."""
     # Before accelerate advises to install what is refused then.
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         stop("DEEPSPEED shards the weights, which this script does not support")
-    for flag, package in needed_packages(args).items():
-        if importlib.util.find_spec(package) is None:
-            stop(f"{flag} needs {package}: pip install {package}")
+    for flag, package in PACKAGES.items():
+        name, _, value = flag.partition("=")
+        given = getattr(args, name)
+        if given and value in ("", given) and importlib.util.find_spec(package) is None:
+            stop(f"--{flag} needs {package}: pip install {package}")
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -105,6 +105,10 @@ METHOD_FLAGS = {
     "full": ["full_bf16"],
     "custom_diffusion": ["modifier_token", "initializer_token"],
 }
+# Packages that only these flags need.
+PACKAGES = {"report_to=tensorboard": "tensorboard", "report_to=wandb": "wandb", "method=lora": "peft"}
+PACKAGES |= {"dataset_name": "datasets", "use_8bit_adam": "bitsandbytes"}
+PACKAGES |= {"full_bf16": "torchao", "optimizer=prodigy": "prodigyopt"}
 # The names of the models in files of kohya's trainer.
 KOHYA_NAMES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 # The keys under which embeddings for SDXL are published.
@@ -769,26 +773,17 @@ def accelerator_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"mixed_precision": "bf16" if args.full_bf16 else args.mixed_precision, "kwargs_handlers": [parallel]}
 
 
-def needed_packages(args: argparse.Namespace) -> dict[str, str]:
-    """The packages that flags need, and only they."""
-    needed = {"--report_to tensorboard": "tensorboard"} if args.report_to == "tensorboard" else {}
-    needed |= {"--report_to wandb": "wandb"} if args.report_to == "wandb" else {}
-    needed |= {"--use_8bit_adam": "bitsandbytes"} if args.use_8bit_adam else {}
-    needed |= {"--full_bf16": "torchao"} if args.full_bf16 else {}
-    needed |= {"--optimizer prodigy": "prodigyopt"} if args.optimizer == "prodigy" else {}
-    needed |= {"--dataset_name": "datasets"} if args.dataset_name is not None else {}
-    return needed | ({"--method lora": "peft"} if args.method == "lora" else {})
-
-
 # Copied from train_dreambooth_lipschitz.py
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     """The `Accelerator`, once it is certain that this machine has what the arguments ask for."""
     # Before accelerate advises to install what is refused then.
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         stop("DEEPSPEED shards the weights, which this script does not support")
-    for flag, package in needed_packages(args).items():
-        if importlib.util.find_spec(package) is None:
-            stop(f"{flag} needs {package}: pip install {package}")
+    for flag, package in PACKAGES.items():
+        name, _, value = flag.partition("=")
+        given = getattr(args, name)
+        if given and value in ("", given) and importlib.util.find_spec(package) is None:
+            stop(f"--{flag} needs {package}: pip install {package}")
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,

@@ -1,5 +1,5 @@
 # What utils/copies.py promises: `make quality` fails where what the scripts share has parted, `make style` mends it.
-import re
+import difflib
 import shutil
 import subprocess
 import sys
@@ -75,7 +75,14 @@ def test_equal_text_without_a_mark_and_a_mark_without_a_source_are_found(copy, w
     assert "compile_or_not is said to be copied from train_dreambooth_lipschitz.py, which has none" in stderr
 
 
-def test_most_of_the_sdxl_script_is_copied():
-    """What stands there without a mark is its own: of one name and nearly one text with its sibling, nothing."""
-    text = (ROOT / SDXL).read_text()
-    assert len(re.findall("^# Copied from", text, re.MULTILINE)) > 100
+def test_what_has_one_name_and_is_no_copy_differs():
+    """A near-copy is where a fault that is mended gets lost: what the scripts have alike is a function of its own."""
+    sys.path.insert(0, str(ROOT / "utils"))
+    import copies
+
+    here, there = (copies.blocks((ROOT / name).read_text()) for name in ("train_dreambooth_lipschitz.py", SDXL))
+    ratios = {}
+    for name in [name for name, block in there.items() if name in here and block.source is None]:
+        if "def " in there[name].text and len(there[name].text) > 250:
+            ratios[name] = difflib.SequenceMatcher(None, here[name].text, there[name].text, autojunk=False).ratio()
+    assert len(ratios) > 5 and max(ratios.values()) < 0.85, ratios

@@ -1097,6 +1097,41 @@ def test_refuses_a_folder_without_an_image(refused, tmp_path):
     assert "no folder" in refused(f"--instance_data_dir={tmp_path / 'missing'}")
 
 
+def test_refuses_to_write_its_pictures_among_the_photos(refused, tmp_path):
+    photos = shutil.copytree(PHOTOS, tmp_path / "photos")
+    (tmp_path / "link").symlink_to(photos)
+    said = refused(f"--instance_data_dir={photos}", f"--output_dir={tmp_path / 'link'}")
+    assert f"what is written to {photos} would get among what --instance_data_dir reads" in said
+
+
+def test_refuses_a_folder_with_two_models(refused, tmp_path):
+    """The LoRA of an earlier training beside a Custom Diffusion: neither may be taken for the other."""
+    custom_diffusion_of(BASE, tmp_path, ["<new1>"])
+    shutil.copy(tmp_path / "custom_diffusion.safetensors", tmp_path / "pytorch_lora_weights.safetensors")
+    said = refused(f"--pretrained_model_name_or_path={tmp_path}", "--instance_token=<new1>")
+    assert "holds several models, pytorch_lora_weights.safetensors and custom_diffusion.safetensors" in said
+
+
+def test_prompts_that_the_text_encoder_does_not_read_to_their_end_are_told(evaluate, refused, tmp_path, caplog):
+    long = " ".join(["very"] * 40)
+    (tmp_path / "subject.txt").write_text(f"{long} {{token}} {{class}}\n")
+    (tmp_path / "other.txt").write_text(f"a photo of a {{class}} {long} blue\n", encoding="utf-8-sig")
+    said = refused(f"--prompts_file={tmp_path / 'subject.txt'}", f"--output_dir={tmp_path / 'out'}")
+    assert "which names the subject: shorten it" in said
+    flags = ["--num_images_per_prompt=1", "--num_inference_steps=1"]
+    evaluate(*flags, f"--other_prompts_file={tmp_path / 'other.txt'}", f"--output_dir={tmp_path / 'out'}")
+    (warning,) = [line for line in caplog.messages if "does not read" in line]
+    assert warning.endswith(f"in 'a photo of a mug {long} blue'.") and "'blue'" in warning
+
+
+def test_tilde_is_the_home_folder(script, flags, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ["pretrained_model_name_or_path", "base_model_name_or_path", "instance_data_dir", "prompts_file"]
+    names += ["other_prompts_file", "clip_model", "dino_model", "output_dir", "base_images_dir"]
+    args = script.parse_args([*flags, *(f"--{name}=~/{name}" for name in names)])
+    assert {getattr(args, name) for name in names} == {f"{tmp_path}/{name}" for name in names}
+
+
 def test_refuses_a_broken_photo(refused, tmp_path):
     tmp_path.joinpath("0.png").write_bytes(b"no picture")
     assert "0.png" in refused(f"--instance_data_dir={tmp_path}")
