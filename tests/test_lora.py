@@ -213,8 +213,13 @@ def test_grouped_convolution_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's own
         inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), net)
-    with pytest.raises(ValueError, match="LoRA adapter 0 do not fit"):
+    with pytest.raises(ValueError, match="LoRA adapter 0 is on a grouped convolution"):
         find_lora_adapters(net)
+
+
+def test_factors_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"LoRA adapter x do not fit.*\(2, 6\), \(4, 3\)"):
+        LoraAdapter("x", torch.ones(2, 6), torch.ones(4, 3), 1.0)
 
 
 # The class
