@@ -547,6 +547,10 @@ def check_arguments(args: argparse.Namespace, error: Callable[[str], NoReturn]) 
         error("--drift_prompts_file does nothing without --drift_every or --lipschitz_inputs")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         error("--lr_scheduler polynomial ends at a rate of 1e-7: --learning_rate must be above it")
+    if args.learning_rate == 0:
+        warn("--learning_rate 0 trains nothing")
+    if args.with_prior_preservation and args.prior_loss_weight == 0:
+        warn("--prior_loss_weight 0 draws class images and does not train on them")
     if args.hub_token is not None and args.report_to in ("wandb", "all"):
         error("--hub_token would be logged by wandb, for all to read: log in with `hf auth login` instead")
 
