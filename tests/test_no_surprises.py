@@ -142,6 +142,10 @@ def test_min_snr_weighs_pure_noise_by_its_limit(script, tiny_sd):
 
 
 FOLDERS = {
+    "output below a data set": (
+        "--dataset_name={world}/photos --output_dir={world}/photos/new",
+        "--dataset_name reads",
+    ),
     "output and base": ("--output_dir={world}/base", "what --pretrained_model_name_or_path reads"),
     "output and photos": ("--output_dir={world}/photos", "what --instance_data_dir reads"),
     "by a link": ("--output_dir={world}/link", "what --instance_data_dir reads"),
@@ -178,11 +182,12 @@ def world(tmp_path, tiny_sd, photos):
 
 
 @pytest.mark.parametrize("mistake", FOLDERS)
-def test_folders_that_would_be_written_over_are_refused(mistake, train, world, refused):
+def test_folders_that_would_be_written_over_are_refused(mistake, run_script, world, refused):
     flags, message = (text.format(world=world) for text in FOLDERS[mistake])
     before = files_below(world)
-    own = [f"--pretrained_model_name_or_path={world / 'base'}", f"--instance_data_dir={world / 'photos'}"]
-    refused(message, train, *own, f"--output_dir={world / 'new'}", *flags.split())
+    own = [f"--pretrained_model_name_or_path={world / 'base'}", "--instance_prompt=a sks dog"]
+    own += [] if "dataset_name" in flags else [f"--instance_data_dir={world / 'photos'}"]
+    refused(message, run_script, *own, f"--output_dir={world / 'new'}", *flags.split())
     assert files_below(world) == before
 
 

@@ -742,25 +742,27 @@ CAPTIONS = {0: "a dog at night", 120: "a dog on grass", 240: ""}
 @pytest.mark.parametrize("how", ["frozen text encoders, folder", "trained text encoders, Parquet file with images"])
 def test_each_photo_comes_with_its_caption(how, run_sdxl_script, sdxl_script, tiny_sdxl, tmp_path, monkeypatch):
     """In both of its embeddings; where there is no caption, with the instance prompt."""
-    images = [Image.new("RGB", (24, 16), (shade,) * 3) for shade in CAPTIONS]
+    images, data = [Image.new("RGB", (24, 16), (shade,) * 3) for shade in CAPTIONS], tmp_path / "data"
+    data.mkdir()
     if "Parquet" in how:
         import datasets
 
         columns = {"image": images, "text": [*CAPTIONS.values()]}
-        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+        datasets.Dataset.from_dict(columns).to_parquet(data / "train.parquet")
     else:
         for image, shade in zip(images, CAPTIONS):
-            image.save(tmp_path / f"{shade}.png")
+            image.save(data / f"{shade}.png")
         lines = [json.dumps({"file_name": f"{shade}.png", "text": text}) for shade, text in CAPTIONS.items()]
-        tmp_path.joinpath("metadata.jsonl").write_text("\n".join(lines))
+        data.joinpath("metadata.jsonl").write_text("\n".join(lines))
     seen, compute_loss = [], sdxl_script.compute_loss
 
-    def spy(args, scheduler, vae, unet, embeds, pooled, images, time_ids):
-        seen.extend(zip(images, embeds.detach(), pooled.detach(), time_ids, strict=True))
-        return compute_loss(args, scheduler, vae, unet, embeds, pooled, images, time_ids)
+    def spy(args, scheduler, vae, unet, conditions, images, time_ids):
+        embeds, pooled = (conditions[name].detach() for name in ("prompt_embeds", "pooled_embeds"))
+        seen.extend(zip(images, embeds, pooled, time_ids, strict=True))
+        return compute_loss(args, scheduler, vae, unet, conditions, images, time_ids)
 
     monkeypatch.setattr(sdxl_script, "compute_loss", spy)
-    flags = [f"--pretrained_model_name_or_path={tiny_sdxl}", f"--dataset_name={tmp_path}", "--caption_column=text"]
+    flags = [f"--pretrained_model_name_or_path={tiny_sdxl}", f"--dataset_name={data}", "--caption_column=text"]
     flags += ["--instance_prompt=a photo of sks dog", "--repeats=2", "--learning_rate=0", "--text_encoder_lr=0"]
     flags += [f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'model'}", "--resolution=16"]
     run_sdxl_script(*flags, *(["--train_text_encoder"] if "trained" in how else []))
@@ -838,7 +840,7 @@ MISTAKES = {
     "folder and data set": ("--dataset_name={world}", "--instance_data_dir and --dataset_name both give photos"),
     "checkpoint of another method": (
         f"{FULL} --resume_from_checkpoint={{lora}}/checkpoint-2",
-        "it lacks unet/config.json",
+        "was trained with --method lora (now full)",
     ),
 }
 
@@ -878,8 +880,8 @@ def test_optimizer_that_is_not_installed_is_named(package, flags, train, sdxl_sc
     assert_one_clear_line(capsys.readouterr().err, f"needs {package}: pip install {package}")
 
 
-def test_bfloat16_weights_on_several_gpus_are_refused(train, sdxl_script, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sdxl_script.Accelerator, "num_processes", property(lambda self: 2))
+def test_bfloat16_weights_on_several_gpus_are_refused(train, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         train(FULL, "--full_bf16", f"--output_dir={tmp_path / 'new'}")
     assert_one_clear_line(capsys.readouterr().err, "would drift apart: accelerate launch --num_processes=1")
@@ -905,5 +907,6 @@ def test_checkpoint_of_other_parts_is_refused(method, trained, train, flags_of, 
     resume = f"--resume_from_checkpoint={trained(method) / 'checkpoint-2'}"
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        train(*flags_of(method), *FOUR_STEPS, *flags, resume, f"--output_dir={tmp_path / 'new'}")
+        prior = [*PRIOR, f"--class_data_dir={trained(method).parent / 'class'}"]
+        train(*flags_of(method), *FOUR_STEPS, *prior, *flags, resume, f"--output_dir={tmp_path / 'new'}")
     assert_one_clear_line(capsys.readouterr().err, message)
