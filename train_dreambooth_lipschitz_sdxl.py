@@ -1742,7 +1742,8 @@ def record_lipschitz_inputs(
         with record_inputs(*trained.values()) as lipschitz_inputs:
             draw_latents(accelerator, pipeline, prompts, RECORDED_STEPS, torch.Generator().manual_seed(0))
     except ValueError as error:
-        stop(f"--lipschitz_inputs: {error}")
+        how = " (--mixed_precision bf16 or no)" if accelerator.mixed_precision == "fp16" else ""
+        stop(f"--lipschitz_inputs: {error}{how}")
     logger.info(f"Recorded what {len(lipschitz_inputs)} weights and biases get.")
     # Each process rounds in its own way, and from other penalties the copies of the model would part.
     return dict(zip(lipschitz_inputs, broadcast(list(lipschitz_inputs.values()))))
