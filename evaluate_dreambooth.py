@@ -36,6 +36,21 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
+
+# Copied from train_dreambooth_lipschitz.py
+# diffusers imports torchao and image processors of torchvision for models that are not used here. What these say about
+# themselves on the way is nothing that a user can act on; `python -W default` shows it.
+if not sys.warnoptions:
+    for name, message in {
+        "torchao": "Failed to load",
+        "torch.utils._pytree": "is an Enum subclass and is now natively supported",
+        "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+        "transformers.utils.import_utils": "requires torchvision (not installed)",
+        # It lists no modules, and says so.
+        "diffusers.models.modeling_utils": "that should be kept in float32: []",
+    }.items():
+        logging.getLogger(name).addFilter(lambda record, message=message: message not in record.getMessage())
+
 import diffusers
 import numpy as np
 import torch
@@ -54,9 +69,6 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-
-if is_wandb_available():
-    import wandb
 
 # The first release in which pipelines take `dtype`.
 check_min_version("0.40.0")
@@ -1571,6 +1583,8 @@ def write_results(
             for kind, grid in grids.items():
                 tracker.writer.add_image(kind, np.asarray(grid), 0, dataformats="HWC")
         if tracker.name == "wandb":
+            import wandb
+
             tracker.log({kind: wandb.Image(grid) for kind, grid in grids.items()}, step=0)
     summary = {name: "–" if value is None else f"{100 * value:.0f}%" for name, value in metrics["summary"].items()}
     logger.info(", ".join(f"{name} {value}" for name, value in summary.items()))

@@ -40,6 +40,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+
+# diffusers imports torchao and image processors of torchvision for models that are not used here. What these say about
+# themselves on the way is nothing that a user can act on; `python -W default` shows it.
+if not sys.warnoptions:
+    for name, message in {
+        "torchao": "Failed to load",
+        "torch.utils._pytree": "is an Enum subclass and is now natively supported",
+        "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+        "transformers.utils.import_utils": "requires torchvision (not installed)",
+        # It lists no modules, and says so.
+        "diffusers.models.modeling_utils": "that should be kept in float32: []",
+    }.items():
+        logging.getLogger(name).addFilter(lambda record, message=message: message not in record.getMessage())
+
 import diffusers
 import numpy as np
 import torch
@@ -52,7 +66,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler,
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.training_utils import compute_snr
-from diffusers.utils import check_min_version, is_wandb_available, is_xformers_available
+from diffusers.utils import check_min_version, is_xformers_available
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from PIL import Image, ImageCms
 from PIL.ImageOps import exif_transpose
@@ -65,9 +79,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lipschitz_reg import InputMoment, LipschitzRegularizer, find_lora_adapters, record_inputs
 from lipschitz_reg.anchors import fingerprint
 
-
-if is_wandb_available():
-    import wandb
 
 # The first release in which pipelines take `dtype`.
 check_min_version("0.40.0")
@@ -2095,6 +2106,8 @@ def log_validation(
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", np.stack(images), global_step, dataformats="NHWC")
         if tracker.name == "wandb":
+            import wandb
+
             captioned = [
                 wandb.Image(image, caption=f"{i}: {args.validation_prompt}") for i, image in enumerate(images)
             ]

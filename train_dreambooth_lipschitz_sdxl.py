@@ -41,6 +41,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+
+# Copied from train_dreambooth_lipschitz.py
+# diffusers imports torchao and image processors of torchvision for models that are not used here. What these say about
+# themselves on the way is nothing that a user can act on; `python -W default` shows it.
+if not sys.warnoptions:
+    for name, message in {
+        "torchao": "Failed to load",
+        "torch.utils._pytree": "is an Enum subclass and is now natively supported",
+        "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+        "transformers.utils.import_utils": "requires torchvision (not installed)",
+        # It lists no modules, and says so.
+        "diffusers.models.modeling_utils": "that should be kept in float32: []",
+    }.items():
+        logging.getLogger(name).addFilter(lambda record, message=message: message not in record.getMessage())
+
 import diffusers
 import numpy as np
 import torch
@@ -59,7 +74,7 @@ from diffusers import (
 )
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
-from diffusers.utils import check_min_version, is_wandb_available, is_xformers_available
+from diffusers.utils import check_min_version, is_xformers_available
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from PIL import Image, ImageCms
 from PIL.ImageOps import exif_transpose
@@ -72,9 +87,6 @@ from transformers import PreTrainedTokenizerBase
 from lipschitz_reg import InputMoment, LipschitzRegularizer, find_lora_adapters, record_inputs
 from lipschitz_reg.anchors import fingerprint
 
-
-if is_wandb_available():
-    import wandb
 
 # The first release in which pipelines take `dtype`.
 check_min_version("0.40.0")
@@ -2353,6 +2365,8 @@ def log_validation(
         if tracker.name == "tensorboard":
             tracker.writer.add_images("validation", np.stack(images), global_step, dataformats="NHWC")
         if tracker.name == "wandb":
+            import wandb
+
             captioned = [
                 wandb.Image(image, caption=f"{i}: {args.validation_prompt}") for i, image in enumerate(images)
             ]

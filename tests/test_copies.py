@@ -15,9 +15,9 @@ SDXL = "train_dreambooth_lipschitz_sdxl.py"
 @pytest.fixture
 def copy(tmp_path):
     """The scripts and the tool elsewhere, to part them."""
-    for path in [*ROOT.glob("*.py"), ROOT / "utils" / "copies.py"]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("examples/*/*.py"), ROOT / "utils" / "copies.py"]:
         target = tmp_path / path.relative_to(ROOT)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(exist_ok=True, parents=True)
         shutil.copy(path, target)
     return tmp_path
 

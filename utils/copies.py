@@ -31,11 +31,13 @@ class Block(NamedTuple):
 
 
 def names_of(node: ast.stmt) -> str | None:
-    """What a statement defines: the name of a function or class, or the names that it assigns to."""
+    """What a statement defines: a function, a class, the names that it assigns to. Of an `if` its condition."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return node.name
     if isinstance(node, ast.Assign):
         return ", ".join(ast.unparse(target).strip("()") for target in node.targets)
+    if isinstance(node, ast.If) and "__name__" not in ast.unparse(node.test):
+        return f"if {ast.unparse(node.test)}"
     return None
 
 
@@ -81,7 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compares what the scripts share.")
     parser.add_argument("--write", action="store_true", help="Copy again what has parted.")
     write = parser.parse_args().write
-    modules = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
+    paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("examples/*/*.py")])
+    modules = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
     sources = {mark for code in modules.values() for mark in re.findall(rf"(?m)^{MARK.pattern}$", code)}
     parted = []
     for name, code in modules.items():

@@ -8,11 +8,16 @@ import logging
 import sys
 
 
+# Copied from train_dreambooth_lipschitz.py
+# diffusers imports torchao and image processors of torchvision for models that are not used here. What these say about
+# themselves on the way is nothing that a user can act on; `python -W default` shows it.
 if not sys.warnoptions:
     for name, message in {
         "torchao": "Failed to load",
         "torch.utils._pytree": "is an Enum subclass and is now natively supported",
         "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
         "transformers.utils.import_utils": "requires torchvision (not installed)",
+        # It lists no modules, and says so.
+        "diffusers.models.modeling_utils": "that should be kept in float32: []",
     }.items():
         logging.getLogger(name).addFilter(lambda record, message=message: message not in record.getMessage())
