@@ -2479,8 +2479,9 @@ def save_frozen_parts(args: argparse.Namespace, trained: dict[str, torch.nn.Modu
     unfinished = Path(args.output_dir, "tmp-pipeline")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    pipeline = load_pipeline(args, **trained)
-    add_result_parts(args, pipeline)
+    with torch.random.fork_rng(devices=[]):  # training goes the same way, whatever loading draws
+        pipeline = load_pipeline(args, **trained)
+        add_result_parts(args, pipeline)
     for name, part in pipeline.components.items():
         if part is not None and name not in trained:
             part.save_pretrained(unfinished / name)
