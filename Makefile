@@ -1,5 +1,5 @@
-# Everything runs in an environment of its own, .venv, with the versions of requirements.txt: for the demo only what it
-# needs, for the rest all. PYTHON=python3.12 make test: another Python.
+# Everything runs in .venv, with the versions in requirements.txt: the demo installs only what it needs, the rest
+# everything. PYTHON=python3.12 make test: another Python.
 # make demo SDXL=1: the demo on the tiny SDXL.
 PYTHON ?= python3
 BIN = .venv/bin
@@ -25,12 +25,12 @@ quality: .venv/ready
 	$(BIN)/ruff check .
 
 .venv/demo: requirements.txt setup.cfg pyproject.toml
-	@echo "Installing what the demo needs into .venv; it takes minutes."
+	@echo "Installing what the demo needs into .venv; this takes a few minutes."
 	@$(PYTHON) -m venv .venv
 	@$(PIP) --constraint requirements.txt --editable '.[scripts,demo]'
 	@touch $@
 
 .venv/ready: .venv/demo
-	@echo "Installing what the tests need into .venv; it takes minutes."
+	@echo "Installing what the tests need into .venv; this takes a few minutes."
 	@$(PIP) --requirement requirements.txt
 	@touch $@

@@ -82,7 +82,7 @@ PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffus
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
 # Copied from train_dreambooth_lipschitz.py
 KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.safetensors"
-# A personalized model is what that of these files says that it has.
+# The file that a personalized model has says what kind it is.
 KINDS = {"model_index.json": "pipeline", LORA_FILE: "lora", KEYS_VALUES_FILE: "custom_diffusion"}
 MODELS = ("base", "personalized")
 # Beside the pictures: what they were drawn with.
@@ -90,10 +90,10 @@ RECORD = "drawn_with.json"
 FLAGS = {"base": "--base_model_name_or_path", "personalized": "--pretrained_model_name_or_path"}
 TRAINED_PARTS = ("unet", "text_encoder", "text_encoder_2")
 # Copied from train_dreambooth_lipschitz.py
-# What comes of files that are missing, broken or of another model.
+# Raised when files are missing, broken or of another model.
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 # Copied from train_dreambooth_lipschitz.py
-# Photos of telephones. Pillow reads them by another package.
+# Photos from phones. Pillow needs another package to read them.
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 # Copied from train_dreambooth_lipschitz.py
 # Twice as many pixels are refused: 536 million, which cameras do not have yet.
@@ -170,7 +170,7 @@ OTHER_PROMPTS = [
 # Copied from train_dreambooth_lipschitz.py
 def stop(message: str | Exception) -> NoReturn:
     """Ends the run because of a mistake that its user can mend: one line on stderr for all processes, exit code 2."""
-    for bar in list(getattr(tqdm, "_instances", [])):  # or the line would be at the end of its
+    for bar in list(getattr(tqdm, "_instances", [])):  # or the message would follow the bar on its line
         bar.close()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         line = " ".join(str(message).split())
@@ -352,7 +352,7 @@ def read_text(flag: str, path: str | Path) -> str:
 # Copied from train_dreambooth_lipschitz.py
 @functools.cache
 def register_heif() -> bool:
-    """Lets Pillow read the photos of telephones, if pillow-heif is installed. Returns whether it is."""
+    """Lets Pillow read photos from phones, if pillow-heif is installed. Returns whether it is."""
     if importlib.util.find_spec("pillow_heif") is None:
         return False
     import pillow_heif
@@ -386,7 +386,7 @@ def open_image(source: Path | bytes) -> Image.Image:
             alpha = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"its numbers ({image.mode}, {kind}) have no range to show: save it with 8 or 16 bits")
+        raise ValueError(f"its pixel values ({image.mode}, {kind}) have no defined range: save it with 8 or 16 bits")
     elif transparent:
         alpha = image.convert("RGBA").getchannel("A")
         image = image.convert("L" if image.mode in ("L", "LA", "La") else "RGB")
@@ -409,7 +409,7 @@ def check_image(flag: str, source: Path | bytes, name: str | Path) -> None:
     except Image.DecompressionBombError:
         stop(f"{flag}: {name} has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down")
     except Exception as error:  # Pillow's decoders raise almost anything
-        stop(f"{flag}: {name} is broken or no image that can be shown: {error}")
+        stop(f"{flag}: {name} is broken or cannot be shown as an image: {error}")
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -433,7 +433,7 @@ def find_images(flag: str, folder: str | Path) -> list[Path]:
     captions = {path.with_suffix(".txt") for path in images}
     others = [path.name for path in others if path not in captions]
     if others:
-        logger.warning(f"{flag}: ignored, as they are no images: {', '.join(others)}")
+        logger.warning(f"{flag}: ignored, because they are not images: {', '.join(others)}")
     return images
 
 
@@ -459,7 +459,7 @@ def check_apart(
             first = source.relative_to(target).parts[0]
             stands_in = any(first.startswith(name) if name.endswith("-") else first == name for name in names)
         if stands_in:
-            stop(f"{flag}: what is written to {target} would get among what {other} reads: choose another folder")
+            stop(f"{flag}: writing to {target} would change what {other} reads: choose another folder")
 
 
 def find_photos(folder: str) -> list[Path]:
@@ -727,7 +727,7 @@ def wording(args: argparse.Namespace, model: str, text: str) -> str:
 
 # Copied from train_dreambooth_lipschitz.py
 def words_cut_off(prompt: str, tokenizers: list[PreTrainedTokenizerBase]) -> list[str]:
-    """The last words of a prompt, which stand beyond what a text encoder reads; of a word that is cut, all."""
+    """The words at the end of a prompt that a text encoder does not read in full."""
     words = prompt.split()
     kept = len(words)
     for tokenizer in tokenizers:
@@ -742,7 +742,7 @@ def check_prompts(args: argparse.Namespace, pipeline: Any, images: list[dict[str
     for prompt, kind in {image["text"]: image["kind"] for image in images}.items():
         if not (cut := words_cut_off(prompt, tokenizers)):
             continue
-        where = f"the text encoder does not read {cut} in {prompt!r}"
+        where = f"the text encoder ignores {' '.join(cut)!r} in {prompt!r}"
         if kind == "subject" and set(args.instance_token.split()) & set(cut):
             stop(f"--prompts_file: {where}, which names the subject: shorten it")
         logger.warning(f"{where[0].upper()}{where[1:]}.")

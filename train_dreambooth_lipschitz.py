@@ -121,12 +121,12 @@ KEYS_VALUES_FILE, TOKENS_FILE = "custom_diffusion.safetensors", "learned_embeds.
 # Folders of a pipeline.
 PARTS = ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "safety_checker"]
 PARTS += ["feature_extractor", "image_encoder"]
-# By these words a result of this script is known, and a class image that it drew, with the prompt behind them.
+# These words mark a result of this script, and a class image that it drew; there the prompt follows them.
 CARD_WORDS, CLASS_COMMENT = "personalized by DreamBooth", "Drawn for DreamBooth: "
 # In a checkpoint: what it was trained with, and since when.
 SETTINGS_FILE = "settings.json"
-# What a resumed run may have otherwise: it changes where things lie, what is logged and how fast it goes, or, as the
-# number of steps, is changed on purpose. What lies at the paths is compared itself.
+# What may differ when a run is resumed: paths, logging, speed, and what is changed on purpose, such as the number of
+# steps. Behind the paths, photos, captions and the base are compared.
 FREE_TO_CHANGE = {
     *["pretrained_model_name_or_path", "revision", "variant", "pretrained_config", "tokenizer_name"],
     *["pretrained_vae_model_name_or_path", "lipschitz_anchor_model", "instance_data_dir", "dataset_name"],
@@ -138,12 +138,12 @@ FREE_TO_CHANGE = {
     *["num_validation_images", "validation_steps", "validation_epochs", "validation_scheduler", "drift_every"],
     *["report_to", "logging_dir", "push_to_hub", "hub_token", "hub_model_id", "output_kohya_format"],
 }
-# What comes of files that are missing, broken or of another model.
+# Raised when files are missing, broken or of another model.
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 INTERPOLATION = {mode.name.lower(): mode for mode in Image.Resampling}
 # Twice as many pixels are refused: 536 million, which cameras do not have yet.
 Image.MAX_IMAGE_PIXELS = 1 << 28
-# Photos of telephones. Pillow reads them by another package.
+# Photos from phones. Pillow needs another package to read them.
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 # Where drift is measured unless --drift_prompts_file says otherwise: no subject is named. Guidance needs the last.
 DRIFT_PROMPTS = [
@@ -163,7 +163,7 @@ RECORDED_STEPS, INPUTS_WEIGHTS = 10, {"full": 5.0, "lora": 0.2, "custom_diffusio
 
 def stop(message: str | Exception) -> NoReturn:
     """Ends the run because of a mistake that its user can mend: one line on stderr for all processes, exit code 2."""
-    for bar in list(getattr(tqdm, "_instances", [])):  # or the line would be at the end of its
+    for bar in list(getattr(tqdm, "_instances", [])):  # or the message would follow the bar on its line
         bar.close()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         line = " ".join(str(message).split())
@@ -173,7 +173,7 @@ def stop(message: str | Exception) -> NoReturn:
 
 
 def warn(message: str) -> None:
-    """Says what its user may not have meant, in one line, before there is a logger."""
+    """Prints a one-line warning about a likely mistake, before there is a logger."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{Path(__file__).name}: warning: {message}", file=sys.stderr)
 
@@ -247,7 +247,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--output_kohya_format",
         action="store_true",
-        help="lora: save it with the names of kohya's trainer too, for other programs than diffusers.",
+        help="lora: also save it under kohya's key names, for programs other than diffusers.",
     )
     add("--modifier_token", help='custom_diffusion: new words, one for each concept: "<new1>+<new2>".')
     add("--initializer_token", help="custom_diffusion: words whose meaning they begin with; default: ktn+pll+ucd.")
@@ -269,17 +269,17 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> Callable:
         "--dataset_name",
         type=user_path,
         help="Photos that may have captions of their own, instead of --instance_data_dir: a data set on the Hub, or a"
-        " folder with photos and metadata.jsonl, whose lines are as"
-        ' {"file_name": "1.jpg", "text": "a photo of sks dog in the snow"}. Its part train is read, or its only one.',
+        " folder with photos and metadata.jsonl, with lines like"
+        ' {"file_name": "1.jpg", "text": "a photo of sks dog in the snow"}. Its split train is read, or its only one.',
     )
     add("--dataset_config_name", help="Configuration of the data set, where it has several.")
     add("--image_column", default="image", help="Its column of photos; in a folder, image.")
     add(
         "--caption_column",
-        help="Its column of captions, above text. A photo's caption is its prompt; one without a caption, and all"
-        " photos where this is not given, have --instance_prompt.",
+        help="Its column of captions, called text in the example above. A photo's caption is its prompt. Photos"
+        " without one use --instance_prompt; without this flag, all photos do.",
     )
-    add("--cache_dir", type=user_path, help="Folder for what of the data set is downloaded.")
+    add("--cache_dir", type=user_path, help="Folder for the downloaded data set.")
     add(
         "--concepts_list",
         type=user_path,
@@ -343,8 +343,8 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--lipschitz_anchor_model",
         type=user_path,
-        help=f"{FAMILY} pipeline to stay near to, a folder or a name on the Hub, where the base has been personalized"
-        " before and drift shall not add up; default: the base itself.",
+        help=f"{FAMILY} pipeline to stay close to: a folder or a name on the Hub. If the base was personalized before,"
+        " name its original here, so that drift does not add up; default: the base itself.",
     )
     add(
         "--lipschitz_lora",
@@ -355,9 +355,9 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--lipschitz_inputs",
         action="store_true",
-        help="Measure how far a weight has moved by how much that changes its layer's outputs on the inputs that the"
-        " layer has while the model draws --drift_prompts_file before training, in"
-        f" {RECORDED_STEPS} steps each. In the drawn world other prompts drift less by that. The default weight is"
+        help="Measure how far a weight has moved by how much its layer's outputs change. The layer's inputs are"
+        f" recorded before training, while the model draws each of --drift_prompts_file in {RECORDED_STEPS} steps."
+        " In the drawn world, other prompts then drift less. The default weight is"
         f" then {', '.join(f'{weight:g} for {method}' for method, weight in INPUTS_WEIGHTS.items())}.",
     )
     return add
@@ -391,13 +391,13 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> Callable:
         + ".",
     )
     add("--seed", type=number(int, 0, below=2**32), help="Makes a run repeatable.")
-    add("--train_text_encoder", action="store_true", help="Train, and penalize, what encodes the prompts too.")
+    add("--train_text_encoder", action="store_true", help="Also train and penalize the text encoder, or both of SDXL.")
     add("--train_batch_size", type=positive_int, default=4, help="Photos in a batch, per process.")
     add(
         "--gradient_accumulation_steps",
         type=positive_int,
         default=1,
-        help="Batches per optimizer step; the last step of an epoch has what is left.",
+        help="Batches per optimizer step; the last step of an epoch may have fewer.",
     )
     add("--num_train_epochs", type=positive_int, default=1, help="Passes over the images.")
     add("--max_train_steps", type=positive_int, help="Optimizer steps; overrides --num_train_epochs.")
@@ -437,15 +437,15 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--adam_weight_decay",
         type=non_negative,
-        help="Pull towards zero, where there is no Lipschitz penalty, which pulls towards the pretrained weights;"
-        f" default: {WEIGHT_DECAY:g}, with the penalty 0.",
+        help=f"Weight decay, a pull towards zero; default: {WEIGHT_DECAY:g}, or 0 with the Lipschitz penalty, which"
+        " pulls towards the pretrained weights instead.",
     )
     add("--adam_epsilon", type=positive, default=1e-8, help="Added to the denominator.")
     add(
         "--max_grad_norm",
         type=non_negative,
         default=1.0,
-        help="Norm to which gradients of the denoising loss are clipped; 0: they are not.",
+        help="Norm to which gradients of the denoising loss are clipped; 0 turns clipping off.",
     )
     return add
 
@@ -471,17 +471,17 @@ def add_logging_arguments(parser: argparse.ArgumentParser) -> Callable:
         "--drift_every",
         type=positive_int,
         help="Optimizer steps from one measurement of drift to the next; default: never. Before training, the base"
-        " draws a picture for each of a few prompts that do not name the subject; what it predicts on them, noised to"
-        f" {DRIFT_TIMESTEPS} timesteps, is kept. Logged are drift/prediction, the mean change of that relative to its"
-        " norm; with the penalty, drift/lipschitz, the largest change over lipschitz/drift; and drift/seconds. The"
-        " base is --lipschitz_anchor_model, if there is one. Training goes the same way with and without.",
+        " draws a picture for each of a few prompts that do not name the subject. Its predictions on these pictures,"
+        f" noised to {DRIFT_TIMESTEPS} timesteps, are kept. Logged are drift/prediction, the mean relative change of"
+        " these predictions; with the penalty, drift/lipschitz, the largest change divided by lipschitz/drift; and"
+        " drift/seconds. If --lipschitz_anchor_model is given, it is the base. Measuring does not change training.",
     )
     add(
         "--drift_prompts_file",
         type=user_path,
         help="Prompts for --drift_every and --lipschitz_inputs, one a line; default:"
-        f" {len(DRIFT_PROMPTS)} of everyday things. Each costs 25 and {RECORDED_STEPS} steps of drawing, once, and"
-        f" {DRIFT_TIMESTEPS} predictions in each measurement.",
+        f" {len(DRIFT_PROMPTS)} of everyday things. Each costs, before training, 25 denoising steps for --drift_every"
+        f" and {RECORDED_STEPS} for --lipschitz_inputs; then {DRIFT_TIMESTEPS} predictions per measurement.",
     )
     add(
         "--report_to",
@@ -509,14 +509,19 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add(
         "--set_grads_to_none",
         action="store_true",
-        help="Free gradients between steps. That is so in any case; the flag is one of diffusers' script.",
+        help="Does nothing: gradients are always freed between steps. Kept because diffusers' script has this flag.",
     )
     add_memory_arguments(parser)
     add = add_logging_arguments(parser)
-    add("--validation_steps", type=positive_int, default=100, help="Optimizer steps from one time to the next.")
-    add("--validation_epochs", type=positive_int, help="Epochs from one time to the next, in place of steps.")
+    add("--validation_steps", type=positive_int, default=100, help="Optimizer steps between validations.")
+    add("--validation_epochs", type=positive_int, help="Epochs between validations, instead of --validation_steps.")
     samplers = ["DPMSolverMultistepScheduler", "DDPMScheduler"]
-    add("--validation_scheduler", choices=samplers, default=samplers[0], help="What draws them, in 25 steps.")
+    add(
+        "--validation_scheduler",
+        choices=samplers,
+        default=samplers[0],
+        help="Scheduler that draws the validation images, in 25 steps.",
+    )
 
     args = parser.parse_args(input_args)
     check_method(args, parser.error)
@@ -579,7 +584,10 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
         args.lora_dropout = args.lora_dropout or 0.0
         args.lipschitz_lora = args.lipschitz_lora or "delta"
         if args.output_kohya_format and args.use_dora:
-            error("--output_kohya_format has no form of DoRA that programs agree on: leave out one")
+            error(
+                "--output_kohya_format does not work with --use_dora, which other programs read differently: leave out"
+                " one"
+            )
         if args.lipschitz_lora == "delta" and args.lipschitz_mode == "proximal":
             error("--lipschitz_mode proximal has no closed form for LoRA: use coupled, or --lipschitz_lora factors")
     if args.method == "custom_diffusion":
@@ -615,14 +623,17 @@ def check_inputs(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
     usual = INPUTS_WEIGHTS[args.method]
     if args.lipschitz_weight is None:
         if args.lipschitz_reduction != "tensor_mean":
-            error("--lipschitz_inputs has a default weight for --lipschitz_reduction tensor_mean: give one of yours")
+            error(
+                "--lipschitz_inputs has a default weight only for --lipschitz_reduction tensor_mean: add"
+                " --lipschitz_weight"
+            )
         args.lipschitz_weight = usual
     elif args.lipschitz_weight == 0:
         error("--lipschitz_inputs does nothing with --lipschitz_weight 0")
     elif args.lipschitz_weight >= 20 * usual and args.lipschitz_reduction == "tensor_mean":
         warn(
-            f"--lipschitz_inputs has weights of another scale: {args.lipschitz_weight:g} is"
-            f" {args.lipschitz_weight / usual:.0f} times the default; leave out --lipschitz_weight to take that"
+            f"--lipschitz_inputs needs weights on another scale: {args.lipschitz_weight:g} is"
+            f" {args.lipschitz_weight / usual:.0f} times the default; leave out --lipschitz_weight to use the default"
         )
 
 
@@ -723,7 +734,7 @@ class Example(NamedTuple):
 
 @functools.cache
 def register_heif() -> bool:
-    """Lets Pillow read the photos of telephones, if pillow-heif is installed. Returns whether it is."""
+    """Lets Pillow read photos from phones, if pillow-heif is installed. Returns whether it is."""
     if importlib.util.find_spec("pillow_heif") is None:
         return False
     import pillow_heif
@@ -755,7 +766,7 @@ def open_image(source: Path | bytes) -> Image.Image:
             alpha = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"its numbers ({image.mode}, {kind}) have no range to show: save it with 8 or 16 bits")
+        raise ValueError(f"its pixel values ({image.mode}, {kind}) have no defined range: save it with 8 or 16 bits")
     elif transparent:
         alpha = image.convert("RGBA").getchannel("A")
         image = image.convert("L" if image.mode in ("L", "LA", "La") else "RGB")
@@ -777,7 +788,7 @@ def check_image(flag: str, source: Path | bytes, name: str | Path) -> None:
     except Image.DecompressionBombError:
         stop(f"{flag}: {name} has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down")
     except Exception as error:  # Pillow's decoders raise almost anything
-        stop(f"{flag}: {name} is broken or no image that can be shown: {error}")
+        stop(f"{flag}: {name} is broken or cannot be shown as an image: {error}")
 
 
 def find_images(flag: str, folder: str | Path) -> list[Path]:
@@ -800,7 +811,7 @@ def find_images(flag: str, folder: str | Path) -> list[Path]:
     captions = {path.with_suffix(".txt") for path in images}
     others = [path.name for path in others if path not in captions]
     if others:
-        logger.warning(f"{flag}: ignored, as they are no images: {', '.join(others)}")
+        logger.warning(f"{flag}: ignored, because they are not images: {', '.join(others)}")
     return images
 
 
@@ -826,8 +837,8 @@ def read_dataset(args: argparse.Namespace) -> list[Example]:
         place = "" if os.path.isdir(name) else "there is no such folder, and from the Hub: "
         stop(f"--dataset_name: cannot load {name}: {place}{error}")
     if "train" not in parts and len(parts) > 1:
-        stop(f"--dataset_name: {name} has no part train, but {', '.join(parts)}")
-    # A part gets its name from whatever stands in a path: photos below a folder "test" are the part test.
+        stop(f"--dataset_name: {name} has no split train, only {', '.join(parts)}")
+    # A split gets its name from whatever is in a path: photos below a folder "test" are the split test.
     dataset = parts["train"] if "train" in parts else next(iter(parts.values()))
     columns = {flag: getattr(args, flag) for flag in ("image_column", "caption_column") if getattr(args, flag)}
     for flag, column in columns.items():
@@ -837,7 +848,10 @@ def read_dataset(args: argparse.Namespace) -> list[Example]:
         stop(f"--image_column: {args.image_column} of {name} holds no images")
     texts = [key for key, feature in dataset.features.items() if getattr(feature, "dtype", None) == "string"]
     if texts and args.caption_column is None:
-        logger.warning(f"--dataset_name: captions in {', '.join(texts)} are not used: --caption_column {texts[0]}")
+        logger.warning(
+            f"--dataset_name: captions in {', '.join(texts)} are not used; to use them, add --caption_column"
+            f" {texts[0]}"
+        )
     # Files as they are: the data set would decode each one anew, and cannot say which is broken.
     dataset = dataset.select_columns(list(set(columns.values())))
     dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
@@ -946,7 +960,7 @@ def check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
             differences.append(words.get(name, f"--{name} {was} (now {now})"))
     if differences:
         stop(
-            f"--resume_from_checkpoint: {checkpoint} was trained with {', '.join(differences[:3])}: go on with the"
+            f"--resume_from_checkpoint: {checkpoint} was trained with {', '.join(differences[:3])}: use the"
             " same, or leave out --resume_from_checkpoint to start afresh"
         )
 
@@ -993,7 +1007,7 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator, settings
     processes = len(list(checkpoint.glob("random_states_*.pkl")))
     if processes != accelerator.num_processes:
         how = f"{processes} processes, not {accelerator.num_processes}: accelerate launch --num_processes={processes}"
-        stop(f"--resume_from_checkpoint: {checkpoint} is of a run of {how}")
+        stop(f"--resume_from_checkpoint: {checkpoint} was saved by a run with {how}")
     return checkpoint
 
 
@@ -1018,7 +1032,7 @@ def read_index(args: argparse.Namespace, flag: str) -> dict[str, Any]:
 def check_single_file(flag: str, source: str) -> None:
     """Stops unless the file may be a model with all of its parts."""
     if Path(source).suffix not in (".safetensors", ".ckpt"):
-        stop(f"{flag}: {source} is no model: give a folder, a name on the Hub, or a .safetensors or .ckpt file")
+        stop(f"{flag}: {source} is not a model: give a folder, a name on the Hub, or a .safetensors or .ckpt file")
     if Path(source).suffix == ".safetensors":
         try:
             with safe_open(source, framework="pt") as file:
@@ -1027,7 +1041,7 @@ def check_single_file(flag: str, source: str) -> None:
             stop(f"{flag}: {source} is broken: {error}")
         if not any(key.startswith("model.diffusion_model.") for key in keys):
             what = "a LoRA" if any("lora" in key for key in keys) else "one of its parts"
-            stop(f"{flag}: {source} holds no whole model, perhaps {what}: give the file of a whole one, or a folder")
+            stop(f"{flag}: {source} is not a whole model, perhaps {what}: give the file of a whole model, or a folder")
 
 
 def check_base(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path") -> dict[str, Any]:
@@ -1072,7 +1086,7 @@ def check_apart(
             first = source.relative_to(target).parts[0]
             stands_in = any(first.startswith(name) if name.endswith("-") else first == name for name in names)
         if stands_in:
-            stop(f"{flag}: what is written to {target} would get among what {other} reads: choose another folder")
+            stop(f"{flag}: writing to {target} would change what {other} reads: choose another folder")
 
 
 def check_folders(args: argparse.Namespace, concepts: list[Concept]) -> None:
@@ -1095,13 +1109,14 @@ def check_folders(args: argparse.Namespace, concepts: list[Concept]) -> None:
 
 
 def check_result(output_dir: Path) -> None:
-    """Stops if there is a pipeline, or a part of one, that no run like this one wrote: it would be deleted."""
+    """Stops if there is what a result would replace and no run like this one wrote."""
     card = output_dir / "README.md"
     own = card.is_file() and CARD_WORDS in card.read_text(encoding="utf-8", errors="replace")
-    found = [name for name in ("model_index.json", *PARTS) if (output_dir / name).exists()]
+    names = [card.name, "model_index.json", LORA_FILE, KOHYA_FILE, KEYS_VALUES_FILE, TOKENS_FILE, *PARTS]
+    found = [name for name in names if (output_dir / name).exists()]
     # What is left of a run that was killed while it replaced an earlier result.
     if found and not own and not (output_dir / "tmp-pipeline").exists():
-        stop(f"--output_dir: {output_dir} holds {found[0]}, which is of no run like this one: choose another folder")
+        stop(f"--output_dir: {output_dir} holds {found[0]}, which these scripts did not write: choose another folder")
 
 
 def check_writable(flag: str, folder: str) -> None:
@@ -1143,7 +1158,7 @@ def add_result_parts(args: argparse.Namespace, pipeline: Pipeline) -> None:
     try:
         checker = StableDiffusionSafetyChecker.from_pretrained(source, subfolder=name, **options)
     except LOAD_ERRORS:
-        logger.warning(f"{source} names a safety checker that is not there: the result will be without one.")
+        logger.warning(f"{source} names a safety checker that cannot be loaded: the result will have none.")
         return
     pipeline.register_modules(safety_checker=checker)
     pipeline.register_to_config(requires_safety_checker=parts.get("requires_safety_checker", True))
@@ -1175,8 +1190,8 @@ def load_pipeline(args: argparse.Namespace, flag: str = "--pretrained_model_name
     channels, latent = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
     if channels != latent:
         stop(
-            f"{flag}: the U-Net of {source} takes {channels} channels, not {latent}: it is a model for inpainting or"
-            " another task than drawing from text, which cannot be trained here"
+            f"{flag}: the U-Net of {source} takes {channels} channels, not {latent}: it is for inpainting or another"
+            " task, not text-to-image, and cannot be trained here"
         )
     # Images go through it one by one: in float32 at 1024 pixels, each takes gigabytes.
     pipeline.vae.enable_slicing()
@@ -1261,7 +1276,7 @@ def add_tokens(args: argparse.Namespace, pipeline: Pipeline) -> None:
             tokenizer.add_tokens(token)
             ids += tokenizer.encode(token, add_special_tokens=False)
             if known or len(ids) != len(rows):
-                stop(f"--modifier_token: {token} is no new word to the tokenizer of the base, choose another")
+                stop(f"--modifier_token: {token} is not a new word for the base's tokenizer: choose another")
         text_encoder.set_input_embeddings(NewTokenEmbedding(embedding, ids[0], torch.stack(rows)))
         # Text encoders of SD and SDXL were published with a wrong id of the end of a prompt, for which they take the
         # highest id to be the end: a new word, and SDXL's embedding of a prompt would not know what comes after it.
@@ -1269,7 +1284,7 @@ def add_tokens(args: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def words_cut_off(prompt: str, tokenizers: list[PreTrainedTokenizerBase]) -> list[str]:
-    """The last words of a prompt, which stand beyond what a text encoder reads; of a word that is cut, all."""
+    """The words at the end of a prompt that a text encoder does not read in full."""
     words = prompt.split()
     kept = len(words)
     for tokenizer in tokenizers:
@@ -1300,7 +1315,10 @@ def check_prompts(
         cut = words_cut_off(prompt, tokenizers)
         if not cut:
             continue
-        kept, where = set(prompt.split()[: -len(cut)]), f"the text encoder reads {limit} tokens, and not {cut} in"
+        kept, where = (
+            set(prompt.split()[: -len(cut)]),
+            f"the text encoder reads only {limit} tokens and ignores {' '.join(cut)!r} in",
+        )
         lost = [word for word in new_words if any(word in part for part in cut)]
         if prompt in subjects:
             lost += [word for word in cut if word not in kept | subjects[prompt]]
@@ -1357,14 +1375,14 @@ def trained_dtype(args: argparse.Namespace) -> torch.dtype:
 
 
 def choose_schedulers(args: argparse.Namespace, pipeline: Pipeline) -> NoiseScheduler:
-    """That of training; in the pipeline it puts that of validation."""
+    """Returns the scheduler for training, and puts the one for validation into the pipeline."""
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     pipeline.scheduler = getattr(diffusers, args.validation_scheduler).from_config(pipeline.scheduler.config)
     return noise_scheduler
 
 
 def probe_scheduler(pipeline: Pipeline) -> Any:
-    """What draws what drift is measured on, and what `record_lipschitz_inputs` records: whatever validation has."""
+    """Draws the pictures for measuring drift and for `record_lipschitz_inputs`, whatever --validation_scheduler is."""
     return DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
 
 
@@ -1373,10 +1391,12 @@ def load_models(
 ) -> tuple[Pipeline, NoiseScheduler, dict[str, torch.nn.Module], str]:
     """
     The base, with the validation scheduler in place; the scheduler for training; the models to train, by name; and the
-    fingerprint of the base's U-Net.
+    fingerprint of the base.
     """
     pipeline = load_pipeline(args)
-    base = fingerprint(pipeline.unet.parameters())
+    models = [model for model in pipeline.components.values() if isinstance(model, torch.nn.Module)]
+    # Of each tensor the beginning: bases differ everywhere, and a whole SDXL would take a while.
+    base = fingerprint(weight.flatten()[:4096] for model in models for weight in model.parameters())
     noise_scheduler = choose_schedulers(args, pipeline)
     if noise_scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
         stop(f"the base predicts {noise_scheduler.config.prediction_type}, which cannot be trained here")
@@ -1546,8 +1566,8 @@ def build_lr_scheduler(
         warmup = min(500, max_train_steps // 2)
     elif warmup >= max_train_steps and args.lr_scheduler != "constant":
         logger.warning(
-            f"--lr_warmup_steps {warmup} is as long as the training of {max_train_steps} steps: the learning rate only"
-            f" reaches {(max_train_steps - 1) / warmup:.0%} of --learning_rate"
+            f"--lr_warmup_steps {warmup} is not shorter than the training of {max_train_steps} steps: the learning"
+            f" rate only reaches {(max_train_steps - 1) / warmup:.0%} of --learning_rate"
         )
     return get_scheduler(
         args.lr_scheduler,
@@ -2021,8 +2041,8 @@ def stop_if_not_finite(args: argparse.Namespace, values: Iterable[float | torch.
         shutil.rmtree(Path(args.output_dir, "tmp-pipeline"), ignore_errors=True)
     how = " or float16, which overflows: try --mixed_precision bf16" if args.mixed_precision == "fp16" else ""
     stop(
-        f"{what} is no finite number at step {step}. The likely cause is a learning rate that is too high, here"
-        f" {args.learning_rate:g}{how}. Checkpoints and an earlier result in {args.output_dir} are as they were"
+        f"{what} is NaN or infinite at step {step}. The likely cause is too high a learning rate, here"
+        f" {args.learning_rate:g}{how}. Checkpoints and an earlier result in {args.output_dir} are unchanged"
     )
 
 
@@ -2038,8 +2058,8 @@ def save_checkpoint(
     global_step: int,
 ) -> None:
     """
-    Writes `checkpoint-<step>`, then deletes what is beyond the limit. A folder has such a name from when it is
-    complete until it begins to be deleted: a run that is killed leaves complete checkpoints only.
+    Writes `checkpoint-<step>`, then deletes what is beyond the limit. A folder has that name only while it is
+    complete: a run that is killed leaves complete checkpoints only.
     """
     stop_if_not_finite(args, trained_parameters(trained), "A weight", global_step)
     checkpoint = Path(args.output_dir, f"checkpoint-{global_step}")
@@ -2154,7 +2174,8 @@ def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
     return "\n".join(lines + (tokens_code(args) if args.modifier_token else []))
 
 
-def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[Image.Image], folder: Path) -> None:
+def describe_result(args: argparse.Namespace, repo_id: str | None) -> str:
+    """The model card without its pictures, made before training: where the base is may have changed at the end."""
     base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
     given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
     settings = {key: value for key, value in given.items() if key.startswith("lipschitz_")}
@@ -2170,10 +2191,7 @@ def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[
         instance_prompt=args.instance_prompt,
         **settings,
     )
-    for index, image in enumerate(images):
-        image.save(Path(folder, f"image_{index}.png"))
     how = "with" if args.lipschitz_weight > 0 else "without"
-    gallery = "\n".join(f"![{args.validation_prompt}](./image_{index}.png)" for index in range(len(images)))
     parts = {
         "full": "U-Net",
         "lora": f"LoRA of rank {args.rank} on the U-Net",
@@ -2192,10 +2210,16 @@ def save_model_card(args: argparse.Namespace, repo_id: str | None, images: list[
 ```
 
 Trained: {trained}. Penalty: `{json.dumps(settings)}`
-
-{gallery}
 """
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n").save(Path(folder, "README.md"))
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def save_model_card(card: str, prompt: str | None, images: list[Image.Image], folder: Path) -> None:
+    """Writes the card of `describe_result` and the validation images of the prompt below it."""
+    for index, image in enumerate(images):
+        image.save(Path(folder, f"image_{index}.png"))
+    gallery = "\n".join(f"![{prompt}](./image_{index}.png)" for index in range(len(images)))
+    ModelCard(f"{card}\n{gallery}".strip() + "\n").save(Path(folder, "README.md"))
 
 
 def save_frozen_parts(args: argparse.Namespace, trained: dict[str, torch.nn.Module]) -> None:
@@ -2216,7 +2240,7 @@ def save_frozen_parts(args: argparse.Namespace, trained: dict[str, torch.nn.Modu
 
 
 def delete_result(output_dir: Path) -> None:
-    """Deletes what an earlier run left as its result, and nothing else; first that without which none of it loads."""
+    """Deletes all files of an earlier result, first the index, without which no pipeline loads."""
     index, card = output_dir / "model_index.json", output_dir / "README.md"
     rows = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
     parts = [name for name, value in rows.items() if isinstance(value, list)]
@@ -2230,7 +2254,7 @@ def save_result(
     args: argparse.Namespace,
     trained: dict[str, torch.nn.Module],
     images: list[Image.Image],
-    repo_id: str | None,
+    card: str,
     global_step: int,
 ) -> list[str]:
     """
@@ -2243,7 +2267,7 @@ def save_result(
     save_trained(args, trained, unfinished)
     if args.output_kohya_format:
         save_kohya(args, unfinished)
-    save_model_card(args, repo_id, images, unfinished)
+    save_model_card(card, args.validation_prompt, images, unfinished)
     set_permissions(unfinished)
     delete_result(output_dir)
     written = sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json")
@@ -2335,6 +2359,7 @@ def main(args: argparse.Namespace) -> None:
         set_seed(args.seed, device_specific=True)
     global_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
     os.makedirs(args.output_dir, exist_ok=True)
+    card = describe_result(args, repo_id)
     if args.method == "full" and accelerator.is_main_process:
         save_frozen_parts(args, trained)
     config = {key: value for key, value in vars(args).items() if key != "hub_token"}
@@ -2408,7 +2433,7 @@ def main(args: argparse.Namespace) -> None:
     progress_bar.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        names = save_result(args, trained, images, repo_id, global_step)
+        names = save_result(args, trained, images, card, global_step)
         logger.info(f"Saved the result in {args.output_dir}")
         if args.push_to_hub:
             push_result(args, repo_id, names)

@@ -134,8 +134,7 @@ class _Recorder:
         output = self.squared_output.to(where).double() / self.outputs
         if not torch.isfinite(output):
             raise ValueError(
-                f"{self.name} gave numbers that are not finite while its inputs were recorded: let it run in float32 "
-                "or bfloat16."
+                f"{self.name} gave NaN or infinity while its inputs were recorded: run it in float32 or bfloat16."
             )
         if output == 0:
             return {}  # no change is small beside it

@@ -77,7 +77,7 @@ def find_lora_adapters(model: nn.Module, prefix: str = "") -> list[LoraAdapter]:
         if not all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling", "active_adapters")):
             continue
         if getattr(getattr(module, "base_layer", None), "groups", 1) > 1:
-            raise ValueError(f"The LoRA adapter {module_name} is on a grouped convolution, which has no penalty here.")
+            raise ValueError(f"The LoRA adapter {module_name} is on a grouped convolution, which cannot be penalized.")
         weight = getattr(getattr(module, "base_layer", None), "weight", None)
         if weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize == 1):
             weight = None  # quantized: its numbers are not those of W

@@ -24,9 +24,9 @@ from .targets import Penalized, Targets, checked, to_floats, zeros_like
 
 class _Defaults(dict):
     """
-    The defaults of an optimizer, which torch copies and pickles with it, as it does not do with hooks: through them
-    the regularizer comes along. It is no item, because a param group that is added gets all items, and checkpoints
-    hold the groups.
+    The defaults of an optimizer. torch copies and pickles them with the optimizer, unlike hooks, so they carry the
+    regularizer along. It is an attribute, not an item: items are copied into added param groups, and so into
+    checkpoints.
     """
 
     regularizer: "LipschitzRegularizer"

@@ -551,9 +551,9 @@ def test_bad_concepts_end_in_one_line(rows, message, run_script, tmp_path, capsy
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--rank=5"], "was trained with --rank 3 (now 5): go on with the same"),
-        (["--train_text_encoder"], "was trained with no --train_text_encoder: go on"),
-        (["--use_dora"], "was trained with no --use_dora: go on"),
+        (["--rank=5"], "was trained with --rank 3 (now 5): use the same"),
+        (["--train_text_encoder"], "was trained with no --train_text_encoder: use"),
+        (["--use_dora"], "was trained with no --use_dora: use"),
     ],
 )
 def test_checkpoint_of_another_lora_is_refused(flags, message, trained, train, tmp_path, capsys):
@@ -568,4 +568,4 @@ def test_new_word_that_the_base_knows_is_refused(train, tmp_path, capsys):
     flags = ["--method=custom_diffusion", "--modifier_token=mug</w>", "--instance_prompt=a mug</w>"]
     with pytest.raises(SystemExit):
         train(*flags, f"--output_dir={tmp_path / 'new'}")
-    assert_one_clear_line(capsys.readouterr().err, "mug</w> is no new word to the tokenizer")
+    assert_one_clear_line(capsys.readouterr().err, "mug</w> is not a new word for the base")

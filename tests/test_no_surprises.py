@@ -79,6 +79,7 @@ def test_result_needs_nothing_of_a_base_that_is_gone_by_then(train, script, tiny
     monkeypatch.setattr(script, "compute_loss", lose_base)
     train(f"--pretrained_model_name_or_path={base}", "--mixed_precision=bf16", f"--output_dir={tmp_path / 'model'}")
     assert not base.exists()
+    assert ModelCard.load(tmp_path / "model" / "README.md").data.base_model is None  # it never was one of the Hub
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert not same_bits(pipeline.unet.state_dict(), weights(tiny_sd))
     for part in ("vae", "text_encoder", "safety_checker"):
@@ -89,7 +90,7 @@ def test_base_without_the_safety_checker_that_it_names_is_trained_and_saved(trai
     base = shutil.copytree(tiny_sd, tmp_path / "base")
     shutil.rmtree(base / "safety_checker")
     train(f"--pretrained_model_name_or_path={base}", f"--output_dir={tmp_path / 'model'}")
-    assert "names a safety checker that is not there" in caplog.text
+    assert "names a safety checker that cannot be loaded" in caplog.text
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "model")
     assert pipeline.safety_checker is None and not same_bits(weights(tmp_path / "model"), weights(tiny_sd))
 
@@ -105,7 +106,7 @@ def test_training_that_breaks_leaves_what_was_good(train, refused, tmp_path):
     }
     assert tmp_path / "checkpoint-2" / "optimizer.bin" in before and tmp_path / "model_index.json" in before
     refused(
-        "The loss is no finite number at step 2. The likely cause is", train, *PLAIN, "--learning_rate=1e18", output
+        "The loss is NaN or infinite at step 2. The likely cause is", train, *PLAIN, "--learning_rate=1e18", output
     )
     after = files_below(tmp_path)
     assert {path: after.get(path) for path in before} == before
@@ -124,7 +125,7 @@ def test_weights_that_broke_in_the_last_step_are_not_saved(train, train_sdxl, tm
     for run, name in ((train, "sd"), (train_sdxl, "sdxl")):
         with pytest.raises(SystemExit):
             run("--lipschitz_weight=0", f"--output_dir={tmp_path / name}")
-        assert "error: A weight is no finite number at step 1" in capsys.readouterr().err
+        assert "error: A weight is NaN or infinite at step 1" in capsys.readouterr().err
         assert {path.name for path in (tmp_path / name).iterdir()} == {"logs"}
 
 
@@ -146,13 +147,13 @@ FOLDERS = {
         "--dataset_name={world}/photos --output_dir={world}/photos/new",
         "--dataset_name reads",
     ),
-    "output and base": ("--output_dir={world}/base", "what --pretrained_model_name_or_path reads"),
+    "output and base": ("--output_dir={world}/base", "would change what --pretrained_model_name_or_path reads"),
     "output and photos": ("--output_dir={world}/photos", "what --instance_data_dir reads"),
     "by a link": ("--output_dir={world}/link", "what --instance_data_dir reads"),
     "by ..": ("--output_dir={world}/base/../photos/", "what --instance_data_dir reads"),
     "class images and photos": (
         "--with_prior_preservation --class_prompt=dog --class_data_dir={world}/link",
-        "--class_data_dir: what is written to {world}/photos would get among what --instance_data_dir reads",
+        "--class_data_dir: writing to {world}/photos would change what --instance_data_dir reads",
     ),
     "class images and output": (
         "--with_prior_preservation --class_prompt=dog --class_data_dir={world}/new --output_dir={world}/new",
@@ -160,13 +161,17 @@ FOLDERS = {
     ),
     "photos where the result has a part": (
         "--output_dir={world} --instance_data_dir={world}/unet",
-        "--output_dir: what",
+        "--output_dir: writing to",
     ),
     "pipeline of somebody else": (
         "--output_dir={world}/other",
-        "holds model_index.json, which is of no run like this",
+        "holds model_index.json, which these scripts did",
     ),
-    "folder of somebody else": ("--output_dir={world}/mine", "holds vae, which is of no run like this one"),
+    "README of somebody else": (
+        "--method=lora --output_dir={world}/notes",
+        "holds README.md, which these scripts did",
+    ),
+    "folder of somebody else": ("--output_dir={world}/mine", "holds vae, which these scripts did not write"),
 }
 
 
@@ -177,6 +182,8 @@ def world(tmp_path, tiny_sd, photos):
     shutil.copytree(photos, tmp_path / "photos")
     shutil.copytree(photos, tmp_path / "unet")
     (tmp_path / "mine" / "vae").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("Mine.")
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     return tmp_path
 
@@ -200,7 +207,7 @@ def test_concepts_must_not_draw_class_images_among_photos(run_script, world, tin
         "--with_prior_preservation",
         f"--output_dir={world / 'new'}",
     ]
-    message = "--concepts_list, class_data_dir: what is written"
+    message = "--concepts_list, class_data_dir: writing to"
     refused(message, run_script, *flags, f"--concepts_list={world / 'concepts.json'}")
 
 
@@ -287,7 +294,7 @@ def test_warm_up_that_nobody_asked_for_leaves_the_rate_its_peak(train, tmp_path,
     rates = [scalars(path)[0]["lr"] for path in paths]
     assert rates[0] == rates[1] and rates[0][10] == pytest.approx(1e-5)
     assert rates[2][10] == pytest.approx(1e-6)
-    assert caplog.text.count("only reaches 9% of --learning_rate") == 1
+    assert caplog.text.count("rate only reaches 9% of --learning_rate") == 1
 
 
 def test_warm_up_of_long_trainings_is_that_of_diffusers(script):
@@ -302,13 +309,14 @@ def test_warm_up_of_long_trainings_is_that_of_diffusers(script):
 
 RUN = ["--max_train_steps=3", "--checkpointing_steps=2", "--lipschitz_weight=50"]
 OTHERS = {
-    "--learning_rate=2e-3": "was trained with --learning_rate 0.001 (now 0.002): go on with the same",
+    "--learning_rate=2e-3": "was trained with --learning_rate 0.001 (now 0.002): use the same",
     "--lipschitz_weight=60": "was trained with --lipschitz_weight 50.0 (now 60.0)",
     "--lipschitz_reduction=sum": "was trained with --lipschitz_reduction tensor_mean (now sum)",
     "--lipschitz_mode=proximal": "was trained with --lipschitz_mode coupled (now proximal)",
     "--instance_prompt=a sks cat": "was trained with --instance_prompt a sks dog (now a sks cat), other photos",
     "--instance_data_dir={one}": "was trained with other photos or captions",
     "--pretrained_model_name_or_path={base}": "was trained with another base model",
+    "--pretrained_model_name_or_path={folder}/other autoencoder": "was trained with another base model",
     "--train_batch_size=1": "was trained with --train_batch_size 2 (now 1)",
     "--snr_gamma=5": "was trained with --snr_gamma None (now 5.0)",
     "--use_8bit_adam": "was trained with no --use_8bit_adam",
@@ -322,10 +330,11 @@ def run_to_resume(run_script, tiny_sd, photos, tmp_path_factory):
     flags = [f"--pretrained_model_name_or_path={tiny_sd}", f"--instance_data_dir={photos}", "--resolution=16"]
     flags += ["--instance_prompt=a sks dog", "--seed=7", "--learning_rate=1e-3", "--train_batch_size=2", *RUN]
     run_script(*flags, f"--output_dir={folder / 'model'}")
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
-    with torch.no_grad():
-        pipeline.unet.conv_in.bias[0] += 0.5
-    pipeline.save_pretrained(folder / "base")
+    for part, name in {"unet": "base", "vae": "other autoencoder"}.items():
+        pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd)
+        with torch.no_grad():
+            next(getattr(pipeline, part).parameters()).view(-1)[0] += 0.5
+        pipeline.save_pretrained(folder / name)
     (folder / "one").mkdir()
     shutil.copy(photos / "1.png", folder / "one")
     return folder, flags
@@ -335,7 +344,7 @@ def run_to_resume(run_script, tiny_sd, photos, tmp_path_factory):
 def test_checkpoint_of_another_run_is_refused(other, run_to_resume, run_script, refused):
     folder, flags = run_to_resume
     before = files_below(folder)
-    other_flag = other.format(one=folder / "one", base=folder / "base")
+    other_flag = other.format(one=folder / "one", base=folder / "base", folder=folder)
     resume = ["--resume_from_checkpoint=latest", f"--output_dir={folder / 'model'}"]
     refused(OTHERS[other], run_script, *flags, *resume, other_flag)
     assert files_below(folder) == before
@@ -440,7 +449,7 @@ def prompt_of(letters):
 def test_prompts_that_are_cut_are_named_once_each(train, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         train(f"--validation_prompt={prompt_of(32)}", "--num_validation_images=1", f"--output_dir={tmp_path}")
-    assert caplog.text.count("The text encoder reads 32 tokens, and not ['ff'] in") == 1
+    assert caplog.text.count("The text encoder reads only 32 tokens and ignores 'ff' in") == 1
     caplog.clear()
     train(f"--validation_prompt={prompt_of(30)}", "--num_validation_images=1", f"--output_dir={tmp_path}")
     assert "text encoder reads" not in caplog.text
@@ -457,7 +466,10 @@ CUT = {
 def test_subject_that_is_cut_off_stops_the_run(case, train, refused, tmp_path):
     word = "<new>" if case == "new word" else "sks"
     refused(
-        f"{word} would not be learned: the text encoder reads 32", train, *CUT[case], f"--output_dir={tmp_path / 'a'}"
+        f"{word} would not be learned: the text encoder reads only 32",
+        train,
+        *CUT[case],
+        f"--output_dir={tmp_path / 'a'}",
     )
     assert not (tmp_path / "a").exists()
 
@@ -467,7 +479,7 @@ def test_words_of_the_class_may_be_cut_off(train, tmp_path, caplog):
     train(
         *flags, f"--instance_prompt=sks {prompt_of(30)}", f"--class_prompt={prompt_of(30)}", f"--output_dir={tmp_path}"
     )
-    assert "not ['abcde'] in 'sks abcde" in caplog.text
+    assert "ignores 'abcde' in 'sks abcde" in caplog.text
 
 
 def test_captions_that_are_not_used_are_told(script, tmp_path, caplog, photos):
@@ -478,7 +490,7 @@ def test_captions_that_are_not_used_are_told(script, tmp_path, caplog, photos):
     flags = ["--pretrained_model_name_or_path=x", "--instance_prompt=a sks dog", f"--dataset_name={tmp_path}"]
     flags += [f"--cache_dir={tmp_path.parent / 'cache'}"]
     script.read_dataset(script.parse_args(flags))
-    assert "captions in text are not used: --caption_column text" in caplog.text
+    assert "captions in text are not used; to use them, add --caption_column text" in caplog.text
     examples = script.read_dataset(script.parse_args([*flags, "--caption_column=text"]))
     assert [example.prompt for example in examples] == ["a dog", "a sks dog"]
 
@@ -493,7 +505,7 @@ def test_text_files_beside_photos_are_their_captions(script, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         (photos,), _ = script.find_examples(args, script.read_concepts(args))
     assert [photo.prompt for photo in photos] == ["a sks dog, à table", "a sks dog", "a sks dog"]
-    assert "ignored, as they are no images: notes.txt" in caplog.text
+    assert "ignored, because they are not images: notes.txt" in caplog.text
     assert "1 of 3 photos have a caption of their own" in caplog.text
 
 
@@ -629,7 +641,7 @@ def test_photo_of_200_megapixels_is_read_and_larger_ones_are_named_so(train, scr
 
 def test_numbers_without_a_range_are_refused_by_name(train, refused, tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "depth.tiff")
-    message = "depth.tiff is broken or no image that can be shown: its numbers (F, TIFF) have no range to show"
+    message = "depth.tiff is broken or cannot be shown as an image: its pixel values (F, TIFF) have no defined range"
     refused(message, train, f"--instance_data_dir={tmp_path}", f"--output_dir={tmp_path / 'model'}")
 
 
@@ -691,7 +703,7 @@ def test_inpainting_model_in_a_plain_folder_is_refused(train, tiny_sd, refused, 
     pipeline.register_modules(unet=make_unet(**blocks, cross_attention_dim=16, in_channels=9))
     pipeline.save_pretrained(tmp_path / "base")
     flags = [f"--pretrained_model_name_or_path={tmp_path / 'base'}", f"--output_dir={tmp_path / 'model'}"]
-    refused("takes 9 channels, not 4: it is a model for inpainting", train, *flags)
+    refused("takes 9 channels, not 4: it is for inpainting", train, *flags)
 
 
 def test_base_without_a_part_is_refused(run_sdxl_script, tiny_sdxl, flags, tmp_path, capsys):
@@ -742,9 +754,9 @@ def test_base_in_one_file_without_a_configuration_says_what_to_give(single_file,
 
 def test_other_files_are_no_base(train, refused, tmp_path, tiny_sd):
     (tmp_path / "model.zip").write_bytes(b"")
-    refused("model.zip is no model: give", train, f"--pretrained_model_name_or_path={tmp_path / 'model.zip'}")
+    refused("model.zip is not a model: give", train, f"--pretrained_model_name_or_path={tmp_path / 'model.zip'}")
     (part,) = (tiny_sd / "unet").glob("*.safetensors")
-    refused("holds no whole model, perhaps one of its parts", train, f"--pretrained_model_name_or_path={part}")
+    refused("is not a whole model, perhaps one of its parts", train, f"--pretrained_model_name_or_path={part}")
 
 
 # Files for other programs

@@ -174,7 +174,7 @@ def test_model_card_names_a_base_from_the_hub(script, tmp_path):
     args = script.parse_args(
         ["--pretrained_model_name_or_path=some/model", "--instance_data_dir=x", "--instance_prompt=y"]
     )
-    script.save_model_card(args, None, [], tmp_path)
+    script.save_model_card(script.describe_result(args, None), None, [], tmp_path)
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "some/model"
 
 
@@ -190,7 +190,8 @@ def test_model_card_has_the_flags_of_the_penalty_that_were_given(script, tmp_pat
         "--lipschitz_weight=1 --drift_every=5 --drift_prompts_file=some.txt": {"lipschitz_weight": 1.0},
     }
     for more, settings in expected.items():
-        script.save_model_card(script.parse_args([*flags, *more.split()]), None, [], tmp_path)
+        card = script.describe_result(script.parse_args([*flags, *more.split()]), None)
+        script.save_model_card(card, None, [], tmp_path)
         front = ModelCard.load(tmp_path / "README.md").data.to_dict()
         found = {key: value for key, value in front.items() if key.startswith(("lipschitz_", "drift_"))}
         assert found == {"lipschitz_reduction": "tensor_mean", "lipschitz_mode": "coupled", **settings}
@@ -832,7 +833,7 @@ MISTAKES = {
     ),
     "checkpoint of two processes": (
         "--lipschitz_weight=50 --resume_from_checkpoint={world}/two/checkpoint-4",
-        "is of a run of 2 processes, not 1: accelerate launch --num_processes=2",
+        "was saved by a run with 2 processes, not 1: accelerate launch --num_processes=2",
     ),
     "checkpoint with the penalty, run without": (
         "--resume_from_checkpoint={world}/checkpoint-4 --lipschitz_weight=0",
@@ -922,7 +923,7 @@ DATASET_MISTAKES = {
     "empty folder": ("{world}/empty", "", "--dataset_name: cannot load {world}/empty"),
     "no rows": ("{world}/none", "", "--dataset_name: cannot load {world}/none"),
     "row without an image": ("{world}/gap", "", "--image_column: row 1 of {world}/gap has no image"),
-    "parts, and none to train on": ("{world}/parts", "", "{world}/parts has no part train, but validation, test"),
+    "parts, and none to train on": ("{world}/parts", "", "{world}/parts has no split train, only validation, test"),
     "unknown caption column": (
         "{captioned}",
         "--caption_column=caption",

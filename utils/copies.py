@@ -4,7 +4,7 @@ above a function, class or constant that is a copy there is the line
 
     # Copied from train_dreambooth_lipschitz.py
 
-`python utils/copies.py` fails where such a copy has parted from its source, or where two scripts have the same text
+`python utils/copies.py` fails where a copy differs from its source, or where two scripts have the same text
 without the line; `python utils/copies.py --write`, part of `make style`, copies again. Comments right above the source
 are part of it.
 """
@@ -81,7 +81,7 @@ def update(code: str, sources: dict[str, str]) -> tuple[str, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compares what the scripts share.")
-    parser.add_argument("--write", action="store_true", help="Copy again what has parted.")
+    parser.add_argument("--write", action="store_true", help="Update copies that differ from their source.")
     write = parser.parse_args().write
     paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("examples/*/*.py")])
     modules = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
