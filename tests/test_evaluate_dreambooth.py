@@ -1106,9 +1106,10 @@ def test_refuses_to_write_its_pictures_among_the_photos(refused, tmp_path):
 
 def test_refuses_a_folder_with_two_models(refused, tmp_path):
     """The LoRA of an earlier training beside a Custom Diffusion: neither may be taken for the other."""
-    custom_diffusion_of(BASE, tmp_path, ["<new1>"])
-    shutil.copy(tmp_path / "custom_diffusion.safetensors", tmp_path / "pytorch_lora_weights.safetensors")
-    said = refused(f"--pretrained_model_name_or_path={tmp_path}", "--instance_token=<new1>")
+    model = tmp_path / "model"
+    custom_diffusion_of(BASE, model, ["<new1>"])
+    shutil.copy(model / "custom_diffusion.safetensors", model / "pytorch_lora_weights.safetensors")
+    said = refused(f"--pretrained_model_name_or_path={model}", "--instance_token=<new1>")
     assert "holds several models, pytorch_lora_weights.safetensors and custom_diffusion.safetensors" in said
 
 
