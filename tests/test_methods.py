@@ -499,7 +499,7 @@ MISTAKES = {
     ),
     "inputs and another reduction": (
         "--lipschitz_inputs --lipschitz_reduction=sum",
-        "a default weight for --lipschitz_reduction tensor_mean: give one of yours",
+        "a default weight only for --lipschitz_reduction tensor_mean: add --lipschitz_weight",
     ),
     "inputs of factors": ("--method=lora --lipschitz_inputs --lipschitz_lora=factors", "and --lipschitz_lora delta"),
     "anchor model without the penalty": ("--lipschitz_anchor_model={base} --lipschitz_weight=0", "does nothing with"),
