@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 
@@ -53,4 +54,5 @@ def save_single_file(pipeline, file: Path) -> None:
         tensors[f"first_stage_model.{name}"] = weight
     for name, weight in pipeline.text_encoder.state_dict().items():
         tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = weight
-    save_file({name: weight.contiguous() for name, weight in tensors.items()}, file)
+    tensors = {name: weight.contiguous() for name, weight in tensors.items()}
+    save_file(tensors, file) if file.suffix == ".safetensors" else torch.save({"state_dict": tensors}, file)

@@ -726,16 +726,18 @@ def test_message_of_a_library_is_cut(script, capsys):
 
 @pytest.fixture(scope="session")
 def single_file(tiny_sd, tmp_path_factory):
-    file = tmp_path_factory.mktemp("single") / "model.safetensors"
-    save_single_file(StableDiffusionPipeline.from_pretrained(tiny_sd), file)
+    """Its path without the suffix."""
+    file, pipeline = tmp_path_factory.mktemp("single") / "model", StableDiffusionPipeline.from_pretrained(tiny_sd)
+    for suffix in (".safetensors", ".ckpt"):
+        save_single_file(pipeline, file.with_suffix(suffix))
     return file
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_base_in_one_file_trains_as_the_folder_does(method, single_file, tiny_sd, train, tmp_path):
+@pytest.mark.parametrize("method, suffix", [("full", ".safetensors"), ("lora", ".safetensors"), ("lora", ".ckpt")])
+def test_base_in_one_file_trains_as_the_folder_does(method, suffix, single_file, tiny_sd, train, tmp_path):
     flags = [f"--method={method}", "--validation_prompt=a sks dog", "--num_validation_images=1"]
     train(*flags, f"--output_dir={tmp_path / 'folder'}")
-    own = [f"--pretrained_model_name_or_path={single_file}", f"--pretrained_config={tiny_sd}"]
+    own = [f"--pretrained_model_name_or_path={single_file}{suffix}", f"--pretrained_config={tiny_sd}"]
     train(*flags, *own, f"--output_dir={tmp_path / 'file'}")
     files = list((tmp_path / "file").rglob("*.safetensors"))
     assert files
@@ -748,7 +750,7 @@ def test_base_in_one_file_trains_as_the_folder_does(method, single_file, tiny_sd
 
 
 def test_base_in_one_file_without_a_configuration_says_what_to_give(single_file, train, refused, tmp_path):
-    flags = [f"--pretrained_model_name_or_path={single_file}", f"--output_dir={tmp_path / 'model'}"]
+    flags = [f"--pretrained_model_name_or_path={single_file}.safetensors", f"--output_dir={tmp_path / 'model'}"]
     refused("(name a pipeline folder of its kind with --pretrained_config)", train, *flags)
 
 
