@@ -650,6 +650,26 @@ def load_judges(args: argparse.Namespace) -> dict[str, tuple]:
 # Pictures
 
 
+# Copied from train_dreambooth_lipschitz.py
+def load_text_encoder(source: str, name: str, kind: list[str], **options) -> torch.nn.Module:
+    """
+    A text encoder of a pipeline, of the class that its index names. Raises `ValueError` if its file lacks a weight:
+    transformers would only warn, and take random numbers.
+    """
+    options |= {"subfolder": name, "output_loading_info": True}
+    try:
+        model, info = getattr(transformers, kind[1]).from_pretrained(source, **options)
+    except OSError:
+        if options.get("variant") is None:
+            raise
+        # As for a whole pipeline: parts without the variant are loaded without it.
+        model, info = getattr(transformers, kind[1]).from_pretrained(source, **options | {"variant": None})
+    if info["missing_keys"]:
+        lacking = min(info["missing_keys"])
+        raise ValueError(f"its {name} lacks {lacking}: its file is incomplete or of another version")
+    return model
+
+
 def load_pipeline(args: argparse.Namespace, model: str, dtype: torch.dtype) -> Any:
     """One of the two models, "base" or "personalized", on the CPU. The base's sampler draws for both."""
     whole = "personalized" if (model, args.kind) == ("personalized", "pipeline") else "base"
@@ -658,7 +678,11 @@ def load_pipeline(args: argparse.Namespace, model: str, dtype: torch.dtype) -> A
     if args.pipeline_class == "StableDiffusionXLPipeline":
         options = {"add_watermarker": False}
     options |= {"revision": revision, "variant": args.variant if whole == "base" else None, "dtype": dtype}
+    files = {key: options[key] for key in ("dtype", "revision", "variant")}
+    parts = json.loads(find_file(args, whole, "model_index.json").read_text(encoding="utf-8"))
     try:
+        for name in [name for name in TRAINED_PARTS[1:] if name in parts]:
+            options[name] = load_text_encoder(source, name, parts[name], **files)
         pipeline = PIPELINES[args.pipeline_class].from_pretrained(source, **options)
         if whole == "personalized":
             pipeline.scheduler = getattr(diffusers, args.scheduler_class).from_pretrained(

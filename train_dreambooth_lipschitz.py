@@ -1164,6 +1164,25 @@ def add_result_parts(args: argparse.Namespace, pipeline: Pipeline) -> None:
     pipeline.register_to_config(requires_safety_checker=parts.get("requires_safety_checker", True))
 
 
+def load_text_encoder(source: str, name: str, kind: list[str], **options) -> torch.nn.Module:
+    """
+    A text encoder of a pipeline, of the class that its index names. Raises `ValueError` if its file lacks a weight:
+    transformers would only warn, and take random numbers.
+    """
+    options |= {"subfolder": name, "output_loading_info": True}
+    try:
+        model, info = getattr(transformers, kind[1]).from_pretrained(source, **options)
+    except OSError:
+        if options.get("variant") is None:
+            raise
+        # As for a whole pipeline: parts without the variant are loaded without it.
+        model, info = getattr(transformers, kind[1]).from_pretrained(source, **options | {"variant": None})
+    if info["missing_keys"]:
+        lacking = min(info["missing_keys"])
+        raise ValueError(f"its {name} lacks {lacking}: its file is incomplete or of another version")
+    return model
+
+
 def load_pipeline(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path", **options) -> Pipeline:
     """The base, in float32 whatever its files hold: small updates would be lost in weights of fewer bits."""
     source, dtype = getattr(args, flag[2:]), options.get("dtype", torch.float32)
@@ -1176,6 +1195,10 @@ def load_pipeline(args: argparse.Namespace, flag: str = "--pretrained_model_name
         else:
             if source == args.pretrained_model_name_or_path:
                 options = {"revision": args.revision, "variant": args.variant, **options}
+            files = {key: options[key] for key in ("dtype", "revision", "variant") if key in options}
+            parts = read_index(args, flag)
+            for name in [name for name in TEXT_ENCODERS if name not in options]:
+                options[name] = load_text_encoder(source, name, parts[name], **files)
             pipeline = Pipeline.from_pretrained(source, **options)
     except LOAD_ERRORS as error:
         more = ""

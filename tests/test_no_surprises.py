@@ -15,7 +15,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 from test_train_dreambooth_lipschitz import (
     assert_one_clear_line,
@@ -713,6 +713,27 @@ def test_base_without_a_part_is_refused(run_sdxl_script, tiny_sdxl, flags, tmp_p
     with pytest.raises(SystemExit):
         run_sdxl_script(f"--pretrained_model_name_or_path={tmp_path}", *flags, f"--output_dir={tmp_path / 'model'}")
     assert f"{tmp_path} has no text_encoder, so that it cannot be trained" in capsys.readouterr().err
+
+
+def test_text_encoder_that_lacks_a_weight_is_refused(train, tiny_sd, refused, tmp_path):
+    """transformers would take random numbers for it, and say so in a warning."""
+    base = shutil.copytree(tiny_sd, tmp_path / "base")
+    (file,) = (base / "text_encoder").glob("*.safetensors")
+    tensors = load_file(file)
+    lacking = next(name for name in tensors if "fc1.weight" in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lacking}, file, metadata={"format": "pt"})
+    flags = [f"--pretrained_model_name_or_path={base}", f"--output_dir={tmp_path / 'model'}"]
+    refused("its text_encoder lacks", train, *flags)
+    assert not (tmp_path / "model").exists()
+
+
+def test_variant_that_only_some_parts_have_is_loaded(train, tiny_sd, tmp_path):
+    base = shutil.copytree(tiny_sd, tmp_path / "base")
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    flags = [f"--pretrained_model_name_or_path={base}", "--variant=fp16", f"--output_dir={tmp_path / 'model'}"]
+    train(*flags)
+    assert same_bits(weights(tmp_path / "model", "text_encoder"), weights(tiny_sd, "text_encoder"))
 
 
 def test_message_of_a_library_is_cut(script, capsys):
