@@ -276,7 +276,7 @@ def test_hooks_are_gone_after_an_error():
 
 def test_numbers_that_are_not_finite_are_refused():
     layer = nn.Linear(3, 2)
-    with pytest.raises(ValueError, match="Linear gave numbers that are not finite"), record_inputs(layer):
+    with pytest.raises(ValueError, match="Linear gave NaN or infinity"), record_inputs(layer):
         layer(torch.full((1, 3), torch.nan))
 
 

@@ -814,7 +814,7 @@ MISTAKES = {
     "modifier token with LoRA": ("--modifier_token=<new1>", "--modifier_token is for --method custom_diffusion"),
     "DoRA with full": (f"{FULL} --use_dora", "--use_dora is for --method lora, not for --method full"),
     "kohya with full": (f"{FULL} --output_kohya_format", "--output_kohya_format is for --method lora"),
-    "kohya of DoRA": ("--output_kohya_format --use_dora", "no form of DoRA"),
+    "kohya of DoRA": ("--output_kohya_format --use_dora", "does not work with --use_dora"),
     "bfloat16 weights of LoRA": ("--full_bf16", "--full_bf16 is for --method full, not for --method lora"),
     "bfloat16 weights in float16": (f"{FULL} --full_bf16 --mixed_precision=fp16", "leave out --mixed_precision fp16"),
     "two 8-bit optimizers": (f"{FULL} --full_bf16 --use_8bit_adam", "leave out --use_8bit_adam"),
