@@ -62,7 +62,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from diffusers.utils import check_min_version, is_wandb_available
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from PIL import Image, ImageCms, ImageDraw, ImageFont
+from PIL import Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.ImageOps import exif_transpose, fit
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -180,8 +180,21 @@ def stop(message: str | Exception) -> NoReturn:
 
 
 # Copied from train_dreambooth_lipschitz.py
+class DefaultsFormatter(argparse.HelpFormatter):
+    """Adds the default to a help text that does not tell it."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in action.help.lower():
+            return action.help
+        return f"{action.help.rstrip('.')}; default: %(default)s."
+
+
+# Copied from train_dreambooth_lipschitz.py
 class OneLineParser(argparse.ArgumentParser):
     """Reports a bad argument without repeating the whole usage."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=DefaultsFormatter, **options)
 
     def error(self, message):
         stop(message)
@@ -370,9 +383,14 @@ def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 
 
 # Copied from train_dreambooth_lipschitz.py
+class RangeError(ValueError):
+    """The numbers of an image have no range that could be shown."""
+
+
+# Copied from train_dreambooth_lipschitz.py
 def open_image(source: Path | bytes) -> Image.Image:
     """
-    The image as a viewer shows it: upright, in sRGB, over white where it is transparent. Raises `ValueError` if its
+    The image as a viewer shows it: upright, in sRGB, over white where it is transparent. Raises `RangeError` if its
     numbers have no range that could be shown, and what Pillow raises if it is broken.
     """
     register_heif()
@@ -386,7 +404,7 @@ def open_image(source: Path | bytes) -> Image.Image:
             alpha = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixel values ({image.mode}, {kind}) have no defined range: save it with 8 or 16 bits")
+        raise RangeError(f"its pixel values ({image.mode}, {kind}) have no defined range: save it with 8 or 16 bits")
     elif transparent:
         alpha = image.convert("RGBA").getchannel("A")
         image = image.convert("L" if image.mode in ("L", "LA", "La") else "RGB")
@@ -400,36 +418,48 @@ def open_image(source: Path | bytes) -> Image.Image:
 
 
 # Copied from train_dreambooth_lipschitz.py
-def check_image(flag: str, source: Path | bytes, name: str | Path) -> None:
-    """Stops unless the image can be shown."""
+def fault_of(source: Path | bytes) -> str | None:
+    """What is wrong with an image, or `None` if it can be shown."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             open_image(source)
     except Image.DecompressionBombError:
-        stop(f"{flag}: {name} has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down")
+        return f"has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down"
+    except UnidentifiedImageError:
+        return "is not an image" if (source if isinstance(source, bytes) else source.stat().st_size) else "is empty"
     except Exception as error:  # Pillow's decoders raise almost anything
-        stop(f"{flag}: {name} is broken or cannot be shown as an image: {error}")
+        return f"cannot be shown, {error}" if isinstance(error, RangeError) else f"is broken: {error}"
+    return None
+
+
+# Copied from train_dreambooth_lipschitz.py
+def check_images(flag: str, sources: dict[str, Path | bytes]) -> None:
+    """Stops unless all of these images can be shown; names those that cannot."""
+    faults = {name: fault_of(source) for name, source in sources.items()}
+    if any(faults.values()):
+        stop(f"{flag}: {'; '.join(f'{name} {fault}' for name, fault in faults.items() if fault)}")
 
 
 # Copied from train_dreambooth_lipschitz.py
 def find_images(flag: str, folder: str | Path) -> list[Path]:
     """
     The images of a folder, sorted by name and known to open. Other things in it are named in a warning, once, but for
-    text files of an image's name, which may be captions.
+    text files of an image's name, which may be captions, and what file managers leave behind.
     """
     folder, with_heif = Path(folder), register_heif()
     if not folder.is_dir():
-        stop(f"{flag}: there is no folder {folder}")
+        what = "is a file, not a folder" if folder.exists() else "does not exist: there is no folder of that name"
+        stop(f"{flag}: {folder} {what}")
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images, others = [], []
     for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name.lower() in ("thumbs.db", "desktop.ini"):
+            continue
         if path.suffix.lower() in HEIF_SUFFIXES and path.is_file() and not with_heif:
             stop(f"{flag}: {path} is a HEIC photo, which needs pillow-heif: pip install pillow-heif")
-        is_image = path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
-        (images if is_image else others).append(path)
-    for path in images:
-        check_image(flag, path, path)
+        (images if path.is_file() and path.suffix.lower() in suffixes else others).append(path)
+    check_images(flag, {str(path): path for path in images})
     captions = {path.with_suffix(".txt") for path in images}
     others = [path.name for path in others if path not in captions]
     if others:
@@ -439,22 +469,24 @@ def find_images(flag: str, folder: str | Path) -> list[Path]:
 
 # Copied from train_dreambooth_lipschitz.py
 def check_apart(
-    written: list[tuple[str, str | None]], read: list[tuple[str, str | None, bool]], names: Iterable[str] = ()
+    written: list[tuple[str, str | None]], read: list[tuple[str, str | None, Iterable[str]]], names: Iterable[str] = ()
 ) -> None:
     """
     Stops if what is written would stand among what is read, or take its place, whatever the folders are called.
 
     Args:
         written: Flag and folder.
-        read: Flag, folder or file, and whether all below it is read.
+        read: Flag, folder or file, and the names below it that are read besides what is in it; "*" for all.
         names: What is written below the first folder; a name that ends in "-" is the beginning of several.
     """
-    for (flag, target), (other, source, is_deep) in itertools.product(written, read):
+    for (flag, target), (other, source, below) in itertools.product(written, read):
         # A model that is not there is one on the Hub. Several subjects may share class images.
         if target is None or source is None or flag == other or not (os.path.exists(source) or target == source):
             continue
         target, source = Path(os.path.realpath(target)), Path(os.path.realpath(source))
-        stands_in = target == source or (is_deep and source in target.parents)
+        stands_in = target == source
+        if source in target.parents:
+            stands_in = "*" in below or target.relative_to(source).parts[0] in below
         if (flag, target) == (written[0][0], Path(os.path.realpath(written[0][1]))) and target in source.parents:
             first = source.relative_to(target).parts[0]
             stands_in = any(first.startswith(name) if name.endswith("-") else first == name for name in names)
@@ -832,7 +864,7 @@ def check_folders(args: argparse.Namespace, images: list[dict[str, Any]]) -> dic
             if model == "base" and args.base_images_dir:
                 remedy = "choose another --base_images_dir; --overwrite would delete what other evaluations share"
             if not args.overwrite:
-                stop(f"{folder} holds pictures of another {', '.join(changed)} ({was}, now {now}): {remedy}")
+                stop(f"{folder} holds pictures that were drawn with another {changed[0]} ({was}, now {now}): {remedy}")
         stale[folder] = dict(settings)
     return stale
 
@@ -1618,7 +1650,7 @@ def write_results(
 def main(args: argparse.Namespace) -> None:
     # What can be wrong is found, as far as loading shows it, before anything is written or drawn.
     accelerator = build_accelerator(args)
-    check_apart([("--output_dir", args.output_dir)], [("--instance_data_dir", args.instance_data_dir, False)])
+    check_apart([("--output_dir", args.output_dir)], [("--instance_data_dir", args.instance_data_dir, [])])
     photos = find_photos(args.instance_data_dir)
     images = plan_images(args, build_prompts(args))
     check_models(args)

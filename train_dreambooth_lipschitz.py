@@ -61,14 +61,14 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast, set_seed
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.training_utils import compute_snr
 from diffusers.utils import check_min_version, is_xformers_available
 from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.ImageOps import exif_transpose
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -106,8 +106,7 @@ METHOD_FLAGS = {
     "custom_diffusion": ["modifier_token", "initializer_token"],
 }
 # Packages that only these flags need.
-PACKAGES = {"report_to=tensorboard": "tensorboard", "report_to=wandb": "wandb", "method=lora": "peft"}
-PACKAGES |= {"dataset_name": "datasets", "use_8bit_adam": "bitsandbytes"}
+PACKAGES = {"method=lora": "peft", "dataset_name": "datasets", "use_8bit_adam": "bitsandbytes"}
 # The names of the models in files of kohya's trainer.
 KOHYA_NAMES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
@@ -178,8 +177,20 @@ def warn(message: str) -> None:
         print(f"{Path(__file__).name}: warning: {message}", file=sys.stderr)
 
 
+class DefaultsFormatter(argparse.HelpFormatter):
+    """Adds the default to a help text that does not tell it."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in action.help.lower():
+            return action.help
+        return f"{action.help.rstrip('.')}; default: %(default)s."
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Reports a bad argument without repeating the whole usage."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=DefaultsFormatter, **options)
 
     def error(self, message):
         stop(message)
@@ -683,7 +694,9 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     # Before accelerate advises to install what is refused then.
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         stop("DEEPSPEED shards the weights, which this script does not support")
-    for flag, package in PACKAGES.items():
+    trackers = {kind.value for kind in LoggerType} - {"all"}
+    own = {f"report_to={args.report_to}": args.report_to} if args.report_to in trackers else {}
+    for flag, package in (PACKAGES | own).items():
         name, _, value = flag.partition("=")
         given = getattr(args, name)
         if given and value in ("", given) and importlib.util.find_spec(package) is None:
@@ -698,7 +711,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             **accelerator_options(args),
         )
     except ValueError as error:
-        stop(error)
+        stop(f"--report_to: {error}" if "logging" in str(error) else error)
     if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         stop(f"{accelerator.distributed_type.value} shards the weights, which this script does not support")
     # accelerate lets this pass, and trains in float32.
@@ -750,9 +763,13 @@ def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
+class RangeError(ValueError):
+    """The numbers of an image have no range that could be shown."""
+
+
 def open_image(source: Path | bytes) -> Image.Image:
     """
-    The image as a viewer shows it: upright, in sRGB, over white where it is transparent. Raises `ValueError` if its
+    The image as a viewer shows it: upright, in sRGB, over white where it is transparent. Raises `RangeError` if its
     numbers have no range that could be shown, and what Pillow raises if it is broken.
     """
     register_heif()
@@ -766,7 +783,7 @@ def open_image(source: Path | bytes) -> Image.Image:
             alpha = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixel values ({image.mode}, {kind}) have no defined range: save it with 8 or 16 bits")
+        raise RangeError(f"its pixel values ({image.mode}, {kind}) have no defined range: save it with 8 or 16 bits")
     elif transparent:
         alpha = image.convert("RGBA").getchannel("A")
         image = image.convert("L" if image.mode in ("L", "LA", "La") else "RGB")
@@ -779,35 +796,46 @@ def open_image(source: Path | bytes) -> Image.Image:
     return image if alpha is None else Image.composite(image, Image.new("RGB", image.size, "white"), alpha)
 
 
-def check_image(flag: str, source: Path | bytes, name: str | Path) -> None:
-    """Stops unless the image can be shown."""
+def fault_of(source: Path | bytes) -> str | None:
+    """What is wrong with an image, or `None` if it can be shown."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             open_image(source)
     except Image.DecompressionBombError:
-        stop(f"{flag}: {name} has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down")
+        return f"has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down"
+    except UnidentifiedImageError:
+        return "is not an image" if (source if isinstance(source, bytes) else source.stat().st_size) else "is empty"
     except Exception as error:  # Pillow's decoders raise almost anything
-        stop(f"{flag}: {name} is broken or cannot be shown as an image: {error}")
+        return f"cannot be shown, {error}" if isinstance(error, RangeError) else f"is broken: {error}"
+    return None
+
+
+def check_images(flag: str, sources: dict[str, Path | bytes]) -> None:
+    """Stops unless all of these images can be shown; names those that cannot."""
+    faults = {name: fault_of(source) for name, source in sources.items()}
+    if any(faults.values()):
+        stop(f"{flag}: {'; '.join(f'{name} {fault}' for name, fault in faults.items() if fault)}")
 
 
 def find_images(flag: str, folder: str | Path) -> list[Path]:
     """
     The images of a folder, sorted by name and known to open. Other things in it are named in a warning, once, but for
-    text files of an image's name, which may be captions.
+    text files of an image's name, which may be captions, and what file managers leave behind.
     """
     folder, with_heif = Path(folder), register_heif()
     if not folder.is_dir():
-        stop(f"{flag}: there is no folder {folder}")
+        what = "is a file, not a folder" if folder.exists() else "does not exist: there is no folder of that name"
+        stop(f"{flag}: {folder} {what}")
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images, others = [], []
     for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name.lower() in ("thumbs.db", "desktop.ini"):
+            continue
         if path.suffix.lower() in HEIF_SUFFIXES and path.is_file() and not with_heif:
             stop(f"{flag}: {path} is a HEIC photo, which needs pillow-heif: pip install pillow-heif")
-        is_image = path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
-        (images if is_image else others).append(path)
-    for path in images:
-        check_image(flag, path, path)
+        (images if path.is_file() and path.suffix.lower() in suffixes else others).append(path)
+    check_images(flag, {str(path): path for path in images})
     captions = {path.with_suffix(".txt") for path in images}
     others = [path.name for path in others if path not in captions]
     if others:
@@ -855,16 +883,17 @@ def read_dataset(args: argparse.Namespace) -> list[Example]:
     # Files as they are: the data set would decode each one anew, and cannot say which is broken.
     dataset = dataset.select_columns(list(set(columns.values())))
     dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
-    examples = []
+    examples, sources = [], {}
     for number, row in enumerate(dataset):
         file, caption = row[args.image_column], row.get(args.caption_column)
         if file is None:
             stop(f"--image_column: row {number} of {name} has no image")
         source, label = file["bytes"] or Path(file["path"]), file["path"] or f"row {number} of {name}"
-        check_image("--dataset_name", source, label)
+        sources[label] = source
         if caption is not None and not isinstance(caption, str):
             stop(f"--caption_column: that of {label} is {caption!r}, which is no text")
         examples.append(Example(source, (caption or "").strip() or args.instance_prompt))
+    check_images("--dataset_name", sources)
     return examples
 
 
@@ -883,11 +912,22 @@ def find_examples(args: argparse.Namespace, concepts: list[Concept]) -> tuple[li
         found = args.with_prior_preservation and os.path.exists(concept.class_data_dir)
         class_images.append(find_images(flags[1], concept.class_data_dir) if found else [])
         check_class_prompt(flags[1], concept, class_images[-1])
+        warn_of_small_photos(args, photos[-1])
     prompts = distinct_prompts(photos)
     for token in args.modifier_token.split("+") if args.modifier_token else []:
         if not any(token in prompt for prompt in prompts):
             stop(f"--modifier_token: {token} is in no prompt of a photo, so that it would not be learned")
     return photos, class_images
+
+
+def warn_of_small_photos(args: argparse.Namespace, photos: list[Example]) -> None:
+    small = []
+    for photo in photos:
+        with Image.open(io.BytesIO(photo.image) if isinstance(photo.image, bytes) else photo.image) as image:
+            if min(image.size) < args.resolution / 2:
+                small.append(f"{getattr(photo.image, 'name', 'one')} ({image.width} x {image.height})")
+    if small:
+        logger.warning(f"Less than half of --resolution {args.resolution}, so they train blurred: {', '.join(small)}")
 
 
 def check_class_prompt(flag: str, concept: Concept, class_images: list[Path]) -> None:
@@ -929,12 +969,14 @@ def describe_run(
         settings["class_prompt"] = [concept.class_prompt for concept in concepts]
     if args.lipschitz_inputs:
         settings["drift_prompts_file"] = drift_prompts
-    digest = hashlib.sha256()
-    for image, prompt in itertools.chain(*photos):
+    digest, own = hashlib.sha256(), {concept.instance_prompt for concept in concepts}
+    for image, _ in itertools.chain(*photos):
         data = image if isinstance(image, bytes) else image.read_bytes()
-        digest.update(f"{len(data)} {prompt}\n".encode())
+        digest.update(f"{len(data)}\n".encode())
         digest.update(data)
+    captions = [prompt for _, prompt in itertools.chain(*photos) if prompt not in own]
     settings["photos"] = digest.hexdigest()
+    settings["captions"] = hashlib.sha256(json.dumps(captions).encode()).hexdigest()
     return json.loads(json.dumps(settings))
 
 
@@ -949,7 +991,7 @@ def read_settings(checkpoint: Path) -> dict[str, Any]:
 def check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
     """Stops unless the checkpoint is of a run with these settings. Those that it does not know are not compared."""
     saved, differences = read_settings(checkpoint), []
-    words = {"photos": "other photos or captions", "base": "another base model"}
+    words = {"photos": "other photos", "captions": "other captions", "base": "another base model"}
     for name in [name for name in settings if name in saved and saved[name] != settings[name]]:
         was, now = saved[name], settings[name]
         if isinstance(was, list) and isinstance(now, list):
@@ -1026,7 +1068,10 @@ def read_index(args: argparse.Namespace, flag: str) -> dict[str, Any]:
         parts = json.loads(Path(path).read_text(encoding="utf-8"))
         return {**parts, "_class_name": parts["_class_name"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        stop(f"{flag}: found no {FAMILY} pipeline at {source}: {error}")
+        why = str(error) if os.path.isdir(source) else f"there is no such folder, and from the Hub: {error}"
+        if any(Path(source, name).is_file() for name in (LORA_FILE, KEYS_VALUES_FILE)):
+            why = "it holds what goes onto a base, not a base"
+        stop(f"{flag}: found no {FAMILY} pipeline at {source}: {why}")
 
 
 def check_single_file(flag: str, source: str) -> None:
@@ -1066,22 +1111,24 @@ def check_scheduler(args: argparse.Namespace, parts: dict[str, Any]) -> None:
 
 
 def check_apart(
-    written: list[tuple[str, str | None]], read: list[tuple[str, str | None, bool]], names: Iterable[str] = ()
+    written: list[tuple[str, str | None]], read: list[tuple[str, str | None, Iterable[str]]], names: Iterable[str] = ()
 ) -> None:
     """
     Stops if what is written would stand among what is read, or take its place, whatever the folders are called.
 
     Args:
         written: Flag and folder.
-        read: Flag, folder or file, and whether all below it is read.
+        read: Flag, folder or file, and the names below it that are read besides what is in it; "*" for all.
         names: What is written below the first folder; a name that ends in "-" is the beginning of several.
     """
-    for (flag, target), (other, source, is_deep) in itertools.product(written, read):
+    for (flag, target), (other, source, below) in itertools.product(written, read):
         # A model that is not there is one on the Hub. Several subjects may share class images.
         if target is None or source is None or flag == other or not (os.path.exists(source) or target == source):
             continue
         target, source = Path(os.path.realpath(target)), Path(os.path.realpath(source))
-        stands_in = target == source or (is_deep and source in target.parents)
+        stands_in = target == source
+        if source in target.parents:
+            stands_in = "*" in below or target.relative_to(source).parts[0] in below
         if (flag, target) == (written[0][0], Path(os.path.realpath(written[0][1]))) and target in source.parents:
             first = source.relative_to(target).parts[0]
             stands_in = any(first.startswith(name) if name.endswith("-") else first == name for name in names)
@@ -1096,27 +1143,29 @@ def check_folders(args: argparse.Namespace, concepts: list[Concept]) -> None:
         photos, classes = "--concepts_list, instance_data_dir", "--concepts_list, class_data_dir"
     models = ["pretrained_model_name_or_path", "pretrained_config", "pretrained_vae_model_name_or_path"]
     models += ["tokenizer_name", "lipschitz_anchor_model"]
-    read = [(f"--{name}", getattr(args, name, None), False) for name in models]
-    read += [("--dataset_name", args.dataset_name, True)]
+    read = [(f"--{name}", getattr(args, name, None), PARTS) for name in models]
+    read += [("--dataset_name", args.dataset_name, ["*"])]
     written = [("--output_dir", args.output_dir), ("--cache_dir", args.cache_dir)]
     for concept in concepts:
-        read.append((photos, concept.instance_data_dir, False))
+        read.append((photos, concept.instance_data_dir, []))
         if args.with_prior_preservation:
             written.append((classes, concept.class_data_dir))
-            read.append((classes, concept.class_data_dir, False))
+            read.append((classes, concept.class_data_dir, []))
     check_apart(written, read, [*PARTS, Path(args.logging_dir).parts[0], "checkpoint-", "tmp-"])
     check_result(Path(args.output_dir))
 
 
 def check_result(output_dir: Path) -> None:
-    """Stops if there is what a result would replace and no run like this one wrote."""
+    """Stops if there is what a run would replace and none like it wrote. Says so if it is to replace a result."""
     card = output_dir / "README.md"
     own = card.is_file() and CARD_WORDS in card.read_text(encoding="utf-8", errors="replace")
     names = [card.name, "model_index.json", LORA_FILE, KOHYA_FILE, KEYS_VALUES_FILE, TOKENS_FILE, *PARTS]
-    found = [name for name in names if (output_dir / name).exists()]
-    # What is left of a run that was killed while it replaced an earlier result.
-    if found and not own and not (output_dir / "tmp-pipeline").exists():
+    found = [name for name in names if (output_dir / name).exists() and not own]
+    found += [path.name for path in list_checkpoints(output_dir) if not read_settings(path)]
+    if found:
         stop(f"--output_dir: {output_dir} holds {found[0]}, which these scripts did not write: choose another folder")
+    if own:
+        logger.warning(f"--output_dir: the result in {output_dir} will be replaced when this run is done.")
 
 
 def check_writable(flag: str, folder: str) -> None:
@@ -2141,7 +2190,7 @@ def log_validation(
     with evaluating(pipeline):
         if text_encoders_of(pipeline)[0] is not None:
             prompt_embeds = encode_for_pipeline(pipeline, args.validation_prompt)
-        for _ in range(args.num_validation_images):
+        for _ in tqdm(range(args.num_validation_images), desc="Validation images", leave=False):
             with accelerator.autocast():
                 output = pipeline(**prompt_embeds, num_inference_steps=25, generator=generator, output_type="latent")
             images += decode_latents(pipeline, output.images)
@@ -2251,7 +2300,6 @@ def save_frozen_parts(args: argparse.Namespace, trained: dict[str, torch.nn.Modu
     of the base, which may be gone by then.
     """
     unfinished = Path(args.output_dir, "tmp-pipeline")
-    shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     with torch.random.fork_rng(devices=[]):  # training goes the same way, whatever loading draws
         pipeline = load_pipeline(args, **trained)
@@ -2268,7 +2316,8 @@ def delete_result(output_dir: Path) -> None:
     rows = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
     parts = [name for name, value in rows.items() if isinstance(value, list)]
     images = re.findall(r"\(\./(image_\d+\.png)\)", card.read_text(encoding="utf-8")) if card.is_file() else []
-    for name in [index.name, LORA_FILE, KOHYA_FILE, KEYS_VALUES_FILE, TOKENS_FILE, *images, card.name, *parts]:
+    # The card last: by it the rest is known as a result, also of a run that is killed here.
+    for name in [index.name, LORA_FILE, KOHYA_FILE, KEYS_VALUES_FILE, TOKENS_FILE, *images, *parts, card.name]:
         path = output_dir / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -2283,7 +2332,8 @@ def save_result(
     """
     Writes the whole pipeline, or what LoRA or Custom Diffusion adds to the base, and its model card to `output_dir`,
     in place of a result that is there. The index, without which no pipeline loads, goes first from the old one and
-    comes last with the new one: what loads is complete. Returns the names of what was written.
+    comes last with the new one, so that what loads is complete; the card, by which a result is known, goes last and
+    comes first. Returns the names of what was written.
     """
     stop_if_not_finite(args, trained_parameters(trained), "A weight", global_step)
     output_dir, unfinished = Path(args.output_dir), Path(args.output_dir, "tmp-pipeline")
@@ -2293,7 +2343,8 @@ def save_result(
     save_model_card(card, args.validation_prompt, images, unfinished)
     set_permissions(unfinished)
     delete_result(output_dir)
-    written = sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json")
+    order = {"README.md": -1, "model_index.json": 1}
+    written = sorted(unfinished.iterdir(), key=lambda path: order.get(path.name, 0))
     for path in written:
         target = output_dir / path.name
         if target.is_dir():
@@ -2353,6 +2404,8 @@ def main(args: argparse.Namespace) -> None:
     dataloader, sampler = build_dataloader(args, accelerator, photos, class_images)
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    if checkpoint and int(checkpoint.name.split("-")[1]) > max_train_steps:
+        stop(f"--resume_from_checkpoint: {checkpoint} has more than {max_train_steps} steps: raise --max_train_steps")
     validation_steps = args.validation_epochs * steps_per_epoch if args.validation_epochs else args.validation_steps
 
     optimizer = build_optimizer(args, accelerator, group_parameters(args, accelerator, trained))
@@ -2383,8 +2436,10 @@ def main(args: argparse.Namespace) -> None:
     global_step = load_checkpoint(accelerator, checkpoint) if checkpoint else 0
     os.makedirs(args.output_dir, exist_ok=True)
     card = describe_result(args, repo_id)
-    if args.method == "full" and accelerator.is_main_process:
-        save_frozen_parts(args, trained)
+    if accelerator.is_main_process:
+        shutil.rmtree(Path(args.output_dir, "tmp-pipeline"), ignore_errors=True)  # of a run that was killed
+        if args.method == "full":
+            save_frozen_parts(args, trained)
     config = {key: value for key, value in vars(args).items() if key != "hub_token"}
     accelerator.init_trackers("dreambooth", config=config)
     logger.info(f"Training from step {global_step} to {max_train_steps} on {sum(map(len, photos))} photos.")
@@ -2422,6 +2477,7 @@ def main(args: argparse.Namespace) -> None:
                         accelerator.clip_grad_norm_(trained_parameters(trained), args.max_grad_norm)
                     lipschitz_penalty = lipschitz.penalty() if lipschitz else 0.0
                 optimizer.step()
+                learning_rate = float(lr_scheduler.get_last_lr()[0])  # of this step; torchao's is a tensor
                 lr_scheduler.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
@@ -2436,7 +2492,7 @@ def main(args: argparse.Namespace) -> None:
                 logs["prior_loss"] = prior_loss
             if lipschitz:
                 logs["lipschitz/penalty"] = lipschitz_penalty
-            logs["lr"] = float(lr_scheduler.get_last_lr()[0])  # torchao's is a tensor
+            logs["lr"] = learning_rate
             stop_if_not_finite(args, [logs["loss"]], "The loss", global_step)
             accelerator.log(logs, step=global_step)
             progress_bar.update(1)
@@ -2464,4 +2520,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except KeyboardInterrupt:
+        warn("stopped; --resume_from_checkpoint=latest goes on from the last checkpoint, if there is one")
+        sys.exit(130)

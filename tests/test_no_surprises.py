@@ -171,6 +171,9 @@ FOLDERS = {
         "--method=lora --output_dir={world}/notes",
         "holds README.md, which these scripts did",
     ),
+    "part of the base": ("--output_dir={world}/base/unet", "what --pretrained_model_name_or_path reads"),
+    "checkpoint of somebody else": ("--output_dir={world}/theirs", "holds checkpoint-50, which these scripts did not"),
+    "what a killed run left beside it": ("--output_dir={world}/left", "holds unet, which these scripts did not write"),
     "folder of somebody else": ("--output_dir={world}/mine", "holds vae, which these scripts did not write"),
 }
 
@@ -182,6 +185,9 @@ def world(tmp_path, tiny_sd, photos):
     shutil.copytree(photos, tmp_path / "photos")
     shutil.copytree(photos, tmp_path / "unet")
     (tmp_path / "mine" / "vae").mkdir(parents=True)
+    (tmp_path / "theirs" / "checkpoint-50").mkdir(parents=True)
+    for name in ("tmp-pipeline", "unet"):
+        (tmp_path / "left" / name).mkdir(parents=True)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "README.md").write_text("Mine.")
     (tmp_path / "link").symlink_to(tmp_path / "photos")
@@ -209,6 +215,39 @@ def test_concepts_must_not_draw_class_images_among_photos(run_script, world, tin
     ]
     message = "--concepts_list, class_data_dir: writing to"
     refused(message, run_script, *flags, f"--concepts_list={world / 'concepts.json'}")
+
+
+def test_what_a_killed_run_left_gets_into_no_result(train, tmp_path):
+    """Its half of a pipeline, whatever is trained next."""
+    (tmp_path / "tmp-pipeline" / "vae").mkdir(parents=True)
+    (tmp_path / "tmp-pipeline" / "model_index.json").write_text("{}")
+    train("--method=lora", f"--output_dir={tmp_path}")
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", LORA_FILE, "logs"}
+
+
+def test_result_that_will_be_replaced_is_told(train, tmp_path, caplog):
+    train("--method=lora", f"--output_dir={tmp_path}")
+    assert "will be replaced" not in caplog.text
+    train("--method=lora", f"--output_dir={tmp_path}")
+    assert f"the result in {tmp_path} will be replaced when this run is done" in caplog.text
+
+
+def test_run_that_is_killed_while_it_replaces_a_result_can_be_started_again(train, script, tmp_path, monkeypatch):
+    train(f"--output_dir={tmp_path}")
+    replace, moved = script.Path.replace, []
+
+    def die(path, target):
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        moved.append(path)
+        return replace(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script.Path, "replace", die)
+        train(f"--output_dir={tmp_path}")
+    assert not (tmp_path / "model_index.json").exists()
+    train(f"--output_dir={tmp_path}")
+    DiffusionPipeline.from_pretrained(tmp_path)
 
 
 def test_output_beside_photos_and_below_them_is_allowed(train, world):
@@ -293,7 +332,7 @@ def test_warm_up_that_nobody_asked_for_leaves_the_rate_its_peak(train, tmp_path,
     paths = [tmp_path / "0", tmp_path / "1" / "--lr_warmup_steps=5", tmp_path / "1" / "--lr_warmup_steps=100"]
     rates = [scalars(path)[0]["lr"] for path in paths]
     assert rates[0] == rates[1] and rates[0][10] == pytest.approx(1e-5)
-    assert rates[2][10] == pytest.approx(1e-6)
+    assert rates[2][10] == pytest.approx(9e-7)
     assert caplog.text.count("rate only reaches 9% of --learning_rate") == 1
 
 
@@ -313,8 +352,9 @@ OTHERS = {
     "--lipschitz_weight=60": "was trained with --lipschitz_weight 50.0 (now 60.0)",
     "--lipschitz_reduction=sum": "was trained with --lipschitz_reduction tensor_mean (now sum)",
     "--lipschitz_mode=proximal": "was trained with --lipschitz_mode coupled (now proximal)",
-    "--instance_prompt=a sks cat": "was trained with --instance_prompt a sks dog (now a sks cat), other photos",
-    "--instance_data_dir={one}": "was trained with other photos or captions",
+    "--instance_prompt=a sks cat": "was trained with --instance_prompt a sks dog (now a sks cat): use the same",
+    "--instance_data_dir={one}": "was trained with other photos: use the same",
+    "--max_train_steps=1": "checkpoint-2 has more than 1 steps: raise --max_train_steps",
     "--pretrained_model_name_or_path={base}": "was trained with another base model",
     "--pretrained_model_name_or_path={folder}/other autoencoder": "was trained with another base model",
     "--train_batch_size=1": "was trained with --train_batch_size 2 (now 1)",
@@ -639,9 +679,26 @@ def test_photo_of_200_megapixels_is_read_and_larger_ones_are_named_so(train, scr
     refused("1.png has more than 536 megapixels: scale it down", train, f"--instance_data_dir={tmp_path}")
 
 
+def test_all_broken_photos_are_named_at_once(train, refused, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    (tmp_path / "c.png").write_bytes(encoded(Image.new("RGB", (40, 40)))[:60])
+    message = f"{tmp_path / 'a.jpg'} is empty; {tmp_path / 'b.png'} is not an image; {tmp_path / 'c.png'} is broken: "
+    refused(message, train, f"--instance_data_dir={tmp_path}", f"--output_dir={tmp_path / 'model'}")
+
+
+def test_small_photos_are_told_and_what_file_managers_leave_is_not(train, tmp_path, caplog):
+    (tmp_path / "1.png").write_bytes(encoded(Image.new("RGB", (40, 7))))
+    for name in (".DS_Store", "Thumbs.db", "raw.cr2"):
+        (tmp_path / name).write_bytes(b"0")
+    train(f"--instance_data_dir={tmp_path}", f"--output_dir={tmp_path / 'model'}")
+    assert "Less than half of --resolution 16, so they train blurred: 1.png (40 x 7)" in caplog.text
+    assert "not images: raw.cr2" in caplog.text and "Thumbs" not in caplog.text and "DS_Store" not in caplog.text
+
+
 def test_numbers_without_a_range_are_refused_by_name(train, refused, tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "depth.tiff")
-    message = "depth.tiff is broken or cannot be shown as an image: its pixel values (F, TIFF) have no defined range"
+    message = "depth.tiff cannot be shown, its pixel values (F, TIFF) have no defined range"
     refused(message, train, f"--instance_data_dir={tmp_path}", f"--output_dir={tmp_path / 'model'}")
 
 
@@ -691,7 +748,35 @@ def test_run_without_logs(train, tmp_path):
     assert (tmp_path / "model_index.json").is_file() and not (tmp_path / "logs").exists()
 
 
+def test_learning_rate_is_logged_as_of_its_step(train, tmp_path):
+    train("--lr_scheduler=linear", "--lr_warmup_steps=0", "--max_train_steps=4", f"--output_dir={tmp_path}")
+    assert [*scalars(tmp_path)[0]["lr"].values()] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
 # Messages
+
+
+def test_help_tells_every_default(script, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for told in (
+        "Optimizer steps between checkpoints; default: 500.",
+        "per process; default: 4.",
+        "default: tensorboard",
+    ):
+        assert told in text
+    assert "default: None" not in text and "default: False" not in text
+
+
+def test_tracker_that_is_not_installed_is_refused(train, refused, tmp_path):
+    refused("--report_to=aim needs aim: pip install aim", train, "--report_to=aim", f"--output_dir={tmp_path / 'a'}")
+
+
+def test_lora_is_no_base(train, refused, tmp_path):
+    (tmp_path / LORA_FILE).write_bytes(b"")
+    flags = [f"--pretrained_model_name_or_path={tmp_path}", f"--output_dir={tmp_path / 'a'}"]
+    refused("it holds what goes onto a base, not a base", train, *flags)
 
 
 def test_inpainting_model_in_a_plain_folder_is_refused(train, tiny_sd, refused, tmp_path):
