@@ -449,8 +449,9 @@ def find_images(flag: str, folder: str | Path) -> list[Path]:
     """
     folder, with_heif = Path(folder), register_heif()
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist: there is no folder of that name"
-        stop(f"{flag}: {folder} {what}")
+        stop(
+            f"{flag}: {folder} is a file, not a folder" if folder.exists() else f"{flag}: there is no folder {folder}"
+        )
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images, others = [], []
     for path in sorted(folder.iterdir()):

@@ -191,7 +191,10 @@ def runner(script):
 
 @pytest.fixture(scope="session")
 def script(one_device):
-    """train_dreambooth_lipschitz.py as a module, to call what is in it."""
+    """train_dreambooth_lipschitz.py as a module, to call what is in it, what logs too."""
+    from accelerate import PartialState
+
+    PartialState()
     return load_script("train_dreambooth_lipschitz.py")
 
 

@@ -779,7 +779,7 @@ def world(tmp_path, tiny_sd, photos, trained):
 
 
 MISTAKES = {
-    "no photos folder": ("--instance_data_dir={world}/absent", "there is no folder of that name"),
+    "no photos folder": ("--instance_data_dir={world}/absent", "there is no folder"),
     "empty photos folder": ("--instance_data_dir={world}/empty", "there is no image in"),
     "no image among the photos": ("--instance_data_dir={world}/strays", "there is no image in"),
     "broken photo": ("--instance_data_dir={world}/broken", "broken/1.png is broken"),
