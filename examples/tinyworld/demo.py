@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -76,11 +77,13 @@ def train(setup: Setup, subject: str, method: str, seed: int, folder: Path, bar:
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
         while process.poll() is None:
             time.sleep(0.5)
-            bar.refresh()  # so that its clock goes on
+            now = re.findall(r"(?:Steps|Class images): .*?(\d+/\d+) \[", log.read_text(errors="replace")[-500:])
+            bar.set_postfix_str(now[-1] if now else "starting")  # and its clock goes on
+    bar.set_postfix_str("")
     if process.returncode != 0:
         bar.close()
         reason = "\n".join(log.read_text().splitlines()[-10:])
-        sys.exit(f"{reason}\nThe training of {subject!r} by {method!r} failed. All it wrote: {log}")
+        sys.exit(f"{reason}\nTraining {subject!r} by {method!r} failed. Full log: {log}")
     return time.time() - started
 
 
@@ -178,7 +181,9 @@ def main() -> None:
     print(f"Personalizes a tiny {model} on five pictures of a {things}: {', '.join(args.methods)}.", flush=True)
     # For each pair of subject and seed: all trainings, all measurements and the picture.
     parts = len(args.methods) + len(names) + 1
-    bar = tqdm(total=len(subjects) * len(args.seeds) * parts)
+    # Without the time that is left: a training takes many times as long as a picture.
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+    bar = tqdm(total=len(subjects) * len(args.seeds) * parts, bar_format=layout)
     for seed in args.seeds:
         examiner = Examiner(args.others, per_scene=4, seed=seed)
         for subject in subjects:
