@@ -182,7 +182,7 @@ def main() -> None:
     # For each pair of subject and seed: all trainings, all measurements and the picture.
     parts = len(args.methods) + len(names) + 1
     # Without the time that is left: a training takes many times as long as a picture.
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+    layout = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
     bar = tqdm(total=len(subjects) * len(args.seeds) * parts, bar_format=layout)
     for seed in args.seeds:
         examiner = Examiner(args.others, per_scene=4, seed=seed)
