@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 
 ROOT = Path(__file__).resolve().parents[1]
 TINYWORLD = ROOT / "examples" / "tinyworld"
@@ -23,9 +21,12 @@ def lines_of(stderr):
     return [line.split("\r")[-1] for line in stderr.removesuffix("\n").split("\n")]
 
 
-@pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
-def test_scripts_begin_with_their_own_words(script):
-    """With all packages of requirements.txt in reach, those of no use to the script, too."""
+def test_scripts_begin_with_their_own_words():
+    """
+    With all packages of requirements.txt in reach, those of no use to the script, too. The training scripts begin with
+    the same lines (utils/copies.py), and one of them trains below.
+    """
+    script = ROOT / "evaluate_dreambooth.py"
     stdout, stderr = run(script, "--help")
     assert stdout.startswith(f"usage: {script.name}") and stderr == ""
 
