@@ -184,7 +184,9 @@ class DefaultsFormatter(argparse.HelpFormatter):
     """Adds the default to a help text that does not tell it."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS) or "default" in action.help.lower():
+        # By identity: 0 is a default, and equal to False.
+        none = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        if none or "default" in action.help.lower():
             return action.help
         return f"{action.help.rstrip('.')}; default: %(default)s."
 
@@ -427,7 +429,10 @@ def fault_of(source: Path | bytes) -> str | None:
     except Image.DecompressionBombError:
         return f"has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down"
     except UnidentifiedImageError:
-        return "is not an image" if (source if isinstance(source, bytes) else source.stat().st_size) else "is empty"
+        is_path = isinstance(source, Path)
+        if not register_heif() and (source.suffix.lower() in HEIF_SUFFIXES if is_path else source[4:8] == b"ftyp"):
+            return "is a HEIC photo, which needs pillow-heif: pip install pillow-heif"
+        return "is not an image" if (source.stat().st_size if is_path else source) else "is empty"
     except Exception as error:  # Pillow's decoders raise almost anything
         return f"cannot be shown, {error}" if isinstance(error, RangeError) else f"is broken: {error}"
     return None
@@ -447,18 +452,16 @@ def find_images(flag: str, folder: str | Path) -> list[Path]:
     The images of a folder, sorted by name and known to open. Other things in it are named in a warning, once, but for
     text files of an image's name, which may be captions, and what file managers leave behind.
     """
-    folder, with_heif = Path(folder), register_heif()
+    folder = Path(folder)
+    if folder.is_file():
+        stop(f"{flag}: {folder} is a file, not a folder")
     if not folder.is_dir():
-        stop(
-            f"{flag}: {folder} is a file, not a folder" if folder.exists() else f"{flag}: there is no folder {folder}"
-        )
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        stop(f"{flag}: there is no folder {folder}")
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | HEIF_SUFFIXES
     images, others = [], []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name.lower() in ("thumbs.db", "desktop.ini"):
             continue
-        if path.suffix.lower() in HEIF_SUFFIXES and path.is_file() and not with_heif:
-            stop(f"{flag}: {path} is a HEIC photo, which needs pillow-heif: pip install pillow-heif")
         (images if path.is_file() and path.suffix.lower() in suffixes else others).append(path)
     check_images(flag, {str(path): path for path in images})
     captions = {path.with_suffix(".txt") for path in images}
@@ -684,23 +687,26 @@ def load_judges(args: argparse.Namespace) -> dict[str, tuple]:
 
 
 # Copied from train_dreambooth_lipschitz.py
-def load_text_encoder(source: str, name: str, kind: list[str], **options) -> torch.nn.Module:
+def load_text_encoder(source: str, name: str, kind: list[str], **options) -> dict[str, torch.nn.Module]:
     """
-    A text encoder of a pipeline, of the class that its index names. Raises `ValueError` if its file lacks a weight:
-    transformers would only warn, and take random numbers.
+    A text encoder of a pipeline by its name, if its index says that it is one of transformers'. Raises `ValueError` if
+    its file lacks a weight: transformers would only warn, and take random numbers.
     """
+    loader = getattr(transformers, kind[1], None)
+    if loader is None:
+        return {}
     options |= {"subfolder": name, "output_loading_info": True}
     try:
-        model, info = getattr(transformers, kind[1]).from_pretrained(source, **options)
+        model, info = loader.from_pretrained(source, **options)
     except OSError:
         if options.get("variant") is None:
             raise
         # As for a whole pipeline: parts without the variant are loaded without it.
-        model, info = getattr(transformers, kind[1]).from_pretrained(source, **options | {"variant": None})
+        model, info = loader.from_pretrained(source, **options | {"variant": None})
     if info["missing_keys"]:
         lacking = min(info["missing_keys"])
         raise ValueError(f"its {name} lacks {lacking}: its file is incomplete or of another version")
-    return model
+    return {name: model}
 
 
 def load_pipeline(args: argparse.Namespace, model: str, dtype: torch.dtype) -> Any:
@@ -715,7 +721,7 @@ def load_pipeline(args: argparse.Namespace, model: str, dtype: torch.dtype) -> A
     parts = json.loads(find_file(args, whole, "model_index.json").read_text(encoding="utf-8"))
     try:
         for name in [name for name in TRAINED_PARTS[1:] if name in parts]:
-            options[name] = load_text_encoder(source, name, parts[name], **files)
+            options |= load_text_encoder(source, name, parts[name], **files)
         pipeline = PIPELINES[args.pipeline_class].from_pretrained(source, **options)
         if whole == "personalized":
             pipeline.scheduler = getattr(diffusers, args.scheduler_class).from_pretrained(

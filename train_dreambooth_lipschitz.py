@@ -181,7 +181,9 @@ class DefaultsFormatter(argparse.HelpFormatter):
     """Adds the default to a help text that does not tell it."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS) or "default" in action.help.lower():
+        # By identity: 0 is a default, and equal to False.
+        none = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        if none or "default" in action.help.lower():
             return action.help
         return f"{action.help.rstrip('.')}; default: %(default)s."
 
@@ -805,7 +807,10 @@ def fault_of(source: Path | bytes) -> str | None:
     except Image.DecompressionBombError:
         return f"has more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} megapixels: scale it down"
     except UnidentifiedImageError:
-        return "is not an image" if (source if isinstance(source, bytes) else source.stat().st_size) else "is empty"
+        is_path = isinstance(source, Path)
+        if not register_heif() and (source.suffix.lower() in HEIF_SUFFIXES if is_path else source[4:8] == b"ftyp"):
+            return "is a HEIC photo, which needs pillow-heif: pip install pillow-heif"
+        return "is not an image" if (source.stat().st_size if is_path else source) else "is empty"
     except Exception as error:  # Pillow's decoders raise almost anything
         return f"cannot be shown, {error}" if isinstance(error, RangeError) else f"is broken: {error}"
     return None
@@ -823,18 +828,16 @@ def find_images(flag: str, folder: str | Path) -> list[Path]:
     The images of a folder, sorted by name and known to open. Other things in it are named in a warning, once, but for
     text files of an image's name, which may be captions, and what file managers leave behind.
     """
-    folder, with_heif = Path(folder), register_heif()
+    folder = Path(folder)
+    if folder.is_file():
+        stop(f"{flag}: {folder} is a file, not a folder")
     if not folder.is_dir():
-        stop(
-            f"{flag}: {folder} is a file, not a folder" if folder.exists() else f"{flag}: there is no folder {folder}"
-        )
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        stop(f"{flag}: there is no folder {folder}")
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} | HEIF_SUFFIXES
     images, others = [], []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name.lower() in ("thumbs.db", "desktop.ini"):
             continue
-        if path.suffix.lower() in HEIF_SUFFIXES and path.is_file() and not with_heif:
-            stop(f"{flag}: {path} is a HEIC photo, which needs pillow-heif: pip install pillow-heif")
         (images if path.is_file() and path.suffix.lower() in suffixes else others).append(path)
     check_images(flag, {str(path): path for path in images})
     captions = {path.with_suffix(".txt") for path in images}
@@ -890,7 +893,7 @@ def read_dataset(args: argparse.Namespace) -> list[Example]:
         if file is None:
             stop(f"--image_column: row {number} of {name} has no image")
         source, label = file["bytes"] or Path(file["path"]), file["path"] or f"row {number} of {name}"
-        sources[label] = source
+        sources[f"{label} (row {number})" if label in sources else label] = source  # names may come twice
         if caption is not None and not isinstance(caption, str):
             stop(f"--caption_column: that of {label} is {caption!r}, which is no text")
         examples.append(Example(source, (caption or "").strip() or args.instance_prompt))
@@ -922,13 +925,15 @@ def find_examples(args: argparse.Namespace, concepts: list[Concept]) -> tuple[li
 
 
 def warn_of_small_photos(args: argparse.Namespace, photos: list[Example]) -> None:
+    """Names the photos that are less than half as large as they are trained."""
     small = []
     for photo in photos:
         with Image.open(io.BytesIO(photo.image) if isinstance(photo.image, bytes) else photo.image) as image:
             if min(image.size) < args.resolution / 2:
-                small.append(f"{getattr(photo.image, 'name', 'one')} ({image.width} x {image.height})")
+                name = photo.image.name if isinstance(photo.image, Path) else "one of the data set"
+                small.append(f"{name} ({image.width} x {image.height})")
     if small:
-        logger.warning(f"Less than half of --resolution {args.resolution}, so they train blurred: {', '.join(small)}")
+        logger.warning(f"Photos smaller than half of --resolution {args.resolution} train blurred: {', '.join(small)}")
 
 
 def check_class_prompt(flag: str, concept: Concept, class_images: list[Path]) -> None:
@@ -1098,7 +1103,7 @@ def check_base(args: argparse.Namespace, flag: str = "--pretrained_model_name_or
         other = f": use {sibling}" if sibling else ""
         stop(f"{flag}: {source} is a {parts['_class_name']}, not a {Pipeline.__name__}{other}")
     needed = ["unet", "vae", "scheduler", *TEXT_ENCODERS]
-    lacking = [name for name in needed if name in parts and parts[name][0] is None]
+    lacking = [name for name in needed if name in parts and not (parts[name] and parts[name][0])]
     if lacking:
         stop(f"{flag}: {source} has no {' and no '.join(lacking)}, so that it cannot be trained here")
     return parts
@@ -1214,23 +1219,26 @@ def add_result_parts(args: argparse.Namespace, pipeline: Pipeline) -> None:
     pipeline.register_to_config(requires_safety_checker=parts.get("requires_safety_checker", True))
 
 
-def load_text_encoder(source: str, name: str, kind: list[str], **options) -> torch.nn.Module:
+def load_text_encoder(source: str, name: str, kind: list[str], **options) -> dict[str, torch.nn.Module]:
     """
-    A text encoder of a pipeline, of the class that its index names. Raises `ValueError` if its file lacks a weight:
-    transformers would only warn, and take random numbers.
+    A text encoder of a pipeline by its name, if its index says that it is one of transformers'. Raises `ValueError` if
+    its file lacks a weight: transformers would only warn, and take random numbers.
     """
+    loader = getattr(transformers, kind[1], None)
+    if loader is None:
+        return {}
     options |= {"subfolder": name, "output_loading_info": True}
     try:
-        model, info = getattr(transformers, kind[1]).from_pretrained(source, **options)
+        model, info = loader.from_pretrained(source, **options)
     except OSError:
         if options.get("variant") is None:
             raise
         # As for a whole pipeline: parts without the variant are loaded without it.
-        model, info = getattr(transformers, kind[1]).from_pretrained(source, **options | {"variant": None})
+        model, info = loader.from_pretrained(source, **options | {"variant": None})
     if info["missing_keys"]:
         lacking = min(info["missing_keys"])
         raise ValueError(f"its {name} lacks {lacking}: its file is incomplete or of another version")
-    return model
+    return {name: model}
 
 
 def load_pipeline(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path", **options) -> Pipeline:
@@ -1248,7 +1256,7 @@ def load_pipeline(args: argparse.Namespace, flag: str = "--pretrained_model_name
             files = {key: options[key] for key in ("dtype", "revision", "variant") if key in options}
             parts = read_index(args, flag)
             for name in [name for name in TEXT_ENCODERS if name not in options]:
-                options[name] = load_text_encoder(source, name, parts[name], **files)
+                options |= load_text_encoder(source, name, parts[name], **files)
             pipeline = Pipeline.from_pretrained(source, **options)
     except LOAD_ERRORS as error:
         more = ""
@@ -1388,10 +1396,8 @@ def check_prompts(
         cut = words_cut_off(prompt, tokenizers)
         if not cut:
             continue
-        kept, where = (
-            set(prompt.split()[: -len(cut)]),
-            f"the text encoder reads only {limit} tokens and ignores {' '.join(cut)!r} in",
-        )
+        kept = set(prompt.split()[: -len(cut)])
+        where = f"the text encoder reads only {limit} tokens and ignores {' '.join(cut)!r} in"
         lost = [word for word in new_words if any(word in part for part in cut)]
         if prompt in subjects:
             lost += [word for word in cut if word not in kept | subjects[prompt]]

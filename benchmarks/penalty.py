@@ -9,20 +9,14 @@ python benchmarks/penalty.py --model sdxl --count        # bytes and operations 
 import argparse
 import itertools
 import re
-import sys
 import time
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "tinyworld"))
-
-import quiet  # noqa: E402, F401
-from diffusers import UNet2DConditionModel  # noqa: E402
-
-from lipschitz_reg import functional  # noqa: E402
+from lipschitz_reg import functional
 
 
 # What the published unet/config.json files say where they differ from diffusers' defaults.

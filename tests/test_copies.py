@@ -54,13 +54,13 @@ def test_copy_that_has_parted_is_found_and_mended(copy, name, old, new):
     before = (copy / SDXL).read_text()
     change(copy / SDXL, old, new)
     code, stderr = run(copy)
-    assert code == 1 and f"{SDXL}: {name} is not what it is in train_dreambooth_lipschitz.py" in stderr
+    assert code == 1 and f"{SDXL}: {name} differs from train_dreambooth_lipschitz.py" in stderr
     assert run(copy, "--write") == (0, "") and (copy / SDXL).read_text() == before
 
 
 def test_source_that_changes_takes_its_copies_along(copy):
     change(copy / "train_dreambooth_lipschitz.py", "    sys.exit(2)\n", "    sys.exit(4)\n")
-    assert run(copy)[1].count("stop is not what it is") == 2  # in the evaluation too
+    assert run(copy)[1].count("stop differs from") == 2  # in the evaluation too
     assert run(copy, "--write") == (0, "")
     assert "    sys.exit(4)\n" in (copy / SDXL).read_text()
 
@@ -71,7 +71,9 @@ def test_equal_text_without_a_mark_and_a_mark_without_a_source_are_found(copy, w
     change(copy / SDXL, mark + "def stop(", "def stop(")
     change(copy / SDXL, "def compile_or_not(", mark + "def compile_or_not(")
     code, stderr = run(copy, *write)
-    assert code == 1 and f"{SDXL}: stop is that of train_dreambooth_lipschitz.py: put `{mark.strip()}`" in stderr
+    assert (
+        code == 1 and f"{SDXL}: stop is the same as in train_dreambooth_lipschitz.py: put `{mark.strip()}`" in stderr
+    )
     assert "compile_or_not is said to be copied from train_dreambooth_lipschitz.py, which has none" in stderr
 
 

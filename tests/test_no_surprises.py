@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import runpy
 import shutil
 import struct
 
@@ -14,10 +15,12 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
 from test_train_dreambooth_lipschitz import (
+    ROOT,
     assert_one_clear_line,
     checkpoints,
     files_below,
@@ -434,6 +437,12 @@ def test_latest_is_of_the_newest_run_whatever_its_steps(run_to_resume, train, tm
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_every_setting_that_may_change_is_a_flag(script, sdxl_script):
+    """Of one script at least: a name that is misspelt would be compared."""
+    flags = {name for module in (script, sdxl_script) for name in vars(module.parse_args(NEEDED))}
+    assert script.FREE_TO_CHANGE <= flags
+
+
 def test_card_tells_what_was_trained(run_to_resume):
     folder, _ = run_to_resume
     saved = json.loads((folder / "model" / "checkpoint-2" / "settings.json").read_text())
@@ -467,9 +476,14 @@ def test_only_the_result_is_uploaded(script, monkeypatch, tmp_path, train):
     monkeypatch.setattr(script, "create_hub_repository", lambda args: "me/model")
     monkeypatch.setattr(script, "upload_folder", lambda **options: pushed.update(options))
     (tmp_path / "photos of my home").mkdir(parents=True)
-    train("--method=lora", "--push_to_hub", f"--output_dir={tmp_path}", "--checkpointing_steps=1")
-    names = {"README.md", LORA_FILE}
-    assert set(pushed["allow_patterns"]) == names | {f"{name}/*" for name in names}
+    (tmp_path / "photos of my home" / "README.md").write_text("Mine.")
+    for method, inside in {"full": "unet/diffusion_pytorch_model.safetensors", "lora": LORA_FILE}.items():
+        train(f"--method={method}", "--push_to_hub", f"--output_dir={tmp_path}", "--checkpointing_steps=1")
+        files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+        # As huggingface_hub's own upload_folder chooses.
+        uploaded = set(filter_repo_objects(files, allow_patterns=pushed["allow_patterns"]))
+        others = {file for file in files if file.startswith(("checkpoint-", "logs/", "photos of my home/"))}
+        assert {inside, "README.md"} <= uploaded and uploaded == set(files) - others and others
 
 
 def test_upload_that_fails_leaves_the_result_and_says_so(script, monkeypatch, tmp_path, train, refused):
@@ -646,7 +660,7 @@ def test_evaluation_reads_photos_by_the_same_rules(script, tmp_path):
     assert [image.shape for image in shown] == [(2, 2, 3)] * 2
 
 
-def test_photos_of_telephones_are_read(script, tmp_path):
+def test_photos_from_phones_are_read(script, tmp_path):
     import pillow_heif
 
     script.register_heif.cache_clear()
@@ -657,7 +671,7 @@ def test_photos_of_telephones_are_read(script, tmp_path):
     assert found.shape == (32, 64, 3) and np.abs(found - (30, 160, 90)).max() <= 3
 
 
-def test_photo_of_a_telephone_says_what_it_needs(train, script, refused, tmp_path, monkeypatch):
+def test_photo_from_a_phone_says_what_it_needs(train, script, refused, tmp_path, monkeypatch):
     find_spec = script.importlib.util.find_spec
     monkeypatch.setattr(
         script.importlib.util, "find_spec", lambda name: None if name == "pillow_heif" else find_spec(name)
@@ -692,8 +706,21 @@ def test_small_photos_are_told_and_what_file_managers_leave_is_not(train, tmp_pa
     for name in (".DS_Store", "Thumbs.db", "raw.cr2"):
         (tmp_path / name).write_bytes(b"0")
     train(f"--instance_data_dir={tmp_path}", f"--output_dir={tmp_path / 'model'}")
-    assert "Less than half of --resolution 16, so they train blurred: 1.png (40 x 7)" in caplog.text
+    assert "Photos smaller than half of --resolution 16 train blurred: 1.png (40 x 7)" in caplog.text
     assert "not images: raw.cr2" in caplog.text and "Thumbs" not in caplog.text and "DS_Store" not in caplog.text
+
+
+def test_photos_of_one_name_in_a_data_set_are_each_looked_at(script, tmp_path, capsys):
+    import datasets
+
+    whole = encoded(Image.new("RGB", (16, 16)))
+    images = [{"bytes": data, "path": "photo.png"} for data in (whole, whole[:40], whole)]
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(tmp_path / "train.parquet")
+    flags = ["--pretrained_model_name_or_path=x", "--instance_prompt=x", f"--dataset_name={tmp_path}"]
+    with pytest.raises(SystemExit):
+        script.read_dataset(script.parse_args([*flags, f"--cache_dir={tmp_path.parent / 'cache'}"]))
+    assert "--dataset_name: photo.png (row 1) is not an image" in capsys.readouterr().err
 
 
 def test_numbers_without_a_range_are_refused_by_name(train, refused, tmp_path):
@@ -756,11 +783,27 @@ def test_learning_rate_is_logged_as_of_its_step(train, tmp_path):
 # Messages
 
 
+@pytest.mark.parametrize("name", ["train_dreambooth_lipschitz.py", "train_dreambooth_lipschitz_sdxl.py"])
+def test_interrupted_run_says_how_to_go_on(name, tiny_sd, tiny_sdxl, flags, tmp_path, monkeypatch, capsys):
+    def interrupt(*rest, **options):
+        raise KeyboardInterrupt
+
+    base = tiny_sdxl if "sdxl" in name else tiny_sd
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
+    own = [f"--pretrained_model_name_or_path={base}", f"--output_dir={tmp_path}"]
+    monkeypatch.setattr("sys.argv", [name, *own, *flags])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    assert end.value.code == 130
+    assert f"{name}: warning: stopped; --resume_from_checkpoint=latest goes on" in capsys.readouterr().err
+
+
 def test_help_tells_every_default(script, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for told in (
+        "0: the main one; default: 0.",
         "Optimizer steps between checkpoints; default: 500.",
         "per process; default: 4.",
         "default: tensorboard",

@@ -70,11 +70,11 @@ def update(code: str, sources: dict[str, str]) -> tuple[str, list[str]]:
     for name, block in reversed(blocks(code).items()):
         if block.source is None:
             same = [file for file, there in known.items() if name in there and there[name].text == block.text]
-            wrong += [f"{name} is that of {file}: put `# Copied from {file}` above it" for file in same]
+            wrong += [f"{name} is the same as in {file}: put `# Copied from {file}` above it" for file in same]
         elif name not in known.get(block.source, {}):
             wrong.append(f"{name} is said to be copied from {block.source}, which has none")
         elif known[block.source][name].text != block.text:
-            wrong.append(f"{name} is not what it is in {block.source}")
+            wrong.append(f"{name} differs from {block.source}")
             lines[block.first + 1 : block.end] = known[block.source][name].text.splitlines()
     return "\n".join(lines) + "\n", wrong[::-1]
 
@@ -86,17 +86,16 @@ def main() -> None:
     paths = sorted([*ROOT.glob("*.py"), *ROOT.glob("examples/*/*.py")])
     modules = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
     sources = {mark for code in modules.values() for mark in re.findall(rf"(?m)^{MARK.pattern}$", code)}
-    parted = []
+    faults = []
     for name, code in modules.items():
         others = {source: modules.get(source, "") for source in sources if source != name}
         copied, wrong = update(code, others if MARK.search(code) else {})
-        parted += [f"{name}: {line}" for line in wrong]
         if write and copied != code:
             (ROOT / name).write_text(copied, encoding="utf-8")
-            parted += [f"{name}: {line}" for line in update(copied, others)[1]]
-            parted = [line for line in parted if " is not what it is in " not in line]
-    if parted:
-        sys.exit("\n".join([*parted, "" if write else "`make style` copies again."]).strip())
+            wrong = update(copied, others)[1]
+        faults += [f"{name}: {line}" for line in wrong]
+    if faults:
+        sys.exit("\n".join([*faults, "" if write else "`make style` copies again."]).strip())
 
 
 if __name__ == "__main__":
