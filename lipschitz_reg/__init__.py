@@ -1,11 +1,23 @@
-# The public names of the plug-in: the class that attaches the penalty to an optimizer, what it needs for LoRA, and the
-# recording of what layers get.
-# The functions under them are in lipschitz_reg.functional, .lora and .inputs. Importing this package needs torch only.
-from .functional import InputMoment
-from .inputs import record_inputs
+"""
+The public names of the plug-in: the class that attaches the penalty to an optimizer, what it needs for LoRA, and the
+recording of a base. The functions under them are in the other modules. Importing this package needs torch only.
+"""
+
+from .drift import Drift, kl_bound
+from .functional import Moment
 from .lora import LoraAdapter, find_lora_adapters
+from .recording import Recording, record
 from .regularizer import LipschitzRegularizer
 
 
-__all__ = ["InputMoment", "LipschitzRegularizer", "LoraAdapter", "find_lora_adapters", "record_inputs"]
+__all__ = [
+    "Drift",
+    "LipschitzRegularizer",
+    "LoraAdapter",
+    "Moment",
+    "Recording",
+    "find_lora_adapters",
+    "kl_bound",
+    "record",
+]
 __version__ = "0.1.0"

@@ -1,5 +1,8 @@
-# Anchors: copies of the pretrained parameters in as few bytes as give back every bit, and a fingerprint of them.
-# Holds no arithmetic of the penalty and nothing about optimizers.
+"""
+Anchors: copies of the pretrained parameters in as few bytes as give back every bit, and a fingerprint of them. Holds
+no arithmetic of the penalty and nothing about optimizers.
+"""
+
 import hashlib
 from collections.abc import Iterable
 

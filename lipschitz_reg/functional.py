@@ -1,6 +1,7 @@
-# The arithmetic of the penalty as functions over lists of tensors: readable references first, then the fast forms.
-# Holds no state and no hooks: which tensors, with which coefficients and when is the caller's affair (regularizer.py).
 """
+The arithmetic of the penalty on parameters as functions over lists of tensors: readable references first, then the
+fast forms. Holds no state and no hooks: which tensors, with which coefficients and when is decided in terms.py.
+
 In the notation of "Preserve and Personalize" (arXiv 2505.19519, Algorithm 1) the penalty is ``sum_i c_i * ||theta_i -
 anchor_i||^2`` with ``c_i = lambda * r_i``. Its gradient is ``2 * c_i * (theta_i - anchor_i)``; the functions take
 ``c_i`` and apply the 2 themselves.
@@ -8,7 +9,7 @@ anchor_i||^2`` with ``c_i = lambda * r_i``. Its gradient is ``2 * c_i * (theta_i
 Parameters are float16, bfloat16, float32 or float64, of any shape and strides. An anchor has the shape of its
 parameter and a dtype that is no wider; if it lies on another device, it is copied over, one tensor at a time. A
 coefficient is a number, a tensor of no dimensions, or a tensor that broadcasts to its parameter (a weight for each
-element). Where a parameter has an `InputMoment`, ``||theta_i - anchor_i||^2`` is ``tr(D M D^T)``, with the
+element). Where a parameter has a `Moment`, ``||theta_i - anchor_i||^2`` is ``tr(D M D^T)``, with the
 difference D as a matrix of the parameter's rows, and the coefficient is a number or a tensor of no dimensions.
 
 The fast forms take the difference first, in float32 or wider: ``theta`` and ``anchor`` agree in most of their digits,
@@ -33,43 +34,43 @@ _ACCELERATOR_BLOCK = 1 << 24
 _LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 
-class InputMoment(NamedTuple):
+class Moment(NamedTuple):
     """
-    ``M = factor factor^T + rest * I``, in which displacements of one parameter are measured (inputs.py says why).
+    ``M = root root^T + rest * I``, in which displacements of one parameter are measured (recording.py says why).
 
     Args:
-        factor (`torch.Tensor`):
+        root (`torch.Tensor`):
             (n, rank), float32, n being the elements of a row of the weight: in * kernel. (1, 0) where all elements of
             the parameter count alike.
         rest (`torch.Tensor`): No dimensions, float32.
     """
 
-    factor: Tensor
+    root: Tensor
     rest: Tensor
 
     def apply(self, displacement: Tensor) -> Tensor:
         """``displacement M``, its rows flattened, in its shape and dtype, which should be float32 or wider."""
-        if not self.factor.numel():
+        if not self.root.numel():
             return displacement * self.rest.to(displacement)
-        rows, factor, rest = displacement.flatten(1), self.factor.to(displacement), self.rest.to(displacement)
+        rows, root, rest = displacement.flatten(1), self.root.to(displacement), self.rest.to(displacement)
         with torch.autocast(displacement.device.type, enabled=False):
-            return torch.addmm(rows * rest, rows @ factor, factor.T).view_as(displacement)
+            return torch.addmm(rows * rest, rows @ root, root.T).view_as(displacement)
 
     def squared_norm(self, displacement: Tensor) -> Tensor:
         """``tr(displacement M displacement^T)``, of no dimensions, in float32 or wider."""
         square = squared_norm(displacement) * self.rest.to(displacement)
-        if not self.factor.numel():
+        if not self.root.numel():
             return square
         with torch.autocast(displacement.device.type, enabled=False):
-            return square + squared_norm(displacement.flatten(1) @ self.factor.to(displacement))
+            return square + squared_norm(displacement.flatten(1) @ self.root.to(displacement))
 
-    def to(self, device: torch.device) -> "InputMoment":
-        return InputMoment(self.factor.to(device), self.rest.to(device))
+    def to(self, device: torch.device) -> "Moment":
+        return Moment(self.root.to(device), self.rest.to(device))
 
 
-def reduction_factors(numels: Sequence[int], reduction: str) -> list[float]:
+def reductions(numels: Sequence[int], reduction: str) -> list[float]:
     """
-    The factor r_i of each tensor in the penalty.
+    The r_i of each tensor in the penalty.
 
     Args:
         numels (`Sequence[int]`): The number of elements of each penalized tensor.
@@ -78,7 +79,7 @@ def reduction_factors(numels: Sequence[int], reduction: str) -> list[float]:
             authors' code computes and what their lambdas mean. `"mean"`: one over the elements of all tensors.
 
     Returns:
-        `list[float]`: A factor for each tensor; for an empty tensor any number will do, and it is finite.
+        `list[float]`: A number for each tensor; for an empty tensor any number will do, and it is finite.
     """
     if reduction == "sum":
         return [1.0] * len(numels)
@@ -93,7 +94,7 @@ def penalty(
     parameters: Sequence[Tensor],
     anchors: Sequence[Tensor],
     coefficients: Sequence[Coefficient],
-    moments: Sequence[InputMoment | None] | None = None,
+    moments: Sequence[Moment | None] | None = None,
 ) -> Tensor:
     """
     Reference: ``sum_i c_i * ||theta_i - anchor_i||^2``, a tensor of no dimensions, differentiable in the parameters.
@@ -103,8 +104,8 @@ def penalty(
     terms = []
     for p, a, c, moment in zip(parameters, anchors, coefficients, moments or [None] * len(parameters), strict=True):
         difference = p - a.to(p)
-        weighed = difference if moment is None else moment.apply(difference)
-        terms.append((c * difference * weighed).sum())
+        measured = difference if moment is None else moment.apply(difference)
+        terms.append((c * difference * measured).sum())
     return sum(terms)
 
 
@@ -133,26 +134,35 @@ def add_penalty_gradient_(
     parameters: Sequence[Tensor],
     anchors: Sequence[Tensor],
     coefficients: Sequence[Coefficient],
-    moments: Sequence[InputMoment | None] | None = None,
-) -> None:
+    moments: Sequence[Moment | None] | None = None,
+) -> list[Tensor]:
     """
     Add ``2 c_i (theta_i - anchor_i)``, the gradient of `penalty`, to each gradient in place.
 
     A finite float16 gradient stays finite, at 65504 or less: a `GradScaler` has looked for overflow before the hooks
     of an optimizer run, and would not see one that arose here.
+
+    Returns:
+        `list[torch.Tensor]`: The terms of the penalty, ``c_i * ||theta_i - anchor_i||^2``, from the same pass: no
+        dimensions, float32 or wider, on the parameter's device.
     """
+    terms = []
     moments = moments or [None] * len(parameters)
     for parameter, anchor, gradient, c, moment in zip(
         parameters, anchors, gradients, coefficients, moments, strict=True
     ):
+        c = _on_device(c, parameter.device)
         if moment is not None:
             difference = _difference(parameter, anchor.to(parameter.device, non_blocking=True))
-            saturating_add_(gradient, moment.apply(difference).mul_(_on_device(2 * c, parameter.device)))
+            measured = moment.apply(difference).mul_(c)
+            terms.append((difference * measured).sum())
+            saturating_add_(gradient, measured.mul_(2))
             continue
         add_piece = _fused_add_piece(parameter.device) if parameter.is_cuda else _add_piece
-        factor = _on_device(2 * c, parameter.device)
-        for piece, anchor_piece, gradient_piece in _pieces(parameter, anchor, gradient, cut=_is_scalar(factor)):
-            add_piece(gradient_piece, piece, anchor_piece, factor)
+        pieces = _pieces(parameter, anchor, gradient, cut=_is_scalar(c))
+        sums = [add_piece(gradient_piece, piece, anchor_piece, c) for piece, anchor_piece, gradient_piece in pieces]
+        terms.append(sums[0] if len(sums) == 1 else torch.stack(sums).sum())
+    return terms
 
 
 @torch.no_grad()
@@ -161,37 +171,27 @@ def proximal_step_(
 ) -> None:
     """`proximal_step` in place."""
     for parameter, anchor, c in zip(parameters, anchors, coefficients, strict=True):
-        _pull_(parameter, anchor, 2 * c / (1 + 2 * c))
+        pull_(parameter, anchor, 2 * c / (1 + 2 * c))
 
 
 @torch.no_grad()
-def project_(
-    parameters: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    radius: float,
-    squares: Sequence[Tensor] | None = None,
-) -> None:
-    """
-    `project` in place. Nothing is read back from an accelerator.
+def project_(parameters: Sequence[Tensor], anchors: Sequence[Tensor], radius: float) -> None:
+    """`project` in place. Nothing is read back from an accelerator."""
+    if parameters:
+        fraction = ball_fraction(squared_distances(parameters, anchors), radius)
+        for parameter, anchor in zip(parameters, anchors, strict=True):
+            pull_(parameter, anchor, fraction)
 
-    `squares` are the squared distances that count, if not those of the parameters: a LoRA product is moved through
-    one of its factors.
-    """
-    if not parameters:
-        return
-    device = parameters[0].device
-    squares = squared_distances(parameters, anchors) if squares is None else squares
-    squares = [square.to(device) for square in squares]
-    fraction = (1 - radius / torch.stack(squares).sum().sqrt()).clamp(min=0)
-    if device.type == "cpu" and fraction == 0:
-        return
-    for parameter, anchor in zip(parameters, anchors, strict=True):
-        _pull_(parameter, anchor, fraction)
+
+def ball_fraction(squares: Sequence[Tensor], radius: float) -> Tensor:
+    """The fraction of the way to the centre at which the square root of the sum is at most the radius: 0 if it is."""
+    total = torch.stack([square.to(squares[0].device) for square in squares]).sum()
+    return (1 - radius / total.sqrt()).clamp(min=0)
 
 
 @torch.no_grad()
 def squared_distances(
-    parameters: Sequence[Tensor], anchors: Sequence[Tensor], moments: Sequence[InputMoment | None] | None = None
+    parameters: Sequence[Tensor], anchors: Sequence[Tensor], moments: Sequence[Moment | None] | None = None
 ) -> list[Tensor]:
     """``||theta_i - anchor_i||^2`` of each tensor: no dimensions, float32 or wider, on the parameter's device."""
     squares = []
@@ -228,13 +228,19 @@ def saturating_add_(gradient: Tensor, change: Tensor) -> None:
         gradient.add_(change)
 
 
-def _add_piece(gradient: Tensor, parameter: Tensor, anchor: Tensor, factor: Coefficient) -> None:
-    """gradient += factor * (parameter - anchor)"""
-    saturating_add_(gradient, _difference(parameter, anchor).mul_(factor))
+def _add_piece(gradient: Tensor, parameter: Tensor, anchor: Tensor, c: Coefficient) -> Tensor:
+    """gradient += 2 c (parameter - anchor). Returns the sum of c (parameter - anchor)^2."""
+    difference = _difference(parameter, anchor)
+    if _is_scalar(c):
+        term = torch.linalg.vector_norm(difference).square() * c
+    else:
+        term = (c * difference * difference).sum()
+    saturating_add_(gradient, difference.mul_(2 * c))
+    return term
 
 
 @functools.cache
-def _fused_add_piece(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Coefficient], None]:
+def _fused_add_piece(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Coefficient], Tensor]:
     """`_add_piece` as one kernel, which reads and writes each element once; uncompiled where that cannot be made."""
     trial = [torch.zeros(2, device=device) for _ in range(3)]
     try:
@@ -245,24 +251,28 @@ def _fused_add_piece(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, 
         warnings.warn(f"lipschitz_reg adds its gradient in three passes, because torch.compile failed: {reason}")
         return _add_piece
 
-    def add_piece(gradient: Tensor, parameter: Tensor, anchor: Tensor, factor: Coefficient) -> None:
+    def add_piece(gradient: Tensor, parameter: Tensor, anchor: Tensor, c: Coefficient) -> Tensor:
         # A kernel would be made for each number, and for each tensor of one element.
-        if not isinstance(factor, Tensor):
-            factor = torch.tensor(factor, dtype=torch.float64)
-        (compiled if gradient.numel() > 1 else _add_piece)(gradient, parameter, anchor, factor)
+        if not isinstance(c, Tensor):
+            c = torch.tensor(c, dtype=torch.float64)
+        return (compiled if gradient.numel() > 1 else _add_piece)(gradient, parameter, anchor, c)
 
     return add_piece
 
 
-def _pull_(parameter: Tensor, anchor: Tensor, fraction: Coefficient) -> None:
-    """Move the parameter this fraction of the way to its anchor, in place."""
-    dtype = _wide(parameter)
+@torch.no_grad()
+def pull_(parameter: Tensor, anchor: Tensor, fraction: Coefficient) -> Tensor:
+    """Move the parameter this fraction of the way to its anchor. Returns ``||theta - anchor||^2`` before the move."""
+    dtype, squares = _wide(parameter), []
     if isinstance(fraction, Tensor):
         fraction = _on_device(fraction, parameter.device).to(dtype)
     for piece, anchor_piece in _pieces(parameter, anchor, cut=_is_scalar(fraction)):
-        moved = piece.to(dtype).lerp_(anchor_piece.to(dtype), fraction)
+        moved, other = piece.to(dtype), anchor_piece.to(dtype)
+        squares.append(torch.linalg.vector_norm(moved - other).square())
+        moved = moved.lerp_(other, fraction)
         if moved is not piece:
             piece.copy_(moved)
+    return squares[0] if len(squares) == 1 else torch.stack(squares).sum()
 
 
 def _on_device(coefficient: Coefficient, device: torch.device) -> Coefficient:

@@ -1,6 +1,7 @@
-# The penalty on LoRA: a readable reference on the formed product, then the same from Gram matrices, and the search for
-# adapters in a model. Holds no state and no hooks, and never imports peft: its layers are known by their attributes.
 """
+The penalty on LoRA: a readable reference on the formed product, then the same from Gram matrices, and the search for
+adapters in a model. Holds no state and no hooks, and never imports peft: its layers are known by their attributes.
+
 An adapter adds ``delta = s B A`` to a frozen weight W; A (`down`) is rank x in, B (`up`) out x rank, and s the
 scaling, alpha / rank. Full fine-tuning that moved W by delta would pay ``c ||delta||^2`` ("Preserve and Personalize",
 arXiv 2505.19519, Algorithm 1), so LoRA pays the same: nothing in the first step, where B is 0, and the same for every
@@ -10,13 +11,13 @@ The factors of a convolution are matrices too: A, a convolution to `rank` channe
 whose kernel is 1, is out x rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .functional import Coefficient, InputMoment, _on_device, saturating_add_
+from .functional import Coefficient, Moment, _on_device, saturating_add_
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +32,6 @@ class LoraAdapter:
         scaling (`float`): s; alpha / rank, or alpha / sqrt(rank) in rank-stabilized LoRA.
         weight (`torch.Tensor`, *optional*):
             W, to which the product is added. It is read for the relative drift and for the fingerprint of the base.
-        offset (`torch.Tensor`, *optional*):
-            W minus its anchor, of shape (out, in) or (out, in, *kernel), where W itself is not the anchor: the penalty
-            is then on ``offset + scaling * up @ down``.
-        moment (`InputMoment`, *optional*):
-            M of the layer's inputs: the penalty on D is then on ``tr(D M D^T)`` in place of ``||D||^2``.
-            `LipschitzRegularizer` finds it in its `inputs`.
 
     Raises:
         `ValueError`: If the shapes do not fit each other, as in a grouped convolution.
@@ -47,14 +42,11 @@ class LoraAdapter:
     up: Tensor
     scaling: float
     weight: Tensor | None = None
-    offset: Tensor | None = None
-    moment: InputMoment | None = None
 
     def __post_init__(self):
-        shape, offset = (self.up.shape[0], *self.down.shape[1:]), self.offset
-        if self.up.numel() != self.up.shape[0] * self.down.shape[0] or (offset is not None and offset.shape != shape):
-            shapes = [tuple(tensor.shape) for tensor in (self.down, self.up, offset) if tensor is not None]
-            raise ValueError(f"The tensors of the LoRA adapter {self.name} do not fit each other: {shapes}.")
+        if self.up.numel() != self.up.shape[0] * self.down.shape[0]:
+            shapes = [tuple(tensor.shape) for tensor in (self.down, self.up)]
+            raise ValueError(f"The factors of the LoRA adapter {self.name} do not fit each other: {shapes}.")
 
     def numel(self) -> int:
         """The number of elements of the product."""
@@ -103,72 +95,89 @@ def adapted_weight(module: nn.Module) -> Tensor | None:
     return getattr(getattr(module, "base_layer", None), "weight", None) if hasattr(module, "lora_A") else None
 
 
-def lora_penalty(adapters: Sequence[LoraAdapter], coefficients: Sequence[Coefficient]) -> Tensor:
+def lora_penalty(
+    adapter: LoraAdapter, coefficient: Coefficient, offset: Tensor | None = None, moment: Moment | None = None
+) -> Tensor:
     """
-    Reference: ``sum_i c_i * ||offset_i + s_i B_i A_i||^2``, a tensor of no dimensions, differentiable in the factors.
+    Reference: ``c ||D||^2`` with ``D = offset + s B A``, a tensor of no dimensions, differentiable in the factors;
+    with a moment M ``c tr(D M D^T)``.
 
-    `add_lora_penalty_gradient_` adds its gradient, ``2 c s^2 B^T B A M`` for A and ``2 c s^2 B A M A^T`` for B, and
-    with an offset D ``2 c s B^T D M`` and ``2 c s D M A^T`` besides. M is 1 without a moment.
+    Args:
+        offset (`torch.Tensor`, *optional*):
+            W minus its anchor, (out, in) or (out, in, *kernel), where W itself is not the anchor.
+
+    `add_lora_penalty_gradient_` adds its gradient, ``2 c s B^T D M`` for A and ``2 c s D M A^T`` for B.
     """
-    deltas = [adapter.scaling * adapter.up.flatten(1) @ adapter.down.flatten(1) for adapter in adapters]
-    for index, adapter in enumerate(adapters):
-        if adapter.offset is not None:
-            deltas[index] = adapter.offset.flatten(1).to(deltas[index]) + deltas[index]
-    moments = [adapter.moment for adapter in adapters]
-    weighed = [delta if m is None else m.apply(delta) for delta, m in zip(deltas, moments, strict=True)]
-    return sum(c * (delta * other).sum() for c, delta, other in zip(coefficients, deltas, weighed, strict=True))
+    delta = adapter.scaling * adapter.up.flatten(1) @ adapter.down.flatten(1)
+    if offset is not None:
+        delta = offset.flatten(1).to(delta) + delta
+    return coefficient * (delta * (delta if moment is None else moment.apply(delta))).sum()
 
 
 @torch.no_grad()
 def add_lora_penalty_gradient_(
-    gradients: Sequence[tuple[Tensor | None, Tensor | None]],
-    adapters: Sequence[LoraAdapter],
-    coefficients: Sequence[Coefficient],
-) -> None:
+    gradients: tuple[Tensor | None, Tensor | None],
+    adapter: LoraAdapter,
+    coefficient: Coefficient,
+    offset: Tensor | None = None,
+    moment: Moment | None = None,
+) -> Tensor:
     """
-    Add the gradient of `lora_penalty` in place to the gradients of `down` and `up`, a pair for each adapter; a factor
-    whose gradient is `None` is left out. The sums are in float32 or wider, and a finite float16 gradient stays finite.
+    Add the gradient of `lora_penalty` in place to the gradients of `down` and `up`; a factor whose gradient is `None`
+    is left out. The sums are in float32 or wider, and a finite float16 gradient stays finite.
+
+    Returns:
+        `torch.Tensor`: `lora_penalty` itself, from the same products: no dimensions, float32 or wider, on the factors'
+        device.
     """
-    for adapter, pair, c in zip(adapters, gradients, coefficients, strict=True):
-        down, up, offset = _matrices(adapter)
-        factor = _on_device(2 * c * adapter.scaling, down.device)
-        with torch.autocast(down.device.type, enabled=False):
-            for gradient, is_down in zip(pair, (True, False), strict=True):
-                if gradient is None:
-                    continue
-                if is_down:
-                    change = (up.T @ up * adapter.scaling) @ down
-                    change = _weigh(adapter, change if offset is None else change.addmm_(up.T, offset))
-                else:
-                    weighed = _weigh(adapter, down).T
-                    change = up @ (down @ weighed * adapter.scaling)
-                    change = change if offset is None else change.addmm_(offset, weighed)
-                saturating_add_(gradient, change.mul_(factor).view_as(gradient))
+    down, up, offset = _matrices(adapter, offset)
+    c = _on_device(coefficient, down.device)
+    with torch.autocast(down.device.type, enabled=False):
+        measured, gram = _measure(down, moment), up.T @ up * adapter.scaling
+        if gradients[0] is not None:
+            change = gram @ measured
+            if offset is not None:
+                change += _measure(up.T @ offset, moment)
+            saturating_add_(gradients[0], change.mul_(2 * c * adapter.scaling).view_as(gradients[0]))
+        if gradients[1] is not None:
+            change = up @ (down @ measured.T * adapter.scaling)
+            if offset is not None:
+                change += offset @ measured.T
+            saturating_add_(gradients[1], change.mul_(2 * c * adapter.scaling).view_as(gradients[1]))
+        return c * _squared_delta(adapter.scaling, gram, down, up, measured, offset, moment)
 
 
 @torch.no_grad()
-def squared_deltas(adapters: Sequence[LoraAdapter]) -> list[Tensor]:
-    """``||offset_i + s_i B_i A_i||^2`` of each adapter: no dimensions, float32 or wider, on its factors' device."""
-    squares = []
-    for adapter in adapters:
-        down, up, offset = _matrices(adapter)
-        with torch.autocast(down.device.type, enabled=False):
-            weighed = _weigh(adapter, down)
-            square = adapter.scaling**2 * ((up.T @ up) * (down @ weighed.T)).sum()
-            if offset is not None:
-                own = offset.square().sum() if adapter.moment is None else adapter.moment.squared_norm(offset)
-                square += own + 2 * adapter.scaling * ((up.T @ offset) * weighed).sum()
-        squares.append(square.clamp_(min=0))  # a small difference of large terms may be rounded below
-    return squares
+def squared_delta(adapter: LoraAdapter, offset: Tensor | None = None, moment: Moment | None = None) -> Tensor:
+    """`lora_penalty` with a coefficient of 1: no dimensions, float32 or wider, on the factors' device."""
+    down, up, offset = _matrices(adapter, offset)
+    with torch.autocast(down.device.type, enabled=False):
+        gram = up.T @ up * adapter.scaling
+        return _squared_delta(adapter.scaling, gram, down, up, _measure(down, moment), offset, moment)
 
 
-def _weigh(adapter: LoraAdapter, rows: Tensor) -> Tensor:
-    return rows if adapter.moment is None else adapter.moment.apply(rows)
+def _squared_delta(
+    scaling: float,
+    gram: Tensor,
+    down: Tensor,
+    up: Tensor,
+    measured: Tensor,
+    offset: Tensor | None,
+    moment: Moment | None,
+) -> Tensor:
+    square = scaling * (gram * (down @ measured.T)).sum()
+    if offset is not None:
+        own = offset.square().sum() if moment is None else moment.squared_norm(offset)
+        square += own + 2 * scaling * ((up.T @ offset) * measured).sum()
+    return square.clamp_(min=0)  # a small difference of large terms may be rounded below
 
 
-def _matrices(adapter: LoraAdapter) -> tuple[Tensor, Tensor, Tensor | None]:
+def _measure(rows: Tensor, moment: Moment | None) -> Tensor:
+    return rows if moment is None else moment.apply(rows)
+
+
+def _matrices(adapter: LoraAdapter, offset: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """A, B and the offset as matrices in float32 or wider."""
     dtype = torch.promote_types(adapter.down.dtype, torch.float32)
     down, up = (factor.detach().flatten(1).to(dtype) for factor in (adapter.down, adapter.up))
-    offset = adapter.offset
     return down, up, None if offset is None else offset.flatten(1).to(down.device, dtype, non_blocking=True)

@@ -1,0 +1,201 @@
+"""
+The drift meter: how far the predictions of any denoiser have moved from those of its base, on calls that nothing else
+uses. Holds no recording (recording.py).
+
+The relative change of a prediction is ``||f - f_base|| / ||f_base||``, in the model's own target: noise, velocity or
+flow. What a sampler gets is the guided prediction, ``u + g (c - u)`` of the prediction without prompt u and with it c.
+
+`kl_bound` is about whole pictures. Ancestral sampling is the chain ``x_s ~ N(mu(x_t), sigma_t^2)``. By the chain rule,
+along the chain of the base, ``KL(base || model) = sum_t E ||mu_base - mu_model||^2 / (2 sigma_t^2)``, in nats, for the
+paths; by the data processing inequality it is at least the KL divergence of what they end in. "Preserve and
+Personalize" (arXiv 2505.19519) bounds a term of this sum by ``||theta - theta_base||^2``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Call, answer_of, evaluating, map_tensors, replace_answer
+
+
+if TYPE_CHECKING:
+    from .recording import Recording
+
+
+class Drift(NamedTuple):
+    """
+    How far predictions have moved.
+
+    Args:
+        prediction (`float`): The mean relative change of a prediction.
+        guided_prediction (`float`, *optional*):
+            That of the guided prediction; `None` where calls do not come with and without prompt.
+        by_timestep (`dict[float, float]`): `prediction` of each timestep.
+        guided_by_timestep (`dict[float, float]`): `guided_prediction` of each timestep.
+        largest_change (`float`): The largest ``||f - f_base||`` of a prediction.
+    """
+
+    prediction: float
+    guided_prediction: float | None
+    by_timestep: dict[float, float]
+    guided_by_timestep: dict[float, float]
+    largest_change: float
+
+    @property
+    def dial(self) -> float:
+        """What a budget is about: the change of what the sampler gets, the guided prediction where there is one."""
+        return self.prediction if self.guided_prediction is None else self.guided_prediction
+
+
+class _Answer(NamedTuple):
+    """What a model and its base answered to one call."""
+
+    call: Call
+    timestep: float | None
+    now: Tensor
+    base: Tensor
+
+
+def measure_drift(recording: "Recording", model: nn.Module, run: Callable[[], Any] | None = None) -> Drift:
+    """What `Recording.drift` returns."""
+    return average(_answers(recording, model, run), recording.guidance_scale)
+
+
+def average(answers: Sequence[_Answer], guidance_scale: float) -> Drift:
+    plain = [(a.timestep, *rows) for a in answers for rows in zip(a.now, a.base, strict=True)]
+    guided = [(a.timestep, *pair) for a in answers for pair in _guided(a, guidance_scale)]
+    drifts, by_timestep = _relative(plain)
+    guided_drifts, guided_by_timestep = _relative(guided)
+    return Drift(
+        prediction=_mean(drifts),
+        guided_prediction=_mean(guided_drifts) if guided else None,
+        by_timestep=by_timestep,
+        guided_by_timestep=guided_by_timestep,
+        largest_change=max((now - base).norm().item() for _, now, base in plain),
+    )
+
+
+def kl_bound(recording: "Recording", scheduler: Any, model: nn.Module | None = None) -> float:
+    """
+    An upper bound of the KL divergence, in nats, from the base's pictures to the model's, as latents: the mean over
+    the held-out chains of ``sum_t ||mu_base - mu_model||^2 / (2 sigma_t^2)`` with the guided prediction.
+
+    It holds for ancestral sampling: the held-out calls have to be those of diffusers' `DDPMScheduler` (or of DDIM with
+    eta 1), from pure noise, with the recording's `guidance_scale` and the prompts that were drawn. The last step,
+    which adds no noise, is not in it: the bound is for the latents before it. Most of it comes from the least noisy
+    steps, and it grows with the square of the change.
+
+    Args:
+        scheduler: That of the held-out calls: its `alphas_cumprod` and `config.prediction_type` are read.
+
+    Raises:
+        `ValueError`: If the scheduler predicts neither noise nor velocity, or calls do not form chains.
+    """
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"The bound is for models that predict noise or velocity, not {prediction_type}.")
+    answers = _answers(recording, recording.model if model is None else model, None)
+    chains, last = [], None
+    for answer in answers:
+        if answer.timestep is None:
+            raise ValueError("The recorded calls have no timesteps.")
+        if last is None or answer.timestep >= last:
+            chains.append([])
+        last = answer.timestep
+        chains[-1].append(answer)
+    total, pictures = 0.0, 0
+    for chain in chains:
+        timesteps = [int(answer.timestep) for answer in chain]
+        weights = ancestral_weights(scheduler.alphas_cumprod, timesteps, prediction_type)
+        for answer, weight in zip(chain, weights):  # none for the last
+            pairs = _guided(answer, recording.guidance_scale) or list(zip(answer.now, answer.base, strict=True))
+            total += weight * sum((now - base).square().sum().item() for now, base in pairs)
+        pictures += len(pairs)
+    return total / pictures
+
+
+def ancestral_weights(alphas_cumprod: Tensor, timesteps: Sequence[int], prediction_type: str) -> list[float]:
+    """
+    What ``||f - f_base||^2`` counts in `kl_bound` at each timestep but the last: ``(d mu / d f)^2 / (2 sigma^2)``.
+
+    With ``a`` and ``b`` the `alphas_cumprod` of a timestep and of the next: ``sigma^2 = (1 - b) / (1 - a) *
+    (1 - a / b)`` and ``d mu / d x_0 = sqrt(b) (1 - a / b) / (1 - a)`` ("Denoising Diffusion Probabilistic Models",
+    arXiv 2006.11239, equations 6 and 7); ``d x_0 / d f = -sqrt((1 - a) / a)`` for noise, ``-sqrt(1 - a)`` for velocity.
+    """
+    weights = []
+    for t, s in zip(timesteps[:-1], timesteps[1:], strict=True):
+        if s >= t:
+            raise ValueError("The timesteps of a chain have to fall.")
+        a, b = (float(alphas_cumprod[step].double()) for step in (t, s))
+        variance = (1 - b) / (1 - a) * (1 - a / b)
+        to_mean = b**0.5 * (1 - a / b) / (1 - a) * (1 - a) ** 0.5
+        to_mean /= a**0.5 if prediction_type == "epsilon" else 1.0
+        weights.append(to_mean**2 / (2 * variance))
+    return weights
+
+
+def _answers(recording: "Recording", model: nn.Module, run: Callable[[], Any] | None) -> list[_Answer]:
+    calls = [call for call in recording.calls if call.held_out]
+    if not calls:
+        raise ValueError("The recording holds no calls that were held out, by which drift is measured.")
+    with evaluating(model), torch.no_grad():
+        if run is None:
+            given = ((call, call.again(model)) for call in calls)
+        else:
+            given = zip(calls, _forced(model, calls, run), strict=True)
+        return [
+            _Answer(call, call.timestep(model), answer.double().cpu(), call.answer.double().cpu())
+            for call, answer in given
+        ]
+
+
+def _forced(model: nn.Module, calls: list[Call], run: Callable[[], Any]) -> list[Tensor]:
+    """The model's answers while it is led along the path of its base."""
+    answers: list[Tensor] = []
+
+    def lead(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        answer = answer_of(output)
+        if len(answers) >= len(calls) or answer.shape != calls[len(answers)].answer.shape:
+            raise ValueError("This run makes other calls than those that were held out: draw the same prompts.")
+        answers.append(answer.detach().cpu())
+        return replace_answer(output, calls[len(answers) - 1].answer.to(answer))
+
+    handle = model.register_forward_hook(lead, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    if len(answers) < len(calls):
+        raise ValueError("This run makes fewer calls than those that were held out: draw the same prompts.")
+    return answers
+
+
+def _guided(answer: _Answer, scale: float) -> list[tuple[Tensor, Tensor]]:
+    """Guided predictions of the model and of the base, for a batch whose second half is the first with prompts."""
+    half = len(answer.base) // 2
+    samples: list[Tensor] = []
+    map_tensors(samples.append, (answer.call.args, answer.call.kwargs))
+    sample = next((s for s in samples if s.dim() and s.shape[1:] == answer.base.shape[1:]), None)
+    sample = samples[0] if sample is None and samples else sample
+    if half == 0 or len(answer.base) % 2 or sample is None or len(sample) != len(answer.base):
+        return []
+    if not torch.equal(sample[:half], sample[half:]):
+        return []
+    now, base = (rows[:half] + scale * (rows[half:] - rows[:half]) for rows in (answer.now, answer.base))
+    return list(zip(now, base, strict=True))
+
+
+def _relative(rows: Sequence[tuple[float | None, Tensor, Tensor]]) -> tuple[list[float], dict[float, float]]:
+    """The relative change of each, and the mean of each timestep."""
+    drifts = [((now - base).norm() / base.norm()).item() for _, now, base in rows]
+    by_timestep: dict[float, list[float]] = {}
+    for (timestep, *_), drift in zip(rows, drifts, strict=True):
+        if timestep is not None:
+            by_timestep.setdefault(timestep, []).append(drift)
+    return drifts, {timestep: _mean(by_timestep[timestep]) for timestep in sorted(by_timestep)}
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else float("nan")

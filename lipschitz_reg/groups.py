@@ -1,0 +1,186 @@
+"""
+Which terms are penalized, in which space and with which coefficient, as the param groups of an optimizer say at each
+step. Holds the anchors. Holds no hooks (regularizer.py) and does not say how a term acts (modes.py).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functional import Moment, reductions
+from .lora import LoraAdapter
+from .modes import Mode, Row
+from .recording import Recording
+from .terms import Anchor, LoraTerm, ParameterTerm, Term, build_offset, checked, to_floats, zeros_like
+
+
+SPACES = ("parameters", "layers", "predictions")
+
+
+class Terms:
+    """
+    All that is penalized in the param groups of an optimizer, which it had when this was built. Arguments as in
+    `LipschitzRegularizer`.
+
+    In `lora_form` `"delta"` the factors of adapters have no term of their own; in `"factors"` they are parameters with
+    anchor 0, and distance is measured by the products all the same.
+
+    Attributes:
+        weight (`dict[str, float]`): Of the groups that have none of their own, by space.
+        spaces (`list[str]`): Those in which a group has a weight above 0.
+        all (`list[Term]`): What is penalized in any space, as terms of the space of parameters.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        weight: float | Mapping[str, float],
+        mode: Mode,
+        anchor_device: torch.device | str | None,
+        anchors: Mapping[Tensor, Tensor],
+        adapters: Sequence[LoraAdapter],
+        lora_form: str,
+        recording: Recording | None,
+    ):
+        self.optimizer = optimizer
+        self.weight = by_space("weight", weight)
+        of_groups = [self._group_weights(index, group) for index, group in enumerate(optimizer.param_groups)]
+        self.spaces = [space for space in SPACES if any(weights[space] > 0 for weights in of_groups)]
+        self._check(mode, anchors, adapters, lora_form, recording)
+
+        factors = {factor for adapter in adapters for factor in (adapter.down, adapter.up)}
+        trained = [
+            p for group, own in zip(optimizer.param_groups, of_groups) if any(own.values()) for p in group["params"]
+        ]
+        own = {p: Anchor(anchors.get(p, p).to(p.device), anchor_device) for p in trained if p not in factors}
+        offsets = {adapter: build_offset(adapter, anchors.get(adapter.weight), anchor_device) for adapter in adapters}
+        plain = [ParameterTerm(p, anchor) for p, anchor in own.items()]
+        products = [LoraTerm(adapter, offset) for adapter, offset in offsets.items()]
+        self.all: list[Term] = plain + products
+        self.in_space: dict[str, list[Term]] = {}
+        if "parameters" in self.spaces:
+            zeros = {p: Anchor(zeros_like(p), anchor_device) for p in trained if p in factors}
+            of_factors = [ParameterTerm(p, anchor) for p, anchor in zeros.items()]
+            self.in_space["parameters"] = plain + (of_factors if lora_form == "factors" else products)
+        if "layers" in self.spaces:
+            moments = _moments(recording, {*own, *(adapter.weight for adapter in adapters)})
+            self.in_space["layers"] = [ParameterTerm(p, anchor, moments.get(p)) for p, anchor in own.items()]
+            self.in_space["layers"] += [LoraTerm(a, offset, moments.get(a.weight)) for a, offset in offsets.items()]
+        self._anchored = {*own, *factors}
+        self._squared_anchors: dict[Term, float] = {}
+
+    def weights(self, space: str) -> dict[Tensor, float]:
+        """Each parameter of the optimizer with its weight in a space."""
+        weights = {}
+        for index, group in enumerate(self.optimizer.param_groups):
+            weights |= dict.fromkeys(group["params"], self._group_weights(index, group)[space])
+        return weights
+
+    def rows(self, reduction: str) -> list[Row]:
+        """The terms of all spaces but predictions that have a weight above 0 now."""
+        rates = {p: group.get("lr") for group in self.optimizer.param_groups for p in group["params"]}
+        rows = []
+        for space in self.in_space:
+            weights = self.weights(space)
+            if any(weight > 0 and parameter not in self._anchored for parameter, weight in weights.items()):
+                raise ValueError(
+                    "A param group with a weight above 0 has a parameter without an anchor: it came into the "
+                    "optimizer, or its group got the weight, after LipschitzRegularizer was built, or after remove(). "
+                    "Build it when the param groups are complete and have their weights."
+                )
+            weighted = [(term, term.weight(weights)) for term in self.in_space[space]]
+            weighted = [(term, weight) for term, weight in weighted if weight > 0]
+            scales = reductions([term.numel() for term, _ in weighted], reduction)
+            rows += [Row(t, weight * r, t.rate(rates)) for (t, weight), r in zip(weighted, scales, strict=True)]
+        return rows
+
+    def measured(self) -> list[Term]:
+        """The terms by which distance is measured: of all that has a weight above 0 now."""
+        weights: dict[Tensor, float] = {}
+        for space in self.spaces:
+            for parameter, weight in self.weights(space).items():
+                weights[parameter] = max(weights.get(parameter, 0.0), weight)
+        return [term for term in self.all if term.weight(weights) > 0]
+
+    def distance(self) -> float:
+        return math.sqrt(sum(to_floats([term.squared() for term in self.measured()])))
+
+    def anchor_norm(self, terms: Sequence[Term]) -> float:
+        """The norm of the anchors, an adapter's being its weight; NaN if such a weight is not known."""
+        new = {term: term.squared_anchor() for term in terms if term not in self._squared_anchors}
+        if None in new.values():
+            return math.nan
+        self._squared_anchors |= zip(new, to_floats(list(new.values())), strict=True)
+        return math.sqrt(sum(self._squared_anchors[term] for term in terms))
+
+    def clear(self) -> None:
+        """Free the anchors. What had a weight above 0 is without one from here on."""
+        self.all, self._anchored, self._squared_anchors = [], set(), {}
+        self.in_space = {space: [] for space in self.in_space}
+
+    def _group_weights(self, index: int, group: Mapping[str, Any]) -> dict[str, float]:
+        """The weight of a param group in each space. Its own number is for the space that there is, or 0 for all."""
+        own = group.get("lipschitz_weight", self.weight)
+        name = f"lipschitz_weight of param group {index}"
+        if isinstance(own, Mapping):
+            return by_space(name, own)
+        spaces = [space for space, weight in self.weight.items() if weight > 0] or ["parameters"]
+        if checked(name, own) > 0 and len(spaces) > 1:
+            raise ValueError(f"`{name}` must say for which space it is, such as {{{spaces[0]!r}: {own}}}.")
+        return {space: float(own) if space in spaces else 0.0 for space in SPACES}
+
+    def _check(
+        self,
+        mode: Mode,
+        anchors: Mapping[Tensor, Tensor],
+        adapters: Sequence[LoraAdapter],
+        lora_form: str,
+        recording: Recording | None,
+    ) -> None:
+        """Refuse what does not go together."""
+        recorded = [space for space in self.spaces if space != "parameters"]
+        if recorded and recording is None:
+            raise ValueError(f"The space of {recorded[0]} needs a `recording` of the base, from `record`.")
+        if recording is not None and self.spaces and not recorded:
+            raise ValueError(
+                "A `recording` does nothing in the space of parameters: give `weight` for others, such as "
+                "{'layers': 4.0, 'predictions': 3.0}."
+            )
+        if "layers" in self.spaces and (not mode.layers or lora_form == "factors"):
+            raise ValueError("The space of layers needs mode 'coupled' and `lora_form` 'delta'.")
+        if adapters and lora_form == "delta" and not mode.products:
+            raise ValueError(
+                "mode 'proximal' has no closed form for the product of LoRA factors: use mode 'coupled' or "
+                "'projected', or `lora_form` 'factors'."
+            )
+        if any(adapter.weight in anchors for adapter in adapters) and not (mode.offsets and lora_form == "delta"):
+            raise ValueError(
+                "LoRA on weights that are not their own anchors needs mode 'coupled' and `lora_form` 'delta'."
+            )
+        for tensor, anchor in anchors.items():
+            if tensor.shape != anchor.shape:
+                shapes = tuple(anchor.shape), tuple(tensor.shape)
+                raise ValueError(f"An anchor of shape {shapes[0]} is for a tensor of {shapes[1]}.")
+
+
+def by_space(name: str, weight: float | Mapping[str, float]) -> dict[str, float]:
+    """A weight for each space; a number is for that of parameters."""
+    given = weight if isinstance(weight, Mapping) else {"parameters": weight}
+    unknown = [space for space in given if space not in SPACES]
+    if unknown:
+        raise ValueError(f"`{name}` must be for {', '.join(SPACES)}, not {unknown[0]!r}.")
+    return {space: checked(name, given.get(space, 0.0)) for space in SPACES}
+
+
+def _moments(recording: Recording, penalized: set[Tensor | None]) -> dict[Tensor, Moment]:
+    moments = {tensor: moment for tensor, moment in recording.moments().items() if tensor in penalized}
+    if not moments:
+        raise ValueError(
+            "The recording holds nothing of the layers that are penalized: in the `with` block of `record` the model "
+            "that trains has to run, not yet compiled, and with its adapters in place or without any. Weights under "
+            "adapters other than peft's need `requires_grad` there. Quantized weights are not recorded."
+        )
+    return moments

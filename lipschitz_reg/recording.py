@@ -1,0 +1,403 @@
+"""
+`record`: one pass of the base over prompts that says what shall stay. It takes what each layer gets, as the second
+moments in which displacements of its weights are measured, and the denoiser's calls with their answers. A `Recording`
+is a file, made once for a base. Holds no penalty (terms.py, replay.py) and no drift (drift.py).
+
+Layers. A layer ``y = W x + b`` whose W moves by D gives ``y + D x``. ``||D||^2`` bounds that change for the worst x;
+for the x that the layer does meet it is ``E||D x||^2 = tr(D C D^T)`` with ``C = E[x x^T]``. Most of what comes into a
+layer of a trained network lies in few directions. A displacement across them hardly changes what the base does.
+
+This is the quantity that layerwise quantization and pruning keep small ("Optimal Brain Compression", arXiv 2208.11580)
+and the input half of K-FAC (arXiv 1503.05671). In place of ``||D||^2`` in the penalty of "Preserve and Personalize"
+(arXiv 2505.19519, Algorithm 1) stands ``tr(D M D^T)``, ``M = n C / E[y^2]`` with n columns of W and the mean of y^2
+over the elements of y. With the reduction `tensor_mean` that is ``E||D x||^2 / E||y||^2``, the relative change of the
+output; where all directions carry the same, it is ``||D||^2 / ||W||^2``.
+
+M is kept as ``R R^T + rest * I``. R comes from a random sketch of C, of which only ``C G`` is ever held, for a matrix
+G of orthonormal columns: ``C G (G^T C G)^(-1) G^T C``, the Nystroem approximation (Tropp et al. 2017, arXiv
+1706.05736). What it misses of the trace of C is spread over all directions, and no direction counts less than a
+thousandth of the mean: pictures that were not recorded may need what the recorded ones leave out altogether.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .calls import Call, Store, autocast_of, rows_agree
+from .drift import Drift, measure_drift
+from .functional import Moment, squared_norm
+from .lora import adapted_weight, lora_factors
+
+
+_LEAST = 1e-3  # the least that a direction counts, relative to the mean
+_CUTOFF = 1e-5  # eigenvalues of the sketch below this, relative to the largest, are taken for rounding errors
+_SAMPLE = 64  # elements of each parameter by which a base is known
+_FORMAT = "lipschitz_reg recording 1"
+_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
+
+
+class Recording:
+    """
+    What a base does, for prompts that it should go on drawing as it does.
+
+    Args:
+        models (`Mapping[str, torch.nn.Module]`):
+            The denoiser, under the name "", and other models, by names that precede those of their parameters.
+        guidance_scale (`float`): Of classifier-free guidance, for `drift`.
+
+    Attributes:
+        layers (`dict[str, Moment]`): What each layer gets, by the name of its parameter in the base.
+        calls (`list[Call]`): The calls of the denoiser, with their answers. Those that are `held_out` only measure.
+        splits (`bool`): Whether the rows of a call's batch may be replayed one by one.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module], guidance_scale: float = 7.5):
+        self.models = dict(models)
+        self.guidance_scale = guidance_scale
+        self.layers: dict[str, Moment] = {}
+        self.calls: list[Call] = []
+        self.splits = False
+        self.base = {name: _sample(parameter) for name, parameter in self.parameters().items()}
+        self.holding_out = False
+        self._digest: str | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The denoiser."""
+        return self.models[""]
+
+    @contextmanager
+    def held_out(self) -> Iterator[None]:
+        """Calls in this block are kept apart: nothing is held at them, and `drift` measures by them alone."""
+        self.holding_out = True
+        try:
+            yield
+        finally:
+            self.holding_out = False
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters of the models by their names in the base, whatever wraps them now; no LoRA factors."""
+        found = {}
+        for prefix, model in self.models.items():
+            factors = {factor for module in model.modules() for factor in lora_factors(module)}
+            for name, parameter in model.named_parameters():
+                if parameter not in factors:
+                    found[f"{prefix}.{canonical(name)}" if prefix else canonical(name)] = parameter
+        return found
+
+    def moments(self) -> dict[Tensor, Moment]:
+        """`layers` by the parameters of the models, as far as these have them."""
+        parameters = self.parameters()
+        return {parameters[name]: moment for name, moment in self.layers.items() if name in parameters}
+
+    def drift(self, model: nn.Module | None = None, run: Callable[[], Any] | None = None) -> Drift:
+        """
+        How far the predictions of a model have moved from the base's, on the calls that were held out.
+
+        Args:
+            model (`torch.nn.Module`, *optional*): The denoiser; the recorded one by default, as it is now.
+            run (`Callable`, *optional*):
+                What makes the model meet the held-out calls again: the same pipeline, prompts and seeds. The base's
+                answers are put in place of the model's, so that it meets them one after the other. It is for a text
+                encoder that has changed, too: by default calls are replayed with the embeddings of the base.
+
+        Raises:
+            `ValueError`: If no call was held out, or `run` makes other calls.
+        """
+        return measure_drift(self, self.model if model is None else model, run)
+
+    def digest(self) -> str:
+        """A hash of all that is recorded."""
+        if self._digest is None:
+            digest = hashlib.sha256()
+            tensors, metadata = self._contents()
+            for name in sorted(tensors):
+                tensor = tensors[name].detach().cpu().contiguous()
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+            digest.update(json.dumps(metadata, sort_keys=True).encode())
+            self._digest = digest.hexdigest()
+        return self._digest
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all. Needs safetensors."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        tensors, metadata = self._contents()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.tmp")
+        save_file(tensors, unfinished, metadata={"format": "pt", "recording": json.dumps(metadata)})
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module, /, **others: nn.Module) -> "Recording":
+        """
+        Read what `save` wrote, for a model of the base that was recorded; `others` as in `record`.
+
+        Raises:
+            `ValueError`: If the file is no recording, or of another base or other layers than those of the models.
+            `OSError`: If it cannot be read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = json.loads((file.metadata() or {}).get("recording", "{}"))
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"{path} is not a recording: make one with python -m lipschitz_reg.record.")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a recording, or broken: {error}") from error
+        recording = cls({"": model, **others}, metadata["guidance_scale"])
+        recording.splits = metadata["splits"]
+        stored = {name.removeprefix("base/"): tensor for name, tensor in tensors.items() if name.startswith("base/")}
+        recording._check(path, stored, metadata["models"])
+        recording.base = stored
+        for name in metadata["layers"]:
+            recording.layers[name] = Moment(tensors[f"layers/{name}/root"], tensors[f"layers/{name}/rest"])
+        store = Store({int(name[6:]): tensor for name, tensor in tensors.items() if name.startswith("calls/")})
+        recording.calls = [Call.from_json(row, store) for row in metadata["calls"]]
+        return recording
+
+    def attach(self, model: nn.Module, /, **others: nn.Module) -> "Recording":
+        """Use it with other models of the same layers: ones that began as this base and have been trained since."""
+        self.models = {"": model, **others}
+        return self
+
+    def check(self, parameter_values: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError unless these are parameters of the recorded base, by their names there."""
+        for name, value in parameter_values.items():
+            if name in self.base and not _same(self.base[name], _sample(value)):
+                raise ValueError(f"The recording was made of another base: {name} is not the same. Record this one.")
+
+    def _check(self, path: str | Path, stored: Mapping[str, Tensor], recorded_models: list[str]) -> None:
+        lacking = [name for name in self.models if name not in recorded_models]
+        if lacking:
+            raise ValueError(f"{path} has nothing of {lacking[0]}: record it too.")
+        unused = tuple(f"{name}." for name in recorded_models if name not in self.models)
+        needed = {name for name in stored if not (unused and name.startswith(unused))}
+        differing = sorted(needed ^ self.base.keys())
+        if differing:
+            raise ValueError(f"{path} was recorded of another architecture: {differing[0]} is not in both.")
+        for name in sorted(needed):
+            if not _same(stored[name], self.base[name]):
+                raise ValueError(f"{path} was recorded of another base: {name} is not the same. Record this one.")
+
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"base/{name}": sample for name, sample in self.base.items()}
+        for name, moment in self.layers.items():
+            tensors |= {f"layers/{name}/root": moment.root, f"layers/{name}/rest": moment.rest}
+        store = Store()
+        calls = [call.to_json(store) for call in self.calls]
+        tensors |= {f"calls/{index}": tensor for index, tensor in store.tensors.items()}
+        metadata = {"format": _FORMAT, "guidance_scale": self.guidance_scale, "splits": self.splits}
+        return tensors, {**metadata, "models": list(self.models), "layers": list(self.layers), "calls": calls}
+
+
+def canonical(name: str) -> str:
+    """The name of a parameter before peft, DDP or torch.compile wrapped its model."""
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name.replace("._orig_mod.", ".").replace(".base_layer.", ".")
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    /,
+    *,
+    rank: int = 64,
+    guidance_scale: float = 7.5,
+    device: torch.device | str | None = "cpu",
+    **others: nn.Module,
+) -> Iterator[Recording]:
+    """
+    Record a base while it draws, for `LipschitzRegularizer`, and for measuring drift.
+
+        with record(pipeline.unet) as recording:
+            pipeline(prompts)  # pictures that the model should go on drawing as it does
+            with recording.held_out():
+                pipeline(other_prompts)  # drift is measured by these
+
+    Any module will do, whatever a pipeline calls: U-Nets and transformers, of pictures or videos.
+
+    Recorded of layers are parameters that train, and the frozen weights to which LoRA adapters add: the weights of
+    linear layers and of 2-d convolutions (not grouped, padded with zeros); and biases, embeddings and the weights of
+    norms, whose elements all count alike, by the size of what the layer gives. All others are left out, among them
+    quantized weights, the magnitudes of DoRA, and layers that do not run or give nothing but zeros. Of a weight that
+    several layers share, the last layer counts. A model that has run compiled does not call the hooks: record first.
+    Frozen weights to which adapters other than peft's add have to have `requires_grad` inside the block.
+
+    Args:
+        model (`torch.nn.Module`): The denoiser as it was pretrained, with `requires_grad` as in the training.
+        rank (`int`, *optional*, defaults to 64):
+            Columns of `Moment.root`, at most. In a layer of no more inputs the sketch is C itself. The roots take 4
+            bytes * rank * (in * kernel) a layer, and as much again while they are recorded.
+        guidance_scale (`float`, *optional*, defaults to 7.5): Of classifier-free guidance, which `drift` applies.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where calls are kept, in host memory by default; with `None` where they are made. A tensor that several
+            calls share, such as the embeddings of a prompt, is kept once.
+        others (`torch.nn.Module`):
+            Other models that train, such as `text_encoder=text_encoder`: of these the layers are recorded.
+
+    Raises:
+        `ValueError`: If the rank is below 1. At the end of the block, if what came out was not finite.
+    """
+    if rank < 1:
+        raise ValueError(f"`rank` must be at least 1, not {rank}.")
+    recording = Recording({"": model, **others}, guidance_scale)
+    store, bases = Store(device=device), {}
+    recorders, handles = {}, []
+    for prefix, other in recording.models.items():
+        modules = list(other.named_modules())
+        factors = {factor for _, module in modules for factor in lora_factors(module)}
+        weights = {adapted_weight(module) for _, module in modules}
+        for name, module in modules:
+            own = {key: p for key, p in module.named_parameters(recurse=False) if p not in factors}
+            own = {key: p for key, p in own.items() if p.requires_grad or p in weights}
+            own = [
+                k for k, p in own.items() if p.dim() == 1 or isinstance(module, nn.Embedding) or p is _matrix(module)
+            ]
+            if own:
+                name = canonical(f"{name}.") if name else ""
+                names = {key: f"{prefix}.{name}{key}".removeprefix(".") for key in own}
+                recorder = _Recorder(recording, module, names, rank, bases)
+                recorders[recorder] = None
+                handles.append(module.register_forward_hook(recorder, with_kwargs=True))
+
+    def remember(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        recording.calls.append(Call.of(store, args, kwargs, output, recording.holding_out, autocast_of(output)))
+
+    handles.append(model.register_forward_hook(remember, with_kwargs=True))
+    try:
+        yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+    broken = [call for call in recording.calls if not call.answer.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{type(model).__name__} gave NaN or infinity while it was recorded: run it in float32 or bfloat16."
+        )
+    for recorder in recorders:
+        recording.layers |= recorder.moments()
+        recorder.sketch = None  # its memory
+    recording.splits = rows_agree(model, recording.calls)
+
+
+class _Recorder:
+    """The forward hook of one layer: sums over its inputs and outputs."""
+
+    def __init__(
+        self, recording: Recording, module: nn.Module, names: dict[str, str], rank: int, bases: dict[int, Tensor]
+    ):
+        self.recording, self.names, self.rank, self.bases = recording, names, rank, bases
+        matrix = _matrix(module)
+        self.matrix = next((key for key in names if getattr(module, key) is matrix), None)
+        self.outputs = self.squared_output = 0
+        self.count = self.trace = 0
+        self.sketch: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if not isinstance(output, Tensor) or self.recording.holding_out:
+            return
+        # Sums that began in inference mode could not go on outside it.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            self.outputs += output.numel()
+            self.squared_output = self.squared_output + squared_norm(output)
+            if self.matrix is None:
+                return
+            for rows in _rows(module, args[0] if args else kwargs["input"]):
+                rows = rows.float()
+                projected = self._project(rows)
+                if self.sketch is None:
+                    self.sketch = rows.new_zeros(rows.shape[1], projected.shape[1])
+                self.count += len(rows)
+                self.trace = self.trace + squared_norm(rows)
+                self.sketch.addmm_(rows.T, projected)
+
+    def _project(self, rows: Tensor) -> Tensor:
+        """The rows times (n, rank) orthonormal columns, the same in each run and process; times 1 if n is no more."""
+        n = rows.shape[1]
+        if n <= self.rank:
+            return rows
+        if n not in self.bases:
+            basis = torch.linalg.qr(torch.randn(n, self.rank, generator=torch.Generator().manual_seed(0)))[0]
+            self.bases[n] = basis.to(rows.device)
+        return rows @ self.bases[n].to(rows)
+
+    @torch.no_grad()
+    def moments(self) -> dict[str, Moment]:
+        if not self.outputs:
+            return {}
+        device = self.squared_output.device
+        where = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        output = self.squared_output.to(where).double() / self.outputs
+        if not torch.isfinite(output):
+            name = next(iter(self.names.values())).rpartition(".")[0]
+            raise ValueError(f"{name} gave NaN or infinity while it was recorded: run it in float32 or bfloat16.")
+        if output == 0:
+            return {}  # no change is small beside it
+        result = {}
+        for key, name in self.names.items():
+            if key != self.matrix:
+                result[name] = Moment(torch.zeros(1, 0, device=device), (1 / output).float().to(device))
+            elif self.trace > 0:
+                sketch, n = self.sketch.to(where).double() / self.count, len(self.sketch)
+                core = self._project(sketch.T)
+                values, vectors = torch.linalg.eigh((core + core.T) / 2)
+                inverse = torch.where(values > _CUTOFF * values[-1], values, torch.inf).rsqrt()
+                root = sketch @ vectors * inverse
+                mean = self.trace.to(where).double() / self.count / n
+                rest = torch.maximum(mean - root.square().sum() / n, _LEAST * mean)
+                scale = n / output
+                root, rest = root * scale.sqrt(), rest * scale
+                result[name] = Moment(root.float().to(device), rest.float().to(device))
+        return result
+
+
+def _matrix(module: nn.Module) -> Tensor | None:
+    """The weight, if its rows are multiplied with what `_rows` returns."""
+    if isinstance(module, nn.Conv2d):
+        plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return module.weight if plain else None
+    return module.weight if isinstance(module, nn.Linear) else None
+
+
+def _rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+    """What a row of the weight is multiplied with, (positions, n); image by image where it is a convolution."""
+    if isinstance(module, nn.Linear):
+        yield inputs.reshape(-1, inputs.shape[-1])
+        return
+    for image in inputs:
+        yield F.unfold(image[None], module.kernel_size, module.dilation, module.padding, module.stride)[0].T
+
+
+@torch.no_grad()
+def _sample(parameter: Tensor) -> Tensor:
+    """A few elements, evenly spaced, float32, in host memory: they tell one base from another."""
+    count = parameter.numel()
+    indices = torch.arange(min(_SAMPLE, count)) * max(count // _SAMPLE, 1)
+    flat = parameter.detach().reshape(-1)
+    return flat[indices.to(flat.device)].float().cpu() if flat.is_floating_point() else torch.zeros(0)
+
+
+def _same(recorded: Tensor, now: Tensor) -> bool:
+    """Whether two samples are of one value, that one of them may have in a shorter precision."""
+    if recorded.shape != now.shape:
+        return False
+    dtypes = [torch.float32]
+    for dtype in (torch.float16, torch.bfloat16):
+        if any(torch.equal(sample.to(dtype).float(), sample) for sample in (recorded, now)):
+            dtypes.append(dtype)
+    # A value that was rounded twice may have ended elsewhere.
+    return not len(now) or any((recorded.to(d) == now.to(d)).float().mean() > 0.95 for d in dtypes)

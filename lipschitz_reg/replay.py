@@ -1,0 +1,158 @@
+"""
+The space of predictions: ``weight * mean (f_theta - f_base)^2`` on recorded calls of the denoiser, a few of which are
+made again in each step. Holds no recording (recording.py) and no optimizer (regularizer.py).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Autocast, Call, evaluating
+from .recording import Recording
+
+
+class Replay:
+    """
+    Replays `count` of the recorded calls in each step, drawn without replacement, the same in all processes.
+
+    The gradient goes right into those that are there, so that it takes no memory of its own; no hook of the parameters
+    (DDP's, or a fused backward's) sees it, and no random number of the training is drawn.
+    """
+
+    def __init__(self, recording: Recording, count: int):
+        if not [call for call in recording.calls if not call.held_out]:
+            raise ValueError(
+                "The recording holds no calls of the denoiser to replay: in the `with` block of `record` the model "
+                "has to run, and not only in `held_out()`."
+            )
+        if count < 1:
+            raise ValueError(f"`replays` must be at least 1, not {count}.")
+        self.recording, self.count = recording, count
+        self.loss_scale = 2.0**16  # where activations are float16, as a GradScaler begins
+        self.autocast: Autocast | None = None
+        self._replaying = False
+        self._watch()
+
+    def add_gradient(self, weight: float, parameters: Sequence[Tensor], scale: Tensor | float, step: int) -> Tensor:
+        """
+        Add the gradient of the term to those of the parameters.
+
+        Args:
+            scale: What the gradients are multiplied by.
+            step: Which calls are drawn.
+
+        Returns:
+            `torch.Tensor`: ``weight * mean (f_theta - f_base)^2`` over these calls.
+        """
+        model, value = self.recording.model, 0.0
+        half = self._is_half(model)
+        loss_scale = self.loss_scale if half else 1.0
+        factor = weight / loss_scale * scale
+        overflow = []
+
+        def to_gradient(gradient: Tensor) -> Tensor:
+            if half:
+                finite = gradient.isfinite()
+                overflow.append(~finite.all())
+                gradient = torch.where(finite, gradient, 0)
+            return gradient * factor
+
+        self._replaying = True
+        try:
+            with _Standins(model, parameters, to_gradient), evaluating(model), torch.enable_grad():
+                for call in self._draw(step):
+                    answer = call.again(model, self.autocast).float()
+                    loss = (answer - call.answer.to(answer)).square().mean() / self.count
+                    if loss.requires_grad:
+                        (loss * loss_scale).backward()
+                    value = value + loss.detach()
+        finally:
+            self._replaying = False
+        if overflow and torch.stack([flag.to(overflow[0].device) for flag in overflow]).any():
+            self.loss_scale /= 2
+        self._average(parameters)
+        return weight * value
+
+    def _draw(self, step: int) -> list[Call]:
+        rows = [call for call in self.recording.calls if not call.held_out]
+        if self.recording.splits:
+            rows = [(call, index) for call in rows for index in range(len(call.answer))]
+        drawn = []
+        for number in range((step - 1) * self.count, step * self.count):
+            generator = torch.Generator().manual_seed(number // len(rows))
+            order = torch.randperm(len(rows), generator=generator)
+            row = rows[order[number % len(rows)]]
+            drawn.append(row[0].row(row[1]) if self.recording.splits else row)
+        return drawn
+
+    def _watch(self) -> None:
+        """Parts of the model know the autocast of the training, which accelerate turns on inside the forward pass."""
+        parts = list(self.recording.model.children()) or [self.recording.model]
+        self.handles = [part.register_forward_hook(self._remember) for part in parts]
+
+    def _remember(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not self._replaying and torch.is_grad_enabled():
+            kind = next(module.parameters(), torch.empty(0)).device.type
+            self.autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def _is_half(self, model: nn.Module) -> bool:
+        enabled = self.autocast is not None and self.autocast[1] and self.autocast[2] == torch.float16
+        return enabled or any(parameter.dtype == torch.float16 for parameter in model.parameters())
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _average(self, parameters: Sequence[Tensor]) -> None:
+        """All processes replay the same, but a GPU may round each sum in its own way, and the copies would part."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return
+        size = torch.distributed.get_world_size()
+        for parameter in parameters if size > 1 else ():
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad.div_(size)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "handles": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class _Standins:
+    """
+    Puts tensors that share the values and gradients of parameters in their place in the model, so that a backward pass
+    adds to these gradients and wakes none of the hooks of the parameters.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor], to_gradient: Callable[[Tensor], Tensor]):
+        wanted = set(parameters)
+        self.places = [
+            (module, name, parameter)
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter in wanted
+        ]
+        self.frozen = [p for p in model.parameters() if p.requires_grad and p not in wanted]
+        self.to_gradient = to_gradient
+
+    def __enter__(self) -> None:
+        standins = {}
+        for _, _, parameter in self.places:
+            if parameter not in standins:
+                standin = parameter.detach().requires_grad_()
+                standin.grad = parameter.grad
+                standin.register_hook(self.to_gradient)
+                standins[parameter] = standin
+        for module, name, parameter in self.places:
+            module._parameters[name] = standins[parameter]
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_) -> None:
+        for module, name, parameter in self.places:
+            module._parameters[name] = parameter
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
