@@ -6,6 +6,7 @@ recording of a base. The functions under them are in the other modules. Importin
 from .drift import Drift, kl_bound
 from .functional import Moment
 from .lora import LoraAdapter, find_lora_adapters
+from .pipelines import draw_held_out, record_pipeline
 from .recording import Recording, record
 from .regularizer import LipschitzRegularizer
 
@@ -16,8 +17,10 @@ __all__ = [
     "LoraAdapter",
     "Moment",
     "Recording",
+    "draw_held_out",
     "find_lora_adapters",
     "kl_bound",
     "record",
+    "record_pipeline",
 ]
 __version__ = "0.1.0"

@@ -56,6 +56,7 @@ class Recording:
         layers (`dict[str, Moment]`): What each layer gets, by the name of its parameter in the base.
         calls (`list[Call]`): The calls of the denoiser, with their answers. Those that are `held_out` only measure.
         splits (`bool`): Whether the rows of a call's batch may be replayed one by one.
+        drawn (`dict`): What `record_pipeline` drew: prompts, seed and options. Else empty.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], guidance_scale: float = 7.5):
@@ -64,6 +65,7 @@ class Recording:
         self.layers: dict[str, Moment] = {}
         self.calls: list[Call] = []
         self.splits = False
+        self.drawn: dict[str, Any] = {}
         self.base = {name: _sample(parameter) for name, parameter in self.parameters().items()}
         self.holding_out = False
         self._digest: str | None = None
@@ -158,7 +160,7 @@ class Recording:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a recording, or broken: {error}") from error
         recording = cls({"": model, **others}, metadata["guidance_scale"])
-        recording.splits = metadata["splits"]
+        recording.splits, recording.drawn = metadata["splits"], metadata["drawn"]
         stored = {name.removeprefix("base/"): tensor for name, tensor in tensors.items() if name.startswith("base/")}
         recording._check(path, stored, metadata["models"])
         recording.base = stored
@@ -200,6 +202,7 @@ class Recording:
         calls = [call.to_json(store) for call in self.calls]
         tensors |= {f"calls/{index}": tensor for index, tensor in store.tensors.items()}
         metadata = {"format": _FORMAT, "guidance_scale": self.guidance_scale, "splits": self.splits}
+        metadata["drawn"] = self.drawn
         return tensors, {**metadata, "models": list(self.models), "layers": list(self.layers), "calls": calls}
 
 

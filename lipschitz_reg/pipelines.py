@@ -1,0 +1,156 @@
+"""
+Recording a diffusers pipeline, whatever its architecture: which of its parts is the denoiser, and the drawing of
+prompts. Holds no command (record.py). Pipelines are known by their attributes: diffusers is not imported here.
+"""
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .recording import Recording, record
+
+
+def denoiser_of(pipeline: Any) -> nn.Module:
+    """
+    The U-Net or transformer of a pipeline.
+
+    Raises:
+        `ValueError`: If it has neither, or does not draw from a prompt.
+    """
+    kind = type(pipeline).__name__
+    denoiser = next((p for p in (getattr(pipeline, n, None) for n in ("unet", "transformer")) if p is not None), None)
+    if not isinstance(denoiser, nn.Module):
+        found = ", ".join(name for name, part in getattr(pipeline, "components", {}).items() if part is not None)
+        raise ValueError(f"{kind} has neither a unet nor a transformer to record. It has: {found or 'nothing'}.")
+    if not {"prompt", "output_type"} <= _call_defaults(pipeline).keys():
+        raise ValueError(f"{kind} does not draw from a prompt.")
+    return denoiser
+
+
+def text_encoders_of(pipeline: Any) -> dict[str, nn.Module]:
+    """The text encoders of a pipeline by name: `text_encoder`, `text_encoder_2`, ..."""
+    names = sorted(name for name in getattr(pipeline, "components", {}) if name.startswith("text_encoder"))
+    parts = {name: getattr(pipeline, name) for name in names}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def record_pipeline(
+    pipeline: Any,
+    prompts: Sequence[str],
+    held_out_prompts: Sequence[str],
+    *,
+    num_inference_steps: int = 10,
+    guidance_scale: float | None = None,
+    rank: int = 64,
+    seed: int = 0,
+    text_encoders: bool = False,
+    device: torch.device | str | None = "cpu",
+    progress: bool = True,
+    **options: Any,
+) -> Recording:
+    """
+    Record the base of a diffusers pipeline while it draws prompts. The pictures are not decoded.
+
+    Prompt i starts from noise of the seed `seed + i`, whatever the other prompts are; held-out prompts count on. No
+    other random number is drawn.
+
+    Args:
+        pipeline: On the device and in the precision in which it shall run, with `requires_grad` as in the training.
+        prompts (`Sequence[str]`): What the model should go on drawing as it does.
+        held_out_prompts (`Sequence[str]`): Drift is measured by these alone. None of them is in `prompts`.
+        num_inference_steps (`int`, *optional*, defaults to 10): Steps of the pipeline's own scheduler a prompt.
+        guidance_scale (`float`, *optional*): That of the pipeline's call by default.
+        rank, device: As in `record`.
+        seed (`int`, *optional*, defaults to 0): Of the noise.
+        text_encoders (`bool`, *optional*, defaults to `False`):
+            Record the layers of the text encoders too, under their names in the pipeline, for training them.
+        progress (`bool`, *optional*, defaults to `True`): Show a bar over the prompts. Needs tqdm.
+        options: Other arguments of the pipeline's call, such as `height`. `None` is the pipeline's default.
+
+    Raises:
+        `ValueError`: If there are no prompts, a prompt is in both lists, or the pipeline cannot be recorded.
+    """
+    check_prompts(prompts, held_out_prompts)
+    denoiser = denoiser_of(pipeline)
+    defaults = _call_defaults(pipeline)
+    options = {"guidance_scale": guidance_scale, **options}
+    options = {name: value for name, value in options.items() if value is not None}
+    unknown = next((name for name in options if name not in defaults), None)
+    if unknown:
+        raise ValueError(f"{type(pipeline).__name__} has no {unknown}.")
+    guidance = options.get("guidance_scale", defaults.get("guidance_scale"))
+    guidance = 1.0 if guidance is None else float(guidance)
+    if not math.isfinite(guidance):
+        raise ValueError(f"`guidance_scale` must be a finite number, not {guidance}.")
+    others = text_encoders_of(pipeline) if text_encoders else {}
+    drawn = {
+        "prompts": list(prompts),
+        "held_out_prompts": list(held_out_prompts),
+        "seed": seed,
+        "options": {"num_inference_steps": num_inference_steps, **options},
+    }
+    with record(denoiser, rank=rank, guidance_scale=guidance, device=device, **others) as recording:
+        recording.drawn = drawn
+        with _bar([*prompts, *held_out_prompts], progress) as bar:
+            for number, prompt in enumerate(bar):
+                if number < len(prompts):
+                    _draw(pipeline, prompt, seed + number, drawn["options"])
+                else:
+                    with recording.held_out():
+                        _draw(pipeline, prompt, seed + number, drawn["options"])
+    return recording
+
+
+def draw_held_out(pipeline: Any, recording: Recording) -> None:
+    """
+    Draw the held-out prompts of `record_pipeline` again, with their seeds, for `recording.drift(run=...)`.
+
+    Raises:
+        `ValueError`: If the recording is not of `record_pipeline`.
+    """
+    if not recording.drawn:
+        raise ValueError("The recording does not know its prompts: make one with python -m lipschitz_reg.record.")
+    first = recording.drawn["seed"] + len(recording.drawn["prompts"])
+    for number, prompt in enumerate(recording.drawn["held_out_prompts"]):
+        _draw(pipeline, prompt, first + number, recording.drawn["options"])
+
+
+def check_prompts(prompts: Sequence[str], held_out_prompts: Sequence[str]) -> None:
+    """Raise a ValueError unless there are prompts of both kinds, and none is in both."""
+    if not prompts or not held_out_prompts:
+        raise ValueError(f"There are no {'held-out ' if prompts else ''}prompts.")
+    common = next((prompt for prompt in held_out_prompts if prompt in set(prompts)), None)
+    if common is not None:
+        raise ValueError(f"A held-out prompt only measures, but this one is among the others too: {common}")
+
+
+def _draw(pipeline: Any, prompt: str, seed: int, options: dict[str, Any]) -> None:
+    kept = getattr(pipeline, "_progress_bar_config", None)
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(seed)
+            pipeline(prompt=prompt, generator=generator, output_type="latent", **options)
+    finally:
+        pipeline.set_progress_bar_config(**(kept or {}))
+
+
+def _call_defaults(pipeline: Any) -> dict[str, Any]:
+    """The arguments of the pipeline's call with their defaults."""
+    return {name: p.default for name, p in inspect.signature(type(pipeline).__call__).parameters.items()}
+
+
+@contextmanager
+def _bar(items: Sequence[str], progress: bool) -> Iterator[Iterable[str]]:
+    if not progress:
+        yield items
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(items, desc="Recording", unit="prompt") as bar:
+        yield bar
