@@ -122,7 +122,8 @@ def ancestral_weights(alphas_cumprod: Tensor, timesteps: Sequence[int], predicti
 
     With ``a`` and ``b`` the `alphas_cumprod` of a timestep and of the next: ``sigma^2 = (1 - b) / (1 - a) *
     (1 - a / b)`` and ``d mu / d x_0 = sqrt(b) (1 - a / b) / (1 - a)`` ("Denoising Diffusion Probabilistic Models",
-    arXiv 2006.11239, equations 6 and 7); ``d x_0 / d f = -sqrt((1 - a) / a)`` for noise, ``-sqrt(1 - a)`` for velocity.
+    arXiv 2006.11239, equations 6 and 7); ``d x_0 / d f = -sqrt((1 - a) / a)`` for noise, ``-sqrt(1 - a)`` for
+    velocity.
     """
     weights = []
     for t, s in zip(timesteps[:-1], timesteps[1:], strict=True):

@@ -219,6 +219,7 @@ def record(
     /,
     *,
     rank: int = 64,
+    layers: bool = True,
     guidance_scale: float = 7.5,
     device: torch.device | str | None = "cpu",
     **others: nn.Module,
@@ -245,6 +246,7 @@ def record(
         rank (`int`, *optional*, defaults to 64):
             Columns of `Moment.root`, at most. In a layer of no more inputs the sketch is C itself. The roots take 4
             bytes * rank * (in * kernel) a layer, and as much again while they are recorded.
+        layers (`bool`, *optional*, defaults to `True`): Whether layers are recorded, or calls alone.
         guidance_scale (`float`, *optional*, defaults to 7.5): Of classifier-free guidance, which `drift` applies.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where calls are kept, in host memory by default; with `None` where they are made. A tensor that several
@@ -260,7 +262,7 @@ def record(
     recording = Recording({"": model, **others}, guidance_scale)
     store, bases = Store(device=device), {}
     recorders, handles = {}, []
-    for prefix, other in recording.models.items():
+    for prefix, other in recording.models.items() if layers else ():
         modules = list(other.named_modules())
         factors = {factor for _, module in modules for factor in lora_factors(module)}
         weights = {adapted_weight(module) for _, module in modules}
