@@ -77,21 +77,26 @@ class Terms:
         weights = {}
         for index, group in enumerate(self.optimizer.param_groups):
             weights |= dict.fromkeys(group["params"], self._group_weights(index, group)[space])
+        if any(weight > 0 and parameter not in self._anchored for parameter, weight in weights.items()):
+            raise ValueError(
+                "A param group with a weight above 0 has a parameter without an anchor: it came into the optimizer, "
+                "or its group got the weight, after LipschitzRegularizer was built, or after remove(). Build it when "
+                "the param groups are complete and have their weights."
+            )
+        if any(weights.values()) and space not in self.spaces:
+            raise ValueError(
+                f"A weight in the space of {space} came after LipschitzRegularizer was built without one: give it one "
+                "there."
+            )
         return weights
 
     def rows(self, reduction: str) -> list[Row]:
         """The terms of all spaces but predictions that have a weight above 0 now."""
         rates = {p: group.get("lr") for group in self.optimizer.param_groups for p in group["params"]}
         rows = []
-        for space in self.in_space:
+        for space in SPACES:
             weights = self.weights(space)
-            if any(weight > 0 and parameter not in self._anchored for parameter, weight in weights.items()):
-                raise ValueError(
-                    "A param group with a weight above 0 has a parameter without an anchor: it came into the "
-                    "optimizer, or its group got the weight, after LipschitzRegularizer was built, or after remove(). "
-                    "Build it when the param groups are complete and have their weights."
-                )
-            weighted = [(term, term.weight(weights)) for term in self.in_space[space]]
+            weighted = [(term, term.weight(weights)) for term in self.in_space.get(space, [])]
             weighted = [(term, weight) for term, weight in weighted if weight > 0]
             scales = reductions([term.numel() for term, _ in weighted], reduction)
             rows += [Row(t, weight * r, t.rate(rates)) for (t, weight), r in zip(weighted, scales, strict=True)]

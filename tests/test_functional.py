@@ -92,6 +92,35 @@ def test_penalty_gradient_equals_autograd(dtype):
     assert_rounded(gradients, expected, sizes)
 
 
+def assert_terms(actual, parameters, anchors, coefficients):
+    """Those of the penalty, of the wide dtype and no dimensions."""
+    for term, p, a, c in zip(actual, double(parameters), double(anchors), coefficients, strict=True):
+        assert term.dim() == 0 and term.dtype.itemsize >= 4
+        expected = functional.penalty([p], [a], [c])
+        assert_rounded([term], [expected], [expected], p.numel() + 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["number", "no dimensions", "a row each"])
+def test_penalty_comes_from_the_pass_that_adds_its_gradient(dtype, kind):
+    gradients, parameters, anchors = make_tensors(dtype)
+    coefficients = [0.1 * (i + 1) for i in range(len(parameters))]
+    if kind == "no dimensions":
+        coefficients = [torch.tensor(c) for c in coefficients]
+    if kind == "a row each":
+        coefficients = [torch.full(p.shape[:1] + (1,) * (p.dim() - 1), c) for p, c in zip(parameters, coefficients)]
+    terms = functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients)
+    assert_terms(terms, parameters, anchors, coefficients)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pull_returns_the_square_of_the_distance_before_it(dtype):
+    _, parameters, anchors = make_tensors(dtype)
+    before = [parameter.clone() for parameter in parameters]
+    squares = [functional.pull_(p, a, 0.25) for p, a in zip(parameters, anchors, strict=True)]
+    assert_terms(squares, before, anchors, [1.0] * len(before))
+
+
 @pytest.mark.parametrize("anchor_dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("step", ["gradient", "proximal", "projected"])
 def test_anchor_in_fewer_bytes_gives_the_same_bits(anchor_dtype, step):
@@ -244,12 +273,12 @@ def test_temporaries_are_no_larger_than_a_piece(dtype, anchor_dtype):
     "reduction, factors", [("sum", [1, 1, 1]), ("tensor_mean", [1 / 2, 1 / 6, 1]), ("mean", [1 / 8, 1 / 8, 1 / 8])]
 )
 def test_reductions_are_means_over_what_they_say(reduction, factors):
-    assert functional.reduction_factors([2, 6, 0], reduction) == factors
+    assert functional.reductions([2, 6, 0], reduction) == factors
 
 
 def test_unknown_reduction_is_refused():
     with pytest.raises(ValueError, match="sum, tensor_mean, mean, not 'average'"):
-        functional.reduction_factors([1], "average")
+        functional.reductions([1], "average")
 
 
 @torch._inductor.config.patch(fx_graph_cache=False)  # it gives out code made for another ATEN_CPU_CAPABILITY
@@ -260,12 +289,13 @@ def test_unknown_reduction_is_refused():
 def test_compiled_kernel_equals_autograd(dtype, anchor_dtype):
     compiled = functional._fused_add_piece(torch.device("cpu"))
     assert compiled is not functional._add_piece
-    for size, factor in ((1, 0.3), (5, 0.4), (1000, torch.tensor(0.5)), (1001, 0.6)):
+    for size, c in ((1, 0.3), (5, 0.4), (1000, torch.tensor(0.5)), (1001, 0.6)):
         generator = torch.Generator().manual_seed(size)
         gradient, parameter, anchor = (torch.randn(size, generator=generator).to(dtype) for _ in range(3))
         anchor = anchor.to(anchor_dtype)
-        expected, sizes = sums([gradient.double()], autograd([parameter], [anchor], [factor / 2]))
-        compiled(gradient, parameter, anchor, factor)
+        expected, sizes = sums([gradient.double()], autograd([parameter], [anchor], [c]))
+        term = functional.penalty(double([parameter]), double([anchor]), [c])
+        assert_rounded([compiled(gradient, parameter, anchor, c).float()], [term], [term], size)
         assert_rounded([gradient], expected, sizes)
 
 

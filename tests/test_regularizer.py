@@ -94,7 +94,7 @@ class Reference:
     def rows(self, moved_only):
         groups = [g for g in self.optimizer.param_groups if g.get("lipschitz_weight", self.weight) > 0]
         parameters = [(p, g) for g in groups for p in g["params"]]
-        factors = functional.reduction_factors([p.numel() for p, _ in parameters], self.reduction)
+        factors = functional.reductions([p.numel() for p, _ in parameters], self.reduction)
         rows = [(p, g.get("lipschitz_weight", self.weight) * f, g["lr"]) for (p, g), f in zip(parameters, factors)]
         return [row for row in rows if not moved_only or row[0].grad is not None]
 
@@ -349,7 +349,7 @@ def test_projection_holds_at_every_step():
     regularizer = LipschitzRegularizer(optimizer, weight=1.0, mode="projected", radius=0.02)
     for step in range(5):
         train(net, optimizer, 1, step)
-        assert regularizer.metrics()["lipschitz/drift"] == pytest.approx(0.02, abs=rounding(net))
+        assert regularizer.metrics()["lipschitz/distance"] == pytest.approx(0.02, abs=rounding(net))
 
 
 def test_proximal_step_never_overshoots():
@@ -358,7 +358,7 @@ def test_proximal_step_never_overshoots():
     regularizer = LipschitzRegularizer(optimizer, weight=1e12, mode="proximal")
     train(net, optimizer)
     assert distance(net, base) <= rounding(base)
-    assert regularizer.metrics()["lipschitz/relative_drift"] < 1e-6
+    assert regularizer.metrics()["lipschitz/relative_distance"] < 1e-6
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -617,6 +617,7 @@ def test_state_is_small_and_loads_without_trusting_pickle(tmp_path):
     assert len(pickle.dumps(state)) < 500
     other = LipschitzRegularizer(OPTIMIZERS["SGD"](make_net().parameters()), weight=1.0)
     other.load_state_dict(state)
+    options["weight"] = {"parameters": 3.0, "layers": 0.0, "predictions": 0.0}
     assert {name: getattr(other, name) for name in options} == options
 
 
@@ -638,21 +639,63 @@ def test_metrics_equal_their_definition(reduction):
     optimizer = OPTIMIZERS["AdamW foreach"](two_groups(net))
     runner = Reference(optimizer, WEIGHT, reduction)
     regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT, reduction=reduction)
-    train(net, optimizer)
+    train(net, optimizer, steps=3)
     parameters, coefficients, _ = zip(*runner.rows(moved_only=False))
-    points, anchors = [p.detach().double() for p in parameters], [runner.anchors[p] for p in parameters]
-    drift = functional.penalty(points, anchors, [1.0] * len(points)).sqrt().item()
-    norm = functional.penalty(anchors, [torch.zeros_like(a) for a in anchors], [1.0] * len(points)).sqrt().item()
+    anchors = [runner.anchors[p] for p in parameters]
+
+    def distances(coefficients):
+        return functional.penalty([p.detach().double() for p in parameters], anchors, coefficients).item()
+
+    penalty = distances(coefficients)
+    train(net, optimizer, steps=1, first=3)
+    drift = math.sqrt(distances([1.0] * len(parameters)))
+    norm = math.sqrt(sum(anchor.square().sum().item() for anchor in anchors))
     metrics = regularizer.metrics()
     assert all(type(value) is float for value in metrics.values())
     assert metrics == pytest.approx(
         {
-            "lipschitz/penalty": functional.penalty(points, anchors, coefficients).item(),
-            "lipschitz/drift": drift,
-            "lipschitz/relative_drift": drift / norm,
+            "lipschitz/penalty": penalty,  # in the loss of the last step
+            "lipschitz/distance": drift,
+            "lipschitz/relative_distance": drift / norm,
         },
-        rel=sum_error(sum(point.numel() for point in points)),
+        rel=sum_error(sum(parameter.numel() for parameter in parameters)),
     )
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW fused"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_penalty_is_that_of_the_last_step(reduction, mode, name):
+    """Of the parameters that the gradient was added to, or that the move after the step led to; first that of now."""
+    net = make_net()
+    optimizer = OPTIMIZERS[name](two_groups(net))
+    runner = Reference(optimizer, WEIGHT, reduction)
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT, reduction=reduction, mode=mode, radius=0.05)
+    parameters, coefficients, _ = zip(*runner.rows(moved_only=False))
+
+    def penalty():
+        points, anchors = [p.detach().double() for p in parameters], [runner.anchors[p] for p in parameters]
+        return 0.0 if mode == "projected" else functional.penalty(points, anchors, coefficients).item()
+
+    rel = sum_error(sum(p.numel() for p in parameters))
+    assert regularizer.penalty() == 0
+    train_scaled(net, optimizer, steps=1)
+    if mode == "coupled":
+        assert regularizer.penalty() == 0
+    before = penalty()
+    train_scaled(net, optimizer, steps=1)
+    after = penalty()
+    expected = {"coupled": before, "proximal": after, "projected": 0.0}[mode]
+    assert regularizer.penalty() == regularizer.metrics()["lipschitz/penalty"] == pytest.approx(expected, rel=2 * rel)
+    net.scale.data.add_(1.0)
+    assert regularizer.penalty() == pytest.approx(expected, rel=2 * rel)
+
+
+def test_penalty_before_the_first_step_is_computed():
+    parameter = nn.Parameter(torch.zeros(4))
+    regularizer = LipschitzRegularizer(torch.optim.SGD([parameter], lr=0.1), weight=3.0, reduction="sum")
+    parameter.data.fill_(2.0)
+    assert regularizer.penalty() == 3.0 * 4 * 2**2
 
 
 def test_metrics_where_nothing_is_penalized():
@@ -680,7 +723,9 @@ def test_metrics_do_not_warn_in_training_or_after_resuming():
         train(net, optimizer)
         resumed.load_state_dict(net.state_dict())
         resumed_regularizer.load_state_dict(regularizer.state_dict())
-        assert resumed_regularizer.metrics() == regularizer.metrics()
+        metrics, resumed_metrics = regularizer.metrics(), resumed_regularizer.metrics()
+    del metrics["lipschitz/penalty"], resumed_metrics["lipschitz/penalty"]  # of the last step, and of now
+    assert resumed_metrics == metrics
 
 
 @pytest.mark.parametrize(
@@ -700,6 +745,50 @@ def test_metrics_do_not_warn_in_training_or_after_resuming():
 def test_arguments_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LipschitzRegularizer(OPTIMIZERS["SGD"](make_net().parameters()), **options)
+
+
+@pytest.mark.parametrize(
+    "weight, message",
+    [
+        ({"weights": 1.0}, "`weight` must be for parameters, layers, predictions, not 'weights'"),
+        ({"parameters": -1.0}, "`weight`"),
+        ({"layers": 1.0}, "space of layers needs a `recording`"),
+        ({"parameters": 1.0, "predictions": 1.0}, "space of predictions needs a `recording`"),
+    ],
+)
+def test_spaces_out_of_range_are_refused(weight, message):
+    with pytest.raises(ValueError, match=message):
+        LipschitzRegularizer(OPTIMIZERS["SGD"](make_net().parameters()), weight=weight)
+
+
+def test_weight_by_space_is_the_number_for_parameters():
+    nets = [make_net(), make_net()]
+    for net, weight in zip(nets, (WEIGHT, {"parameters": WEIGHT})):
+        optimizer = OPTIMIZERS["AdamW foreach"](net.parameters())
+        regularizer = LipschitzRegularizer(optimizer, weight=weight)
+        assert regularizer.weight == {"parameters": WEIGHT, "layers": 0.0, "predictions": 0.0}
+        assert regularizer.spaces == ["parameters"]
+        train(net, optimizer)
+    assert_identical(*nets)
+
+
+def test_weight_may_be_set_to_another():
+    net, reference = make_net(), make_net()
+    optimizer = OPTIMIZERS["SGD"](net.parameters())
+    regularizer = LipschitzRegularizer(optimizer, weight=1.0)
+    regularizer.weight = WEIGHT
+    train(net, optimizer)
+    Reference(OPTIMIZERS["SGD"](reference.parameters())).train(reference)
+    assert_same_training(net, reference)
+    with pytest.raises(ValueError, match="`weight`"):
+        regularizer.weight = -1.0
+
+
+def test_weight_in_a_space_that_was_not_built_is_refused():
+    regularizer = LipschitzRegularizer(OPTIMIZERS["SGD"](make_net().parameters()), weight=1.0)
+    regularizer.weight = {"parameters": 1.0, "layers": 2.0}
+    with pytest.raises(ValueError, match="space of layers came after"):
+        regularizer.optimizer.step()
 
 
 def test_group_weight_out_of_range_is_refused_by_its_number():
