@@ -23,6 +23,7 @@ import functools
 import gc
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -63,7 +64,13 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType, ProjectConfiguration, broadcast, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    LoggerType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -84,8 +91,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lipschitz_reg import InputMoment, LipschitzRegularizer, find_lora_adapters, record_inputs
+from lipschitz_reg import Drift, LipschitzRegularizer, Recording, find_lora_adapters, record
 from lipschitz_reg.anchors import fingerprint
+from lipschitz_reg.budget import fit_share
 
 
 # The first release in which pipelines take `dtype`.
@@ -153,7 +161,15 @@ FREE_TO_CHANGE = {
     *["pretrained_model_name_or_path", "revision", "variant", "pretrained_config", "tokenizer_name"],
     *["pretrained_vae_model_name_or_path", "lipschitz_anchor_model", "instance_data_dir", "dataset_name"],
     *["dataset_config_name", "image_column", "caption_column", "cache_dir", "concepts_list", "class_data_dir"],
-    *["drift_prompts_file", "output_dir", "resume_from_checkpoint", "dataloader_num_workers", "sample_batch_size"],
+    *[
+        "lipschitz_recording",
+        "lipschitz_prompts_file",
+        "drift_budget",
+        "output_dir",
+        "resume_from_checkpoint",
+        "dataloader_num_workers",
+        "sample_batch_size",
+    ],
     *["prior_generation_precision", "num_train_epochs", "max_train_steps", "lr_warmup_steps", "checkpointing_steps"],
     *["checkpoints_total_limit", "lipschitz_anchor_device", "set_grads_to_none", "gradient_checkpointing"],
     *["enable_xformers_memory_efficient_attention", "allow_tf32", "validation_prompt"],
@@ -172,22 +188,35 @@ Image.MAX_IMAGE_PIXELS = 1 << 28
 # Photos from phones. Pillow needs another package to read them.
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 # Copied from train_dreambooth_lipschitz.py
-# Where drift is measured unless --drift_prompts_file says otherwise: no subject is named. Guidance needs the last.
-DRIFT_PROMPTS = [
-    "a photo of a dog",
-    "a portrait of a woman with grey hair",
-    "two bicycles leaning on a fence",
-    "a bowl of fruit on a table",
-    "a harbour at sunset",
-    "a busy street in the rain",
-    "a watercolor of a mountain village",
-    "",
+# What shall stay as it is, unless --lipschitz_prompts_file says otherwise. No subject is named. Every second one is
+# held out, and only measures.
+PROMPTS = [
+    *["a photo of a dog", "a photo of a horse in a field"],
+    *["a portrait of a woman with grey hair", "a man playing the guitar on a stage"],
+    *["two bicycles leaning on a fence", "an old car in front of a garage"],
+    *["a bowl of fruit on a table", "a slice of cake on a white plate"],
+    *["a harbour at sunset", "a beach with palm trees"],
+    *["a busy street in the rain", "a narrow lane in an old town at night"],
+    *["a watercolor of a mountain village", "an oil painting of a sailing ship"],
+    *["a photo of a cat asleep on a sofa", "a bird on a branch in the snow"],
+    *["a red backpack on the grass", "a pair of boots by the door"],
+    *["a teapot and two cups", "a vase with yellow flowers"],
+    *["children playing football in a park", "a crowd in front of a church"],
+    *["a wooden cabin in a forest", "a castle on a hill"],
+    *["a pencil drawing of a hand", "a poster of a city in bright colours"],
+    *["a desk with a computer and books", "a kitchen with green walls"],
+    *["a toy robot on a shelf", "a plush bear on a bed"],
+    *["the moon over a desert", "a waterfall between rocks"],
 ]
 # Copied from train_dreambooth_lipschitz.py
-DRIFT_TIMESTEPS = 5
+# Enough to meet all noise levels.
+RECORDED_STEPS = 10
 # Copied from train_dreambooth_lipschitz.py
-# Of --lipschitz_inputs: enough to meet all noise levels; and weights that were found in the drawn world.
-RECORDED_STEPS, INPUTS_WEIGHTS = 10, {"full": 5.0, "lora": 0.2, "custom_diffusion": 0.08}
+# Weights of the other spaces, that were found in the drawn world.
+SPACE_WEIGHTS = {
+    "layers": {"full": 5.0, "lora": 0.2, "custom_diffusion": 0.08},
+    "predictions": {"full": 3.0, "lora": 3.0, "custom_diffusion": 3.0},
+}
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -378,7 +407,7 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
         type=non_negative,
         help="Strength of the pull towards the pretrained weights, lambda in the paper. Too small: other prompts start"
         " to show the subject; too large: the subject is not learned. 0 attaches nothing: plain DreamBooth. Default:"
-        f" {defaults_of('lipschitz_weight')}.",
+        f" {defaults_of('lipschitz_weight')}; 0 with --lipschitz_layers or --lipschitz_predictions.",
     )
     add(
         "--lipschitz_reduction",
@@ -414,13 +443,37 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
         help="lora: penalize what is added to the weights (delta, the default), or its two factors one by one"
         " (factors: the authors' way, with their weight of 1e-7 and --lipschitz_reduction sum).",
     )
+    for space, what in {
+        "layers": "measure how far a weight has moved by how much its layer's outputs change, on recorded inputs",
+        "predictions": "keep the denoiser's predictions, on recorded calls of which each step makes one again",
+    }.items():
+        add(
+            f"--lipschitz_{space}",
+            type=non_negative,
+            nargs="?",
+            const=True,
+            metavar="WEIGHT",
+            help=f"Instead of --lipschitz_weight, or besides: {what}. Without a number the weight is"
+            f" {', '.join(f'{weight:g} for {method}' for method, weight in SPACE_WEIGHTS[space].items())}.",
+        )
     add(
-        "--lipschitz_inputs",
-        action="store_true",
-        help="Measure how far a weight has moved by how much its layer's outputs change. The layer's inputs are"
-        f" recorded before training, while the model draws each of --drift_prompts_file in {RECORDED_STEPS} steps."
-        " In the drawn world, other prompts then drift less. The default weight is"
-        f" then {', '.join(f'{weight:g} for {method}' for method, weight in INPUTS_WEIGHTS.items())}.",
+        "--drift_budget",
+        type=positive,
+        help="The largest change of predictions that you accept, such as 0.05 for 5%%, on prompts that do not name the"
+        " subject. What the training has changed beyond it is taken back at its end. Turns on --lipschitz_layers and"
+        " --lipschitz_predictions if no weight is given.",
+    )
+    add(
+        "--lipschitz_recording",
+        type=user_path,
+        help="What the base does, recorded before by `python -m lipschitz_reg.record` or by another run, which writes"
+        " recording-*.safetensors into its --output_dir; default: it is recorded before training.",
+    )
+    add(
+        "--lipschitz_prompts_file",
+        type=user_path,
+        help="Prompts that shall stay as they are, one a line, none of which names the subject; every second one only"
+        f" measures drift. Default: {len(PROMPTS)} of everyday things. Each is drawn in {RECORDED_STEPS} steps.",
     )
     return add
 
@@ -537,18 +590,11 @@ def add_logging_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--drift_every",
         type=positive_int,
-        help="Optimizer steps from one measurement of drift to the next; default: never. Before training, the base"
-        " draws a picture for each of a few prompts that do not name the subject. Its predictions on these pictures,"
-        f" noised to {DRIFT_TIMESTEPS} timesteps, are kept. Logged are drift/prediction, the mean relative change of"
-        " these predictions; with the penalty, drift/lipschitz, the largest change divided by lipschitz/drift; and"
-        " drift/seconds. If --lipschitz_anchor_model is given, it is the base. Measuring does not change training.",
-    )
-    add(
-        "--drift_prompts_file",
-        type=user_path,
-        help="Prompts for --drift_every and --lipschitz_inputs, one a line; default:"
-        f" {len(DRIFT_PROMPTS)} of everyday things. Each costs, before training, 25 denoising steps for --drift_every"
-        f" and {RECORDED_STEPS} for --lipschitz_inputs; then {DRIFT_TIMESTEPS} predictions per measurement.",
+        help="Optimizer steps from one measurement of drift to the next; default: never. Logged are drift/prediction,"
+        " the mean relative change of predictions on prompts that are held out; drift/guided_prediction, that of what"
+        " the sampler gets; with the penalty drift/lipschitz_constant, the largest change divided by"
+        " lipschitz/distance; and drift/seconds. If --lipschitz_anchor_model is given, it is the base. Measuring does"
+        " not change training.",
     )
     add(
         "--report_to",
@@ -635,7 +681,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(input_args)
     check_method(args, parser.error)
-    check_inputs(args, parser.error)
+    check_spaces(args, parser.error)
     for name, value in DEFAULTS[args.method].items():
         if getattr(args, name) is None:
             setattr(args, name, 1.0 if args.optimizer == "prodigy" and name == "learning_rate" else value)
@@ -669,8 +715,13 @@ def check_arguments(args: argparse.Namespace, error: Callable[[str], NoReturn]) 
     for flag in ("dataset_config_name", "caption_column"):
         if getattr(args, flag) is not None and args.dataset_name is None:
             error(f"--{flag} is about a data set: add --dataset_name")
-    if args.drift_prompts_file is not None and args.drift_every is None and not args.lipschitz_inputs:
-        error("--drift_prompts_file does nothing without --drift_every or --lipschitz_inputs")
+    for flag in ("lipschitz_prompts_file", "lipschitz_recording"):
+        if getattr(args, flag) is not None and not needs_recording(args):
+            error(f"--{flag} does nothing without --lipschitz_layers, --lipschitz_predictions or --drift_every")
+    if args.lipschitz_prompts_file is not None and args.lipschitz_recording is not None:
+        error("--lipschitz_recording has its prompts already: leave out --lipschitz_prompts_file")
+    if args.drift_budget is not None and not is_penalized(args):
+        error("--drift_budget needs a penalty: leave out --lipschitz_weight 0")
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         error("--lr_scheduler polynomial ends at a rate of 1e-7: --learning_rate must be above it")
     if args.learning_rate == 0:
@@ -714,7 +765,7 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
             if len(initializers) < len(tokens):
                 error(f"--initializer_token has {len(initializers)} words, for {len(tokens)} of --modifier_token")
     if args.lipschitz_anchor_model is not None:
-        if args.lipschitz_weight == 0:
+        if args.lipschitz_weight == 0 and not (args.lipschitz_layers or args.lipschitz_predictions):
             error("--lipschitz_anchor_model does nothing with --lipschitz_weight 0")
         if args.method == "lora" and (
             args.use_dora or args.lipschitz_lora == "factors" or args.lipschitz_mode != "coupled"
@@ -750,31 +801,42 @@ def check_optimizer(args: argparse.Namespace, error: Callable[[str], NoReturn]) 
         args.text_encoder_lr = 5e-6 if of_lora else args.learning_rate
     for name, value in {"adam_weight_decay": WEIGHT_DECAY, "adam_weight_decay_text_encoder": 1e-3}.items():
         if getattr(args, name) is None:
-            setattr(args, name, 0.0 if args.lipschitz_weight > 0 else value)
+            setattr(args, name, 0.0 if is_penalized(args) else value)
 
 
 # Copied from train_dreambooth_lipschitz.py
-def check_inputs(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
-    """What --lipschitz_inputs goes with, and its weight, which has a scale of its own."""
-    if not args.lipschitz_inputs:
-        return
-    if args.lipschitz_mode != "coupled" or args.lipschitz_lora == "factors":
-        error("--lipschitz_inputs needs --lipschitz_mode coupled, and --lipschitz_lora delta")
-    usual = INPUTS_WEIGHTS[args.method]
-    if args.lipschitz_weight is None:
-        if args.lipschitz_reduction != "tensor_mean":
-            error(
-                "--lipschitz_inputs has a default weight only for --lipschitz_reduction tensor_mean: add"
-                " --lipschitz_weight"
-            )
-        args.lipschitz_weight = usual
-    elif args.lipschitz_weight == 0:
-        error("--lipschitz_inputs does nothing with --lipschitz_weight 0")
-    elif args.lipschitz_weight >= 20 * usual and args.lipschitz_reduction == "tensor_mean":
+def check_spaces(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
+    """Fills in the weights of spaces, and refuses what they do not go with."""
+    if args.drift_budget is not None and args.lipschitz_weight is None:
+        if args.lipschitz_layers is None and args.lipschitz_predictions is None:
+            args.lipschitz_layers = args.lipschitz_predictions = True
+    for space, defaults in SPACE_WEIGHTS.items():
+        name, usual = f"lipschitz_{space}", defaults[args.method]
+        if getattr(args, name) is True:
+            if space == "layers" and args.lipschitz_reduction != "tensor_mean":
+                error(f"--{name} has a default weight only for --lipschitz_reduction tensor_mean: give it a number")
+            setattr(args, name, usual)
+    if args.lipschitz_layers and (args.lipschitz_mode != "coupled" or args.lipschitz_lora == "factors"):
+        error("--lipschitz_layers needs --lipschitz_mode coupled, and --lipschitz_lora delta")
+    usual = SPACE_WEIGHTS["layers"][args.method]
+    if args.lipschitz_reduction == "tensor_mean" and (args.lipschitz_layers or 0) >= 20 * usual:
         warn(
-            f"--lipschitz_inputs needs weights on another scale: {args.lipschitz_weight:g} is"
-            f" {args.lipschitz_weight / usual:.0f} times the default; leave out --lipschitz_weight to use the default"
+            f"--lipschitz_layers {args.lipschitz_layers:g} is {args.lipschitz_layers / usual:.0f} times the default:"
+            " its weights are on another scale than those of --lipschitz_weight"
         )
+    if args.lipschitz_weight is None and (args.lipschitz_layers or args.lipschitz_predictions):
+        args.lipschitz_weight = 0.0
+
+
+# Copied from train_dreambooth_lipschitz.py
+def is_penalized(args: argparse.Namespace) -> bool:
+    return bool(args.lipschitz_weight or args.lipschitz_layers or args.lipschitz_predictions)
+
+
+# Copied from train_dreambooth_lipschitz.py
+def needs_recording(args: argparse.Namespace) -> bool:
+    asks = (args.lipschitz_layers, args.lipschitz_predictions, args.drift_budget, args.drift_every)
+    return any(asks)
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -1109,26 +1171,30 @@ def distinct_prompts(examples: list[list[Example]]) -> list[str]:
 
 
 # Copied from train_dreambooth_lipschitz.py
-def read_drift_prompts(args: argparse.Namespace) -> list[str]:
-    if args.drift_prompts_file is None:
-        return DRIFT_PROMPTS
-    lines = read_text("--drift_prompts_file", args.drift_prompts_file).splitlines()
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """What shall stay as it is; every second one is held out."""
+    if args.lipschitz_prompts_file is None:
+        return PROMPTS
+    lines = read_text("--lipschitz_prompts_file", args.lipschitz_prompts_file).splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        stop(f"--drift_prompts_file: {args.drift_prompts_file} holds no prompts")
+    twice = next((prompt for prompt in prompts if prompts.count(prompt) > 1), None)
+    if twice is not None:
+        stop(f"--lipschitz_prompts_file: {twice!r} is there twice, and would be both recorded and held out")
+    if len(prompts) < 2:
+        stop(f"--lipschitz_prompts_file: {args.lipschitz_prompts_file} holds fewer than two prompts")
     return prompts
 
 
 # Copied from train_dreambooth_lipschitz.py
 def describe_run(
-    args: argparse.Namespace, concepts: list[Concept], photos: list[list[Example]], drift_prompts: list[str]
+    args: argparse.Namespace, concepts: list[Concept], photos: list[list[Example]], prompts: list[str]
 ) -> dict[str, Any]:
     """What makes a run what it is: the settings that change the result, and what it learns from, as JSON holds it."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE}
     if args.with_prior_preservation:
         settings["class_prompt"] = [concept.class_prompt for concept in concepts]
-    if args.lipschitz_inputs:
-        settings["drift_prompts_file"] = drift_prompts
+    if needs_recording(args) and args.lipschitz_recording is None:
+        settings["lipschitz_prompts_file"] = prompts
     digest, own = hashlib.sha256(), {concept.instance_prompt for concept in concepts}
     for image, _ in itertools.chain(*photos):
         data = image if isinstance(image, bytes) else image.read_bytes()
@@ -1150,10 +1216,11 @@ def read_settings(checkpoint: Path) -> dict[str, Any]:
 
 
 # Copied from train_dreambooth_lipschitz.py
-def check_settings(checkpoint: Path, settings: dict[str, Any]) -> None:
+def check_settings(checkpoint: Path | None, settings: dict[str, Any]) -> None:
     """Stops unless the checkpoint is of a run with these settings. Those that it does not know are not compared."""
-    saved, differences = read_settings(checkpoint), []
+    saved, differences = read_settings(checkpoint) if checkpoint else {}, []
     words = {"photos": "other photos", "captions": "other captions", "base": "another base model"}
+    words["recording"] = "another recording"
     for name in [name for name in settings if name in saved and saved[name] != settings[name]]:
         was, now = saved[name], settings[name]
         if isinstance(was, list) and isinstance(now, list):
@@ -1198,7 +1265,7 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator, settings
 
     check_settings(checkpoint, settings)
     needed = [SETTINGS_FILE, "optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
-    needed += ["custom_checkpoint_0.pkl"] if args.lipschitz_weight > 0 else []
+    needed += ["custom_checkpoint_0.pkl"] if is_penalized(args) else []
     if args.method == "full":
         needed += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
         if args.train_text_encoder:
@@ -1544,7 +1611,7 @@ def check_prompts(
     pipeline: Pipeline,
     concepts: list[Concept],
     examples: list[list[Example]],
-    drift_prompts: list[str],
+    preserved: list[str],
 ) -> None:
     """
     Warns of each prompt that the text encoder does not read to its end. Stops where that loses a new word, or what an
@@ -1555,7 +1622,7 @@ def check_prompts(
     subjects = {concept.instance_prompt: set((concept.class_prompt or "").split()) for concept in concepts}
     new_words = args.modifier_token.split("+") if args.modifier_token else []
     others = [args.validation_prompt] if args.validation_prompt else []
-    others += drift_prompts if args.lipschitz_inputs or args.drift_every is not None else []
+    others += preserved if needs_recording(args) and args.lipschitz_recording is None else []
     prompts = distinct_prompts(examples)
     for prompt in dict.fromkeys(prompts + others):
         cut = words_cut_off(prompt, tokenizers)
@@ -1631,7 +1698,7 @@ def choose_schedulers(args: argparse.Namespace, pipeline: Pipeline) -> NoiseSche
 
 
 def probe_scheduler(pipeline: Pipeline) -> Any:
-    """Draws the pictures for measuring drift and for `record_lipschitz_inputs`: that of validation."""
+    """Draws the pictures of `record_base`: the scheduler of validation."""
     return pipeline.scheduler
 
 
@@ -1861,22 +1928,80 @@ def build_lr_scheduler(
 
 
 # Copied from train_dreambooth_lipschitz.py
-def record_lipschitz_inputs(
+def record_base(
+    args: argparse.Namespace,
     accelerator: Accelerator,
     pipeline: Pipeline,
+    anchor_model: Pipeline,
     trained: dict[str, torch.nn.Module],
     prompts: list[str],
-) -> dict[torch.Tensor, InputMoment]:
-    """What the layers that train get while the base draws the prompts, the same in all processes."""
+    checkpoint: Path | None,
+) -> Recording:
+    """
+    What the base does for the prompts, the same in all processes and in all runs that go on from a checkpoint. It is
+    written to `output_dir` under a name that it alone has.
+    """
+    others = {name: getattr(anchor_model, name) for name in trained if name != "unet"}
+    path, digest = args.lipschitz_recording, read_settings(checkpoint).get("recording") if checkpoint else None
+    if path is None and digest is not None:
+        path = Path(checkpoint.parent, recording_file(digest))
     try:
-        with record_inputs(*trained.values()) as lipschitz_inputs:
-            draw_latents(accelerator, pipeline, prompts, RECORDED_STEPS, torch.Generator().manual_seed(0))
-    except ValueError as error:
-        how = " (--mixed_precision bf16 or no)" if accelerator.mixed_precision == "fp16" else ""
-        stop(f"--lipschitz_inputs: {error}{how}")
-    logger.info(f"Recorded what {len(lipschitz_inputs)} weights and biases get.")
-    # Each process rounds in its own way, and from other penalties the copies of the model would part.
-    return dict(zip(lipschitz_inputs, broadcast(list(lipschitz_inputs.values()))))
+        if path is None and accelerator.is_main_process:
+            guidance = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
+            layers = bool(args.lipschitz_layers)
+            with record(anchor_model.unet, guidance_scale=guidance, layers=layers, **others) as recording:
+                if args.lipschitz_layers or args.lipschitz_predictions:
+                    draw_latents(accelerator, anchor_model, prompts[::2])
+                with recording.held_out():
+                    draw_latents(accelerator, anchor_model, prompts[1::2])
+            path = Path(args.output_dir, recording_file(recording.digest()))
+            recording.save(path)
+        (path,) = broadcast_object_list([path])
+        recording = Recording.load(path, anchor_model.unet, **others)
+    except (ValueError, OSError, KeyError) as error:
+        how = (
+            " (--mixed_precision bf16 or no)" if accelerator.mixed_precision == "fp16" and "NaN" in str(error) else ""
+        )
+        stop(f"--lipschitz_recording: {error}{how}")
+    held_out = sum(call.held_out for call in recording.calls)
+    if not held_out and (args.drift_budget is not None or args.drift_every is not None):
+        stop(f"--lipschitz_recording: {path} holds no calls that are held out, by which drift is measured")
+    if args.drift_budget is not None and (drift := recording.drift().dial) >= args.drift_budget:
+        stop(f"--drift_budget: {args.drift_budget:g} is below what rounding gives, {drift:.2g}: choose a larger one")
+    check_settings(checkpoint, {"recording": recording.digest()})
+    calls = len(recording.calls) - held_out
+    logger.info(f"Recorded: {len(recording.layers)} weights of layers, {calls} calls, and {held_out} to measure by.")
+    return recording.attach(pipeline.unet, **{name: trained[name] for name in others})
+
+
+# Copied from train_dreambooth_lipschitz.py
+def recording_file(digest: str) -> str:
+    return f"recording-{digest[:16]}.safetensors"
+
+
+# Copied from train_dreambooth_lipschitz.py
+def read_lipschitz_anchors(
+    args: argparse.Namespace, trained: dict[str, torch.nn.Module], anchor_model: Pipeline
+) -> dict[torch.Tensor, torch.Tensor]:
+    """The anchors of parameters, and of weights that LoRA moves, from `lipschitz_anchor_model`."""
+    anchors = {}
+    for name, model in trained.items():
+        weights = getattr(anchor_model, name).state_dict()
+        for key, parameter in model.named_parameters():
+            # LoRA moves weights that are frozen themselves.
+            moves = ".base_layer.weight" in key if args.method == "lora" else parameter.requires_grad
+            if not moves or is_new_token(key):
+                continue
+            key = key.replace(".base_layer.", ".")
+            shape = tuple(weights[key].shape) if key in weights else "missing"
+            if shape != tuple(parameter.shape):
+                stop(
+                    f"--lipschitz_anchor_model: {args.lipschitz_anchor_model} has another shape than the base: {key}"
+                    f" of its {name} is {shape}, not {tuple(parameter.shape)}"
+                )
+            # In the bits of the base: what both models lost in rounding is no drift.
+            anchors[parameter] = weights[key].to(parameter.dtype)
+    return anchors
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -1886,44 +2011,42 @@ def attach_lipschitz(
     pipeline: Pipeline,
     optimizer: torch.optim.Optimizer,
     trained: dict[str, torch.nn.Module],
-    drift_prompts: list[str],
-) -> LipschitzRegularizer:
-    """The penalty, which pulls towards the weights as they are now, or to those of `lipschitz_anchor_model`."""
-    adapters, lipschitz_anchors, lipschitz_inputs = [], {}, None
-    if args.lipschitz_inputs:
-        lipschitz_inputs = record_lipschitz_inputs(accelerator, pipeline, trained, drift_prompts)
-    if args.method == "lora":
-        adapters = [adapter for name in trained for adapter in find_lora_adapters(trained[name], prefix=name)]
+    prompts: list[str],
+    checkpoint: Path | None,
+) -> tuple[LipschitzRegularizer | None, Recording | None]:
+    """
+    The penalty, which pulls towards the weights as they are now, or to those of `lipschitz_anchor_model`, and what was
+    recorded of it; each where it is needed.
+    """
+    anchor_model, recording = pipeline, None
     if args.lipschitz_anchor_model is not None:
         anchor_model = load_pipeline(args, "--lipschitz_anchor_model")
-        for name, model in trained.items():
-            weights = getattr(anchor_model, name).state_dict()
-            for key, parameter in model.named_parameters():
-                # LoRA moves weights that are frozen themselves.
-                moves = ".base_layer.weight" in key if args.method == "lora" else parameter.requires_grad
-                if not moves or is_new_token(key):
-                    continue
-                key = key.replace(".base_layer.", ".")
-                shape = tuple(weights[key].shape) if key in weights else "missing"
-                if shape != tuple(parameter.shape):
-                    stop(
-                        f"--lipschitz_anchor_model: {args.lipschitz_anchor_model} has another shape than the base:"
-                        f" {key} of its {name} is {shape}, not {tuple(parameter.shape)}"
-                    )
-                # In the bits of the base: what both models lost in rounding is no drift.
-                lipschitz_anchors[parameter] = weights[key].to(parameter.dtype)
-    return LipschitzRegularizer(
-        optimizer,
-        weight=args.lipschitz_weight,
-        reduction=args.lipschitz_reduction,
-        mode=args.lipschitz_mode,
-        radius=args.lipschitz_radius,
-        anchor_device=args.lipschitz_anchor_device,
-        anchors=lipschitz_anchors,
-        adapters=adapters,
-        lora_form=args.lipschitz_lora or "delta",
-        inputs=lipschitz_inputs,
-    )
+        anchor_model.scheduler = pipeline.scheduler
+        anchor_model.to(accelerator.device)
+    if needs_recording(args):
+        recording = record_base(args, accelerator, pipeline, anchor_model, trained, prompts, checkpoint)
+    if not is_penalized(args):
+        return None, recording
+    layers, predictions, adapters = args.lipschitz_layers or 0.0, args.lipschitz_predictions or 0.0, []
+    if args.method == "lora":
+        adapters = [adapter for name in trained for adapter in find_lora_adapters(trained[name], prefix=name)]
+    try:
+        lipschitz = LipschitzRegularizer(
+            optimizer,
+            weight={"parameters": args.lipschitz_weight, "layers": layers, "predictions": predictions},
+            reduction=args.lipschitz_reduction,
+            mode=args.lipschitz_mode,
+            radius=args.lipschitz_radius,
+            anchor_device=args.lipschitz_anchor_device,
+            anchors={} if anchor_model is pipeline else read_lipschitz_anchors(args, trained, anchor_model),
+            adapters=adapters,
+            lora_form=args.lipschitz_lora or "delta",
+            recording=recording if layers or predictions else None,
+        )
+    except ValueError as error:
+        stop(f"--lipschitz_recording: {error}" if args.lipschitz_recording else error)
+    accelerator.register_for_checkpointing(lipschitz)
+    return lipschitz, recording
 
 
 def encode_prompts(
@@ -2135,142 +2258,77 @@ def evaluating(pipeline: Pipeline) -> Iterator[None]:
 
 
 # Copied from train_dreambooth_lipschitz.py
-def draw_latents(
-    accelerator: Accelerator,
-    base: Pipeline,
-    prompts: list[str],
-    num_inference_steps: int,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    """A picture of each prompt before it is decoded: (prompts, channels, height, width), float32."""
-    latents, validation_scheduler = [], base.scheduler
-    base.scheduler = probe_scheduler(base)
-    with evaluating(base), accelerator.autocast():
-        options = {"num_inference_steps": num_inference_steps, "generator": generator, "output_type": "latent"}
-        for prompt in tqdm(prompts, desc="Base draws", disable=not accelerator.is_main_process):
-            latents.append(base(**encode_for_pipeline(base, prompt), **options).images.float())
-    base.scheduler = validation_scheduler
-    return torch.cat(latents)
-
-
-# Copied from train_dreambooth_lipschitz.py
-class Probes(NamedTuple):
-    """
-    The points at which predictions are compared with the base's: a latent for each prompt, noised to each timestep.
-
-    Args:
-        conditions: What `encode_prompts` gave for the prompts before training.
-        sizes: (6), those of an image of the base's own size.
-        timesteps: (prompts * timesteps), those of the first prompt first.
-        noisy_latents: (prompts * timesteps, channels, height, width), float32, as the U-Net takes them.
-        coefficients: x and y, each (prompts * timesteps, 1, 1, 1), with which the noise that the U-Net sees in its
-            noisy latents is x * noisy latents + y * output.
-        base_noise: The noise that the base sees in them.
-    """
-
-    prompts: list[str]
-    conditions: dict[str, torch.Tensor]
-    sizes: torch.Tensor
-    timesteps: torch.Tensor
-    noisy_latents: torch.Tensor
-    coefficients: tuple[torch.Tensor, torch.Tensor]
-    base_noise: torch.Tensor | None = None
-
-
-# Copied from train_dreambooth_lipschitz.py
-def build_probes(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    pipeline: Pipeline,
-    noise_scheduler: NoiseScheduler,
-    prompts: list[str],
-) -> Probes:
-    """
-    The probes, on latents that the base itself draws for the prompts: they are as it meets them, and away from the
-    photos. They are the same in all runs from this base. Call it while the weights are those of the base.
-    """
-    began = time.perf_counter()
-    base = pipeline
-    if args.lipschitz_anchor_model is not None:
-        base = load_pipeline(args, "--lipschitz_anchor_model")
-        base.scheduler = pipeline.scheduler
-        base.to(accelerator.device)
-    # A generator of its own: training goes the same way with and without probes.
+def draw_latents(accelerator: Accelerator, pipeline: Pipeline, prompts: list[str]) -> None:
+    """Makes the denoiser draw each prompt, from the same noise each time, in `RECORDED_STEPS` steps."""
+    scheduler, pipeline.scheduler = pipeline.scheduler, probe_scheduler(pipeline)
+    # A generator of its own: training goes the same way with and without.
     generator = torch.Generator().manual_seed(0)
-    latents = draw_latents(accelerator, base, prompts, 25, generator).repeat_interleave(DRIFT_TIMESTEPS, dim=0)
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    steps = noise_scheduler.config.num_train_timesteps
-    indices = [int((i + 0.5) * steps / DRIFT_TIMESTEPS) for i in range(DRIFT_TIMESTEPS)] * len(prompts)
+    options = {"num_inference_steps": RECORDED_STEPS, "generator": generator, "output_type": "latent"}
     with evaluating(pipeline), accelerator.autocast():
-        conditions = encode_prompts(prompts, tokenizers_of(pipeline), text_encoders_of(pipeline))
-    size = base.unet.config.sample_size * base.vae_scale_factor
-    sizes = torch.tensor([size, size, 0, 0, size, size], dtype=torch.float32, device=latents.device)
-    probes = Probes(prompts, conditions, sizes, *add_probe_noise(noise_scheduler, latents, noise, indices))
-    probes = probes._replace(base_noise=predict_noise(args, accelerator, base, probes))
-    logger.info(f"The base's predictions on {len(latents)} probes took {time.perf_counter() - began:.1f} s.")
-    return probes
-
-
-def add_probe_noise(
-    noise_scheduler: NoiseScheduler, latents: torch.Tensor, noise: torch.Tensor, indices: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """The timesteps, noisy latents and coefficients of `Probes`, for latents of which each has its index of a step."""
-    if isinstance(noise_scheduler, EDMEulerScheduler):
-        timesteps, sigmas = (row.to(latents)[indices] for row in (noise_scheduler.timesteps, noise_scheduler.sigmas))
-        sigmas, of_data = sigmas.view(-1, 1, 1, 1), noise_scheduler.config.sigma_data
-        scale = (sigmas**2 + of_data**2).sqrt()
-        # noise = (x - D) / sigma, with x = scale * input and D of EDM (arXiv 2206.00364, table 1).
-        sign = 1 if noise_scheduler.config.prediction_type == "v_prediction" else -1
-        return timesteps, (latents + sigmas * noise) / scale, (sigmas / scale, sign * of_data / scale)
-    timesteps = torch.tensor(indices, device=latents.device)
-    a = noise_scheduler.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
-    noisy_latents = a.sqrt() * latents + (1 - a).sqrt() * noise
-    if noise_scheduler.config.prediction_type == "v_prediction":
-        # v = sqrt(a) noise - sqrt(1 - a) latents (arXiv 2202.00512).
-        return timesteps, noisy_latents, ((1 - a).sqrt(), a.sqrt())
-    return timesteps, noisy_latents, (torch.zeros_like(a), torch.ones_like(a))
-
-
-# Copied from train_dreambooth_lipschitz.py
-def predict_noise(
-    args: argparse.Namespace, accelerator: Accelerator, pipeline: Pipeline, probes: Probes
-) -> torch.Tensor:
-    """The noise that the pipeline sees in the noisy latents of the probes: of their shape, float64, on the CPU."""
-    conditions, output = probes.conditions, []
-    with evaluating(pipeline), accelerator.autocast():
-        if text_encoders_of(pipeline)[0] is not None:
-            conditions = encode_prompts(probes.prompts, tokenizers_of(pipeline), text_encoders_of(pipeline))
-        conditions = {name: rows.repeat_interleave(DRIFT_TIMESTEPS, dim=0) for name, rows in conditions.items()}
-        # No more at a time than in training, which the memory is known to hold.
-        for part in torch.arange(len(probes.timesteps)).split(args.train_batch_size):
-            rows = {name: conditions[name][part] for name in conditions}
-            batch = probes.noisy_latents[part], probes.timesteps[part], rows, probes.sizes.expand(len(part), -1)
-            output.append(predict(pipeline.unet, *batch).float())
-    of_input, of_output = probes.coefficients
-    return (of_input * probes.noisy_latents + of_output * torch.cat(output)).cpu().double()
+        for prompt in tqdm(prompts, desc="Base draws", disable=not accelerator.is_main_process, leave=False):
+            pipeline(**encode_for_pipeline(pipeline, prompt), **options)
+    pipeline.scheduler = scheduler
 
 
 # Copied from train_dreambooth_lipschitz.py
 def measure_drift(
-    args: argparse.Namespace,
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: Pipeline, recording: Recording, prompts: list[str]
+) -> Drift:
+    """
+    How far predictions have moved from the base's, on what was held out. If the text encoder trains, its embeddings of
+    these prompts count; those of a recording from elsewhere are taken from the recording.
+    """
+    run = None
+    if text_encoders_of(pipeline)[0] is not None and args.lipschitz_recording is None:
+        run = functools.partial(draw_latents, accelerator, pipeline, prompts)
+    return recording.drift(run=run)
+
+
+# Copied from train_dreambooth_lipschitz.py
+def log_drift(
     accelerator: Accelerator,
-    pipeline: Pipeline,
-    probes: Probes,
+    measure: Callable[[], Drift],
     lipschitz: LipschitzRegularizer | None,
-) -> dict[str, float]:
-    """
-    How far predictions have moved from the base's: `drift/prediction`, the mean of ||eps - eps_base|| / ||eps_base||
-    over the probes; with the penalty `drift/lipschitz`, the largest ||eps - eps_base|| / ||theta - theta_base||, which
-    the denoiser's Lipschitz constant in its parameters (arXiv 2505.19519) cannot be below; `drift/seconds` it took.
-    """
-    began = time.perf_counter()
-    noise = predict_noise(args, accelerator, pipeline, probes)
-    change, size = (row.flatten(1).norm(dim=1) for row in (noise - probes.base_noise, probes.base_noise))
-    logs = {"drift/prediction": (change / size).mean().item()}
-    lipschitz_drift = lipschitz.metrics()["lipschitz/drift"] if lipschitz else 0.0
-    if lipschitz_drift > 0:
-        logs["drift/lipschitz"] = change.max().item() / lipschitz_drift
-    return {**logs, "drift/seconds": time.perf_counter() - began}
+    global_step: int,
+) -> None:
+    """Sends to the trackers what `--drift_every` says."""
+    if not accelerator.is_main_process:
+        return
+    began, drift = time.perf_counter(), measure()
+    logs = {"drift/prediction": drift.prediction}
+    if drift.guided_prediction is not None:
+        logs["drift/guided_prediction"] = drift.guided_prediction
+    distance = lipschitz.metrics()["lipschitz/distance"] if lipschitz else 0.0
+    if distance > 0:
+        # The denoiser's Lipschitz constant in its parameters (arXiv 2505.19519) cannot be below it.
+        logs["drift/lipschitz_constant"] = drift.largest_change / distance
+    accelerator.log({**logs, "drift/seconds": time.perf_counter() - began}, step=global_step)
+
+
+# Copied from train_dreambooth_lipschitz.py
+def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschitz: LipschitzRegularizer) -> None:
+    """Takes back what the training has changed beyond `drift_budget`."""
+    stays, changes = 1.0, []
+
+    def change_at(share: float) -> float:
+        nonlocal stays
+        if share == 0:  # from there no way leads back
+            return 0.0
+        if share != stays:
+            lipschitz.pull(1 - share / stays)
+        stays = share
+        changes.append(measure().dial)
+        return changes[-1]
+
+    try:
+        share, change = fit_share(change_at, args.drift_budget)
+    except ValueError as error:  # the training is not lost for that
+        logger.warning(f"--drift_budget: {error}")
+        return
+    logger.info(
+        f"--drift_budget: the training changed predictions by {changes[0]:.2%}; {share:.1%} of its way is kept, with a"
+        f" change of {change:.2%}"
+    )
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -2457,6 +2515,26 @@ def set_permissions(folder: Path) -> None:
 
 
 # Copied from train_dreambooth_lipschitz.py
+def log_state(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: Pipeline,
+    lipschitz: LipschitzRegularizer | None,
+    validation_embeds: dict[str, torch.Tensor] | None,
+    global_step: int,
+) -> list[Image.Image]:
+    """Sends to the trackers how far the parameters are, and draws the validation images, which it returns."""
+    if not accelerator.is_main_process:
+        return []
+    if lipschitz:
+        distances = {name: value for name, value in lipschitz.metrics().items() if "distance" in name}
+        accelerator.log(distances, step=global_step)
+    if args.validation_prompt is None:
+        return []
+    return log_validation(args, accelerator, pipeline, validation_embeds, global_step)
+
+
+# Copied from train_dreambooth_lipschitz.py
 def log_validation(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -2548,9 +2626,7 @@ def describe_result(args: argparse.Namespace, repo_id: str | None) -> str:
     """The model card without its pictures, made before training: where the base is may have changed at the end."""
     base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
     given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
-    settings = {key: value for key, value in given.items() if key.startswith("lipschitz_")}
-    if args.lipschitz_inputs and args.drift_prompts_file is not None:
-        settings["drift_prompts_file"] = args.drift_prompts_file
+    settings = {key: value for key, value in given.items() if key.startswith(("lipschitz_", "drift_budget"))}
     tags = ["text-to-image", "dreambooth", "lipschitz", TAG, f"{TAG}-diffusers", "diffusers-training"]
     method = {"full": [], "lora": ["dora" if args.use_dora else "lora"]}.get(args.method, [args.method])
     data = ModelCardData(
@@ -2561,7 +2637,7 @@ def describe_result(args: argparse.Namespace, repo_id: str | None) -> str:
         instance_prompt=args.instance_prompt,
         **settings,
     )
-    how = "with" if args.lipschitz_weight > 0 else "without"
+    how = "with" if is_penalized(args) else "without"
     parts = {
         "full": "U-Net",
         "lora": f"LoRA of rank {args.rank} on the U-Net",
@@ -2629,7 +2705,6 @@ def save_result(
     trained: dict[str, torch.nn.Module],
     images: list[Image.Image],
     card: str,
-    global_step: int,
 ) -> list[str]:
     """
     Writes the whole pipeline, or what LoRA or Custom Diffusion adds to the base, and its model card to `output_dir`,
@@ -2637,7 +2712,6 @@ def save_result(
     comes last with the new one, so that what loads is complete; the card, by which a result is known, goes last and
     comes first. Returns the names of what was written.
     """
-    stop_if_not_finite(args, trained_parameters(trained), "A weight", global_step)
     output_dir, unfinished = Path(args.output_dir), Path(args.output_dir, "tmp-pipeline")
     save_trained(args, trained, unfinished)
     if args.output_kohya_format:
@@ -2684,8 +2758,8 @@ def main(args: argparse.Namespace) -> None:
     if args.lipschitz_anchor_model is not None:
         check_base(args, "--lipschitz_anchor_model")
     photos, class_images = find_examples(args, concepts)
-    drift_prompts = read_drift_prompts(args)
-    settings = describe_run(args, concepts, photos, drift_prompts)
+    preserved = read_prompts(args)
+    settings = describe_run(args, concepts, photos, preserved)
     checkpoint = find_checkpoint(args, accelerator, settings)
     for concept, images in zip(concepts, class_images if args.with_prior_preservation else []):
         if len(images) < args.num_class_images:
@@ -2701,9 +2775,8 @@ def main(args: argparse.Namespace) -> None:
 
     weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
     pipeline, noise_scheduler, trained, base = load_models(args, weight_dtype)
-    check_prompts(args, pipeline, concepts, photos + class_images, drift_prompts)
-    if checkpoint:
-        check_settings(checkpoint, {"base": base})
+    check_prompts(args, pipeline, concepts, photos + class_images, preserved)
+    check_settings(checkpoint, {"base": base})
     settings |= {"base": base, "began": read_settings(checkpoint)["began"] if checkpoint else time.time()}
     dataloader, sampler = build_dataloader(args, accelerator, photos, class_images)
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
@@ -2719,15 +2792,10 @@ def main(args: argparse.Namespace) -> None:
     models = dict(zip(trained, prepared))
     place_frozen_models(args, accelerator, pipeline, trained, weight_dtype)
 
-    lipschitz = None
-    if args.lipschitz_weight > 0:
-        # Before the checkpoint is loaded: the anchors are the pretrained weights.
-        lipschitz = attach_lipschitz(args, accelerator, pipeline, optimizer, trained, drift_prompts)
-        accelerator.register_for_checkpointing(lipschitz)
-    probes = None
-    if args.drift_every is not None and accelerator.is_main_process:
-        # Before the checkpoint is loaded, as the lipschitz anchors: predictions of the pretrained weights.
-        probes = build_probes(args, accelerator, pipeline, noise_scheduler, drift_prompts)
+    # Before the checkpoint is loaded: the lipschitz anchors are the pretrained weights.
+    lipschitz, recording = attach_lipschitz(args, accelerator, pipeline, optimizer, trained, preserved, checkpoint)
+    settings["recording"] = recording.digest() if recording else None
+    measure = functools.partial(measure_drift, args, accelerator, pipeline, recording, preserved[1::2])
     prompts, validation_embeds = distinct_prompts(photos + class_images), None
     tokenizers = tokenizers_of(pipeline)
     if TEXT_ENCODERS[0] not in trained:
@@ -2752,7 +2820,7 @@ def main(args: argparse.Namespace) -> None:
         total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process
     )
     first_epoch, done = divmod(global_step, steps_per_epoch)
-    losses, images, accumulated = [], [], args.gradient_accumulation_steps
+    losses, accumulated = [], args.gradient_accumulation_steps
     for model in prepared:
         model.train()
     for epoch in range(first_epoch, math.ceil(max_train_steps / steps_per_epoch)):
@@ -2776,10 +2844,8 @@ def main(args: argparse.Namespace) -> None:
                 fewer = min(accumulated, len(dataloader) - index // accumulated * accumulated)
                 accelerator.backward((instance_loss + args.prior_loss_weight * prior_loss) * (accumulated / fewer))
                 losses.append(torch.stack([instance_loss, prior_loss]).detach())
-                if accelerator.sync_gradients:
-                    if args.max_grad_norm > 0:
-                        accelerator.clip_grad_norm_(trained_parameters(trained), args.max_grad_norm)
-                    lipschitz_penalty = lipschitz.penalty() if lipschitz else 0.0
+                if accelerator.sync_gradients and args.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(trained_parameters(trained), args.max_grad_norm)
                 optimizer.step()
                 learning_rate = float(lr_scheduler.get_last_lr()[0])  # of this step; torchao's is a tensor
                 lr_scheduler.step()
@@ -2790,6 +2856,7 @@ def main(args: argparse.Namespace) -> None:
             global_step += 1
             instance_loss, prior_loss = accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
             losses.clear()
+            lipschitz_penalty = lipschitz.penalty() if lipschitz else 0.0
             logs = {"denoising_loss": instance_loss + args.prior_loss_weight * prior_loss}
             logs["loss"] = logs["denoising_loss"] + lipschitz_penalty
             if args.with_prior_preservation:
@@ -2804,19 +2871,21 @@ def main(args: argparse.Namespace) -> None:
 
             if global_step % args.checkpointing_steps == 0:
                 save_checkpoint(args, accelerator, trained, settings, global_step)
-            if global_step % validation_steps == 0 or global_step == max_train_steps:
-                if lipschitz:
-                    lipschitz_drift = {name: value for name, value in lipschitz.metrics().items() if "drift" in name}
-                    accelerator.log(lipschitz_drift, step=global_step)
-                if args.validation_prompt is not None and accelerator.is_main_process:
-                    images = log_validation(args, accelerator, pipeline, validation_embeds, global_step)
-            if probes and (global_step % args.drift_every == 0 or global_step == max_train_steps):
-                accelerator.log(measure_drift(args, accelerator, pipeline, probes, lipschitz), step=global_step)
+            if global_step < max_train_steps and global_step % validation_steps == 0:
+                log_state(args, accelerator, pipeline, lipschitz, validation_embeds, global_step)
+            if args.drift_every and global_step < max_train_steps and global_step % args.drift_every == 0:
+                log_drift(accelerator, measure, lipschitz, global_step)
 
     progress_bar.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        names = save_result(args, trained, images, card, global_step)
+        stop_if_not_finite(args, trained_parameters(trained), "A weight", global_step)
+        if args.drift_budget is not None:
+            keep_budget(args, measure, lipschitz)
+        images = log_state(args, accelerator, pipeline, lipschitz, validation_embeds, global_step)
+        if args.drift_every is not None:
+            log_drift(accelerator, measure, lipschitz, global_step)
+        names = save_result(args, trained, images, card)
         logger.info(f"Saved the result in {args.output_dir}")
         if args.push_to_hub:
             push_result(args, repo_id, names)
