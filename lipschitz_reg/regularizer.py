@@ -232,7 +232,9 @@ class LipschitzRegularizer:
         not in it.
         """
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(anchor for term in self._terms.all for anchor in term.anchors())
+            # The second is what lora_form "factors" adds.
+            terms = dict.fromkeys([*self._terms.all, *self._terms.in_space.get("parameters", [])])
+            self._fingerprint = fingerprint(anchor for term in terms for anchor in term.anchors())
         return {
             "weight": self.weight,
             "reduction": self.reduction,

@@ -13,7 +13,7 @@ from test_functional import LargestTensor, assert_rounded, sum_error
 from test_regularizer import LR, MODES, OPTIMIZERS, assert_identical, assert_same_training, distance
 from torch import nn
 
-from lipschitz_reg import InputMoment, LipschitzRegularizer, LoraAdapter, find_lora_adapters, functional, lora
+from lipschitz_reg import LipschitzRegularizer, LoraAdapter, Moment, find_lora_adapters, functional, lora
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -62,56 +62,50 @@ def product(adapter):
 def random_offsets(adapters):
     generator = torch.Generator().manual_seed(5)
     shapes = [(len(adapter.up), *adapter.down.shape[1:]) for adapter in adapters]
-    offsets = [0.01 * torch.randn(shape, generator=generator).to(a.down.dtype) for shape, a in zip(shapes, adapters)]
-    return [dataclasses.replace(adapter, offset=offset) for adapter, offset in zip(adapters, offsets)]
+    return [0.01 * torch.randn(shape, generator=generator).to(a.down.dtype) for shape, a in zip(shapes, adapters)]
 
 
-def in_float64(adapters):
-    """Copies whose factors are leaves of a float64 graph."""
-    return [
-        dataclasses.replace(
-            a, down=a.down.detach().double().requires_grad_(), up=a.up.detach().double().requires_grad_()
-        )
-        for a in adapters
-    ]
+def in_float64(adapter):
+    """A copy whose factors are leaves of a float64 graph."""
+    down, up = (factor.detach().double().requires_grad_() for factor in (adapter.down, adapter.up))
+    return dataclasses.replace(adapter, down=down, up=up)
 
 
-def autograd(adapters, coefficients):
-    """The gradients of the penalty on the formed products, in float64."""
-    adapters = in_float64(adapters)
-    factors = [factor for adapter in adapters for factor in (adapter.down, adapter.up)]
-    gradients = torch.autograd.grad(lora.lora_penalty(adapters, coefficients), factors)
-    return list(zip(gradients[::2], gradients[1::2]))
+def autograd(adapter, coefficient, offset=None, moment=None):
+    """The penalty on the formed product and its gradients, in float64."""
+    adapter = in_float64(adapter)
+    term = lora.lora_penalty(adapter, coefficient, offset, moment)
+    return term.detach(), torch.autograd.grad(term, (adapter.down, adapter.up))
 
 
-def absolute(adapters):
+def sizes(adapter, coefficient, offset=None, moment=None):
     """The same without signs: what the terms of a sum over them come to where none cancels another."""
-    return [
-        dataclasses.replace(
-            a,
-            down=a.down.detach().abs(),
-            up=a.up.detach().abs(),
-            offset=None if a.offset is None else a.offset.abs(),
-            moment=None if a.moment is None else InputMoment(a.moment.factor.abs(), a.moment.rest),
-        )
-        for a in adapters
-    ]
+    adapter = dataclasses.replace(adapter, down=adapter.down.detach().abs(), up=adapter.up.detach().abs())
+    offset = None if offset is None else offset.abs()
+    moment = None if moment is None else Moment(moment.root.abs(), moment.rest)
+    return autograd(adapter, coefficient, offset, moment)
 
 
-def terms_of(adapter):
+def terms_of(adapter, moment=None):
     """The most that one element of a gradient adds up."""
-    columns = 0 if adapter.moment is None else adapter.moment.factor.numel() // len(adapter.moment.factor)
+    columns = 0 if moment is None else moment.root.numel() // len(moment.root)
     return sum(adapter.up.shape[:2]) + adapter.down[0].numel() + columns
 
 
-def assert_gradients_grew(gradients, before, adapters, coefficients):
+def assert_gradients_grew(gradients, before, adapter, *options):
     """By the gradients of the penalty, `None` being those that are not asked for."""
-    changes, sizes = autograd(adapters, coefficients), autograd(absolute(adapters), coefficients)
-    for adapter, *rows in zip(adapters, gradients, before, changes, sizes, strict=True):
-        for gradient, start, change, size in zip(*rows, strict=True):
-            if gradient is not None:
-                start = start.double()
-                assert_rounded([gradient], [start + change], [start.abs() + size], terms_of(adapter))
+    changes, size = autograd(adapter, *options)[1], sizes(adapter, *options)[1]
+    moment = options[2] if len(options) > 2 else None
+    for gradient, start, change, own in zip(gradients, before, changes, size, strict=True):
+        if gradient is not None:
+            start = start.double()
+            assert_rounded([gradient], [start + change], [start.abs() + own], terms_of(adapter, moment))
+
+
+def assert_value(value, adapter, *options):
+    """It is the penalty on the formed product."""
+    assert value.dim() == 0 and value.dtype.itemsize >= 4
+    assert_rounded([value], [autograd(adapter, *options)[0]], [sizes(adapter, *options)[0]], adapter.numel())
 
 
 # The functions
@@ -121,65 +115,80 @@ def assert_gradients_grew(gradients, before, adapters, coefficients):
 def test_penalty_is_the_squared_norm_of_what_peft_adds(use_rslora):
     net = make_net(torch.float64, use_rslora=use_rslora)
     layers = [module for module in net.modules() if isinstance(module, LoraLayer)]
-    expected = [layer.get_delta_weight("default").square().sum() for layer in layers]
     adapters = find_lora_adapters(net)
     assert len(layers) == 3
-    torch.testing.assert_close(lora.squared_deltas(adapters), expected)
-    torch.testing.assert_close(
-        lora.lora_penalty(adapters, [1.0, 2.0, 3.0]), sum((k + 1) * expected[k] for k in range(3))
-    )
+    for layer, adapter in zip(layers, adapters, strict=True):
+        expected = layer.get_delta_weight("default").square().sum()
+        torch.testing.assert_close(lora.squared_delta(adapter), expected)
+        torch.testing.assert_close(lora.lora_penalty(adapter, 3.0), 3 * expected)
 
 
-@pytest.mark.parametrize("with_offset", [False, True])
+def random_moments(adapters):
+    generator = torch.Generator().manual_seed(1)
+    rows = [adapter.down[0].numel() for adapter in adapters]
+    return [Moment(torch.randn(n, 3, generator=generator), torch.tensor(0.2)) for n in rows]
+
+
+@pytest.mark.parametrize("with_moment", [False, True], ids=["", "moment"])
+@pytest.mark.parametrize("with_offset", [False, True], ids=["", "offset"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_equals_autograd_on_the_formed_product(dtype, with_offset):
+def test_gradient_and_value_equal_autograd_on_the_formed_product(dtype, with_offset, with_moment):
     adapters = find_lora_adapters(make_net(dtype))
-    adapters = random_offsets(adapters) if with_offset else adapters
-    coefficients = [0.3, 20.0, 4.0]
-    gradients = [(torch.rand_like(a.down), torch.rand_like(a.up)) for a in adapters]
-    before = copy.deepcopy(gradients)
-    lora.add_lora_penalty_gradient_(gradients, adapters, coefficients)
-    assert_gradients_grew(gradients, before, adapters, coefficients)
+    offsets = random_offsets(adapters) if with_offset else [None] * 3
+    moments = random_moments(adapters) if with_moment else [None] * 3
+    for adapter, c, offset, moment in zip(adapters, (0.3, 20.0, torch.tensor(4.0)), offsets, moments, strict=True):
+        gradients = torch.rand_like(adapter.down), torch.rand_like(adapter.up)
+        before = copy.deepcopy(gradients)
+        value = lora.add_lora_penalty_gradient_(gradients, adapter, c, offset, moment)
+        assert_gradients_grew(gradients, before, adapter, c, offset, moment)
+        assert_value(value, adapter, c, offset, moment)
+        assert_value(lora.squared_delta(adapter, offset, moment), adapter, 1.0, offset, moment)
 
 
-@pytest.mark.parametrize("with_offset", [False, True])
-def test_squares_equal_the_reference(with_offset):
-    adapters = find_lora_adapters(make_net())
-    adapters = random_offsets(adapters) if with_offset else adapters
-    for adapter, square in zip(adapters, lora.squared_deltas(adapters), strict=True):
-        expected, size = (lora.lora_penalty(in_float64(a), [1.0]) for a in ([adapter], absolute([adapter])))
-        assert_rounded([square], [expected], [size], adapter.numel())
+def test_reference_is_the_trace_with_the_moment():
+    adapter = find_lora_adapters(make_net(torch.float64))[0]
+    (moment, *_), (offset, *_) = random_moments([adapter]), random_offsets([adapter])
+    delta = offset.flatten(1) + product(adapter)
+    dense = moment.root.double() @ moment.root.double().T + moment.rest.double() * torch.eye(len(moment.root)).double()
+    expected = 0.7 * torch.trace(delta @ dense @ delta.T)
+    torch.testing.assert_close(lora.lora_penalty(adapter, 0.7, offset, moment), expected)
 
 
 def test_where_up_is_zero_nothing_changes_a_bit():
-    adapters = find_lora_adapters(make_net(started=False))
-    gradients = [(torch.rand_like(a.down), torch.rand_like(a.up)) for a in adapters]
-    before = copy.deepcopy(gradients)
-    lora.add_lora_penalty_gradient_(gradients, adapters, [500.0] * 3)
-    assert all(torch.equal(g, b) for pair, start in zip(gradients, before) for g, b in zip(pair, start))
-    assert lora.squared_deltas(adapters) == [0.0] * 3
+    for adapter in find_lora_adapters(make_net(started=False)):
+        gradients = torch.rand_like(adapter.down), torch.rand_like(adapter.up)
+        before = copy.deepcopy(gradients)
+        assert lora.add_lora_penalty_gradient_(gradients, adapter, 500.0) == 0
+        assert all(torch.equal(gradient, start) for gradient, start in zip(gradients, before, strict=True))
+        assert lora.squared_delta(adapter) == 0
 
 
 def test_the_product_is_never_formed():
     adapter = LoraAdapter("wide", torch.randn(4, 500), torch.randn(600, 4), 1.0)
-    gradients = [(torch.zeros_like(adapter.down), torch.zeros_like(adapter.up))]
-    with LargestTensor([adapter.down, adapter.up, *gradients[0]]) as largest:
-        lora.add_lora_penalty_gradient_(gradients, [adapter], [0.1])
-        lora.squared_deltas([adapter])
+    gradients = torch.zeros_like(adapter.down), torch.zeros_like(adapter.up)
+    with LargestTensor([adapter.down, adapter.up, *gradients]) as largest:
+        lora.add_lora_penalty_gradient_(gradients, adapter, 0.1)
+        lora.squared_delta(adapter)
     assert 0 < largest.bytes <= 4 * adapter.up.numel()
 
 
 def test_autocast_costs_no_digits():
-    adapters = find_lora_adapters(make_net())
-    plain = lora.squared_deltas(adapters)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert lora.squared_deltas(adapters) == plain
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            for adapter in find_lora_adapters(make_net()):
+                gradients = torch.zeros_like(adapter.down), torch.zeros_like(adapter.up)
+                value = lora.add_lora_penalty_gradient_(gradients, adapter, 0.3)
+                results.append((*gradients, value, lora.squared_delta(adapter)))
+    plain, under_autocast = results[:3], results[3:]
+    for one, other in zip(plain, under_autocast, strict=True):
+        assert all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
 
 
 def test_float16_gradient_saturates_and_passes_overflow_on():
     adapter = LoraAdapter("x", torch.ones(1, 3, dtype=torch.float16), torch.ones(1, 1, dtype=torch.float16), 1.0)
     gradient = torch.tensor([[65000.0, 1.0, float("inf")]], dtype=torch.float16)
-    lora.add_lora_penalty_gradient_([(gradient, None)], [adapter], [10000.0])
+    lora.add_lora_penalty_gradient_((gradient, None), adapter, 10000.0)
     assert gradient.tolist() == [[65504.0, 20000.0, float("inf")]]
 
 
@@ -243,12 +252,12 @@ class Reference:
 
     def penalty(self):
         """The penalty, and the leaves of its graph with the parameters that they stand for."""
-        adapters = in_float64(self.adapters if self.form == "delta" else [])
+        adapters = [in_float64(adapter) for adapter in (self.adapters if self.form == "delta" else [])]
         points = [p.detach().double().requires_grad_() for p in self.plain]
         numels = [p.numel() for p in points] + [product(adapter).numel() for adapter in adapters]
-        weights = [self.weight * factor for factor in functional.reduction_factors(numels, self.reduction)]
+        weights = [self.weight * factor for factor in functional.reductions(numels, self.reduction)]
         term = functional.penalty(points, self.anchors, weights[: len(points)])
-        term = term + lora.lora_penalty(adapters, weights[len(points) :])
+        term = term + sum(lora.lora_penalty(*row) for row in zip(adapters, weights[len(points) :]))
         leaves = dict(zip(self.plain, points))
         for adapter, copied in zip(self.adapters, adapters):
             leaves |= {adapter.down: copied.down, adapter.up: copied.up}
@@ -263,7 +272,7 @@ class Reference:
     @torch.no_grad()
     def after_step(self):
         if self.mode == "proximal":
-            factors = functional.reduction_factors([p.numel() for p in self.plain], self.reduction)
+            factors = functional.reductions([p.numel() for p in self.plain], self.reduction)
             steps = [LR * self.weight * factor for factor in factors]
             results = functional.proximal_step([p.double() for p in self.plain], self.anchors, steps)
         elif self.mode == "projected":
@@ -354,18 +363,18 @@ def test_first_step_is_that_of_training_without():
     regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT, adapters=find_lora_adapters(net))
     assert regularizer.metrics()["lipschitz/penalty"] == 0
     assert_identical(train(net, optimizer, steps=1), train(plain, make_optimizer(plain), steps=1))
-    assert regularizer.metrics()["lipschitz/penalty"] > 0
+    assert regularizer.penalty() == 0 and regularizer.metrics()["lipschitz/distance"] > 0
 
 
-def test_drift_is_smaller_than_without():
-    drifts = []
+def test_distance_is_smaller_than_without():
+    distances = []
     for weight in (1e-9, WEIGHT):
         net = make_net(started=False)
         optimizer = make_optimizer(net)
         regularizer = LipschitzRegularizer(optimizer, weight=weight, adapters=find_lora_adapters(net))
         train(net, optimizer, steps=20)
-        drifts.append(regularizer.metrics()["lipschitz/drift"])
-    assert drifts[1] < 0.7 * drifts[0]
+        distances.append(regularizer.metrics()["lipschitz/distance"])
+    assert distances[1] < 0.7 * distances[0]
 
 
 def test_projection_ends_at_the_nearest_products_in_the_ball():
@@ -376,7 +385,7 @@ def test_projection_ends_at_the_nearest_products_in_the_ball():
     start = {name: p.detach().clone() for name, p in net.named_parameters() if "magnitude" in name}
     train(net, optimizer, steps=1)
     train(plain, make_optimizer(plain, "SGD"), steps=1)
-    assert regularizer.metrics()["lipschitz/drift"] == pytest.approx(0.2, rel=1e-5)
+    assert regularizer.metrics()["lipschitz/distance"] == pytest.approx(0.2, rel=1e-5)
     pairs = [(product(a), product(b)) for a, b in zip(adapters, find_lora_adapters(plain))]
     moved = dict(plain.named_parameters())
     pairs += [(p.detach() - start[n], moved[n].detach() - start[n]) for n, p in net.named_parameters() if n in start]
@@ -396,8 +405,8 @@ def test_groups_have_their_own_weight():
     backward(net, 0)
     plain = [[factor.grad.clone() for factor in (a.down, a.up)] for a in adapters]
     regularizer.add_gradient()
-    weights = [3.0 / adapters[0].numel(), 5.0 / adapters[1].numel(), 0.0]
-    assert_gradients_grew([(a.down.grad, a.up.grad) for a in adapters], plain, adapters, weights)
+    for adapter, before, weight in zip(adapters, plain, (3.0, 5.0, 0.0), strict=True):
+        assert_gradients_grew((adapter.down.grad, adapter.up.grad), before, adapter, weight / adapter.numel())
 
 
 def test_factors_in_groups_of_different_weight_are_refused():
@@ -419,8 +428,8 @@ def test_frozen_down_factors_stay_and_up_factors_are_penalized():
     backward(net, 0)
     before = [(None, adapter.up.grad.clone()) for adapter in adapters]
     regularizer.add_gradient()
-    gradients = [(adapter.down.grad, adapter.up.grad) for adapter in adapters]
-    assert_gradients_grew(gradients, before, adapters, [5.0 / adapter.numel() for adapter in adapters])
+    for adapter, plain in zip(adapters, before, strict=True):
+        assert_gradients_grew((adapter.down.grad, adapter.up.grad), plain, adapter, 5.0 / adapter.numel())
     assert all(adapter.down.grad is None for adapter in adapters)
     optimizer.step()
     assert all(torch.equal(net.get_parameter(n), p) for n, p in start.named_parameters() if "lora_A" in n)
@@ -448,30 +457,31 @@ def test_metrics_equal_their_definition(form):
     optimizer, adapters = make_optimizer(net), find_lora_adapters(net)
     runner = Reference(net, optimizer, form=form)
     regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT, adapters=adapters, lora_form=form)
-    train(net, optimizer)
-    squares = {f"lipschitz/drift/{adapter.name}": product(adapter).double().square().sum() for adapter in adapters}
+    train(net, optimizer, steps=3)
+    penalty = runner.penalty()[0].item()
+    train(net, optimizer, steps=1, first=3)
+    squares = {f"lipschitz/distance/{adapter.name}": product(adapter).double().square().sum() for adapter in adapters}
     magnitudes = runner.plain[:3]
     moved = functional.penalty([p.detach().double() for p in magnitudes], runner.anchors[:3], [1.0] * 3)
-    drift = math.sqrt(sum(squares.values()) + moved)
+    distance = math.sqrt(sum(squares.values()) + moved)
     norm = math.sqrt(
         sum(adapter.weight.double().square().sum() for adapter in adapters)
         + sum(anchor.square().sum() for anchor in runner.anchors[:3])
     )
-    expected = {"lipschitz/drift": drift, "lipschitz/relative_drift": drift / norm}
-    expected |= {"lipschitz/penalty": runner.penalty()[0].item()} | {
-        name: s.sqrt().item() for name, s in squares.items()
-    }
+    expected = {"lipschitz/distance": distance, "lipschitz/relative_distance": distance / norm}
+    expected["lipschitz/penalty"] = penalty  # in the loss of the last step
+    expected |= {name: square.sqrt().item() for name, square in squares.items()}
     metrics = regularizer.metrics(per_adapter=True)
     assert all(type(value) is float for value in metrics.values())
     assert metrics == pytest.approx(expected, rel=sum_error(sum(adapter.numel() for adapter in adapters)))
-    assert regularizer.metrics().keys() == {"lipschitz/penalty", "lipschitz/drift", "lipschitz/relative_drift"}
+    assert regularizer.metrics().keys() == {"lipschitz/penalty", "lipschitz/distance", "lipschitz/relative_distance"}
 
 
-def test_relative_drift_is_unknown_where_the_weight_is():
+def test_relative_distance_is_unknown_where_the_weight_is():
     adapter = LoraAdapter("x", nn.Parameter(torch.ones(1, 2)), nn.Parameter(torch.ones(2, 1)), 1.0)
     optimizer = torch.optim.SGD([adapter.down, adapter.up], lr=0.1)
     metrics = LipschitzRegularizer(optimizer, weight=1.0, adapters=[adapter]).metrics()
-    assert metrics["lipschitz/drift"] == 2 and math.isnan(metrics["lipschitz/relative_drift"])
+    assert metrics["lipschitz/distance"] == 2 and math.isnan(metrics["lipschitz/relative_distance"])
 
 
 def test_metrics_warn_of_a_loop_that_bypasses_the_optimizer_and_not_of_adapters_that_were_loaded():
@@ -551,16 +561,17 @@ def test_removed_it_leaves_plain_training():
     [
         ({"mode": "proximal"}, "no closed form"),
         ({"lora_form": "product"}, "delta, factors, not 'product'"),
-        ({"mode": "projected", "radius": 1.0, "offset": True}, "not their own anchors"),
-        ({"lora_form": "factors", "offset": True}, "not their own anchors"),
+        ({"mode": "projected", "radius": 1.0, "anchored": True}, "not their own anchors"),
+        ({"lora_form": "factors", "anchored": True}, "not their own anchors"),
     ],
 )
 def test_what_has_no_meaning_is_refused(options, message):
     net = make_net()
-    adapters = find_lora_adapters(net)
-    adapters = random_offsets(adapters) if options.pop("offset", False) else adapters
+    adapters, (own, *_) = find_lora_adapters(net), find_lora_adapters(net)
+    options = dict(options)
+    anchors = {own.weight: own.weight.detach() + 1} if options.pop("anchored", False) else {}
     with pytest.raises(ValueError, match=message):
-        LipschitzRegularizer(make_optimizer(net), weight=1.0, adapters=adapters, **options)
+        LipschitzRegularizer(make_optimizer(net), weight=1.0, adapters=adapters, anchors=anchors, **options)
 
 
 def test_weights_may_have_anchors_of_their_own():
@@ -577,7 +588,7 @@ def test_weights_may_have_anchors_of_their_own():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         metrics = regularizer.metrics()
-    assert metrics["lipschitz/drift"] == pytest.approx(math.sqrt(moved + 0.25), rel=1e-5)
+    assert metrics["lipschitz/distance"] == pytest.approx(math.sqrt(moved + 0.25), rel=1e-5)
     assert metrics["lipschitz/penalty"] == pytest.approx(5 * (0.09 + 0.25), rel=1e-5)
     net.scale.grad = torch.zeros_like(net.scale)
     regularizer.add_gradient()
@@ -596,18 +607,16 @@ def test_anchor_of_another_shape_is_refused():
 
 
 def test_penalty_brings_weights_that_had_moved_back_to_their_anchor():
-    """The base was moved by what LoRA of this rank can undo, and the offset says how far."""
+    """The base was moved by what LoRA of this rank can undo, and the anchor says how far."""
     net = make_net(started=False)
-    moved = {name: 0.05 * torch.randn(640, 2) @ torch.randn(2, 6) for name in ["wide"]}
-    adapters = [
-        dataclasses.replace(a, offset=moved[a.name]) if a.name in moved else a for a in find_lora_adapters(net)
-    ]
+    weight, moved = net.wide.base_layer.weight, 0.05 * torch.randn(640, 2) @ torch.randn(2, 6)
+    anchors = {weight: weight.detach() - moved}
     optimizer = torch.optim.Adam(trained(net), lr=0.02)
-    regularizer = LipschitzRegularizer(optimizer, weight=1.0, adapters=adapters)
-    before = regularizer.metrics()["lipschitz/drift"]
-    assert before == pytest.approx(moved["wide"].norm().item(), rel=1e-5)
+    regularizer = LipschitzRegularizer(optimizer, weight=1.0, anchors=anchors, adapters=find_lora_adapters(net))
+    before = regularizer.metrics()["lipschitz/distance"]
+    assert before == pytest.approx(moved.norm().item(), rel=1e-4)
     for _ in range(300):
         for parameter in trained(net):
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-    assert regularizer.metrics()["lipschitz/drift"] < 0.02 * before
+    assert regularizer.metrics()["lipschitz/distance"] < 0.02 * before

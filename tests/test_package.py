@@ -81,7 +81,7 @@ optimizer = torch.optim.AdamW([parameter])
 regularizer = lipschitz_reg.LipschitzRegularizer(optimizer, weight=1.0)
 parameter.sum().backward()
 optimizer.step()
-assert regularizer.metrics()["lipschitz/drift"] > 0
+assert regularizer.metrics()["lipschitz/distance"] > 0
 print(lipschitz_reg.__file__, lipschitz_reg.__version__)
 """
     file, version = run(installed, code).split()
