@@ -22,14 +22,17 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
+
+from lipschitz_reg import record
+from lipschitz_reg.pipelines import record_pipeline
 
 
 ROOT = Path(__file__).resolve().parents[1]
 TINYWORLD = ROOT / "examples" / "tinyworld"
 sys.path.insert(0, str(TINYWORLD))
+GUIDANCE = 4.0  # of the pictures that are judged
 
 from demo import BASE_NAME, SD, SDXL, Setup, hash_of, save_picture  # noqa: E402
 from examine import Examiner, load, subject_prompt  # noqa: E402
@@ -60,8 +63,10 @@ PENALTY, PRIOR = "--lipschitz_weight={}", "--lipschitz_weight=0 --with_prior_pre
 WORD = "<new1>"  # of Custom Diffusion, which begins as the token of the other methods
 PROJECTED = "--lipschitz_weight=1 --lipschitz_mode=projected --lipschitz_radius={}"
 FACTORS = PENALTY + " --lipschitz_lora=factors --lipschitz_reduction=sum"
-# Sixteen captions of things, none of which is measured.
-INPUTS = PENALTY + " --lipschitz_inputs --drift_prompts_file=examples/tinyworld/drift_prompts.txt"
+# Of sixteen captions of things, and sixteen more to measure a budget by; none of them is measured here.
+RECORDING = " --lipschitz_recording={recording}"
+LAYERS, PREDICTIONS = "--lipschitz_layers={}" + RECORDING, "--lipschitz_predictions={}" + RECORDING
+BOTH = LAYERS + " --lipschitz_predictions=3"
 LORA = "--method=lora --rank=16 "
 CUSTOM = f"--method=custom_diffusion --modifier_token={WORD} --initializer_token=sks "
 
@@ -89,11 +94,23 @@ GRIDS = {
         Row("penalty", (5e-4,), (100, 300), steps=(120,)),
         Row("penalty", (2e-4,), (100,), steps=(120,)),
     ],
-    # Claims 2 and 5: distances measured by what they do to a layer's inputs; those of the scripts' own prompts, too,
-    # which are of photographs and not of the drawn world.
-    "inputs": [
-        Row("penalty of inputs", (1e-3,), (1, 4, 16), INPUTS, steps=(120,)),
-        Row("penalty of inputs, default prompts", (1e-3,), (4,), PENALTY + " --lipschitz_inputs", steps=(120,)),
+    # Claims 2 and 5: the other spaces; that of layers on the scripts' own prompts, too, which are of photographs and
+    # not of the drawn world.
+    "layers": [
+        Row("layers", (1e-3,), (1, 4, 16), LAYERS, steps=(120,)),
+        Row("layers, default prompts", (1e-3,), (4,), "--lipschitz_layers={}", steps=(120,)),
+    ],
+    "predictions": [
+        Row("predictions", (1e-3,), (3, 10), PREDICTIONS, steps=(120,)),
+        Row("layers + predictions", (1e-3,), (1, 4, 16), BOTH, steps=(120,)),
+    ],
+    # The spaces side by side, for docs/methods.md: of the table there.
+    "spaces": [
+        Row("DreamBooth", (1e-3,), steps=(120,)),
+        Row("penalty", (1e-3,), (300,), steps=(120,)),
+        Row("layers", (1e-3,), (4,), LAYERS, steps=(120,)),
+        Row("predictions", (1e-3,), (3,), PREDICTIONS, steps=(120,)),
+        Row("layers + predictions", (1e-3,), (4,), BOTH, steps=(120,)),
     ],
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR, steps=(120,))],
     # Claim 6, for --draw: no penalty, the weight that is about right, and too much.
@@ -117,7 +134,8 @@ GRIDS = {
         Row("LoRA, stopped early", (4e-3,), (0,), LORA + PENALTY, "constant", (120,), (30, 60)),
         Row("LoRA, delta", (4e-3,), (0.3, 1), LORA + PENALTY),
         Row("LoRA, factors", (4e-3,), (1e-4,), LORA + FACTORS),
-        Row("LoRA, penalty of inputs", (4e-3,), (0.05, 0.2), LORA + INPUTS),
+        Row("LoRA, layers", (4e-3,), (0.05, 0.2), LORA + LAYERS),
+        Row("LoRA, layers + predictions", (4e-3,), (0.05, 0.2), LORA + BOTH),
     ],
     "custom": [
         Row("Custom Diffusion", (1e-3,), flags=CUSTOM + PENALTY),
@@ -125,7 +143,8 @@ GRIDS = {
         Row("Custom Diffusion", (4e-3,), flags=CUSTOM + PENALTY, shares=(0.5, 0.75)),
         Row("Custom Diffusion, stopped early", (4e-3,), (0,), CUSTOM + PENALTY, "constant", (120,), (30, 60)),
         Row("Custom Diffusion, penalty", (4e-3,), (3,), CUSTOM + PENALTY, steps=(60, 250)),
-        Row("Custom Diffusion, penalty of inputs", (4e-3,), (0.02, 0.08), CUSTOM + INPUTS),
+        Row("Custom Diffusion, layers", (4e-3,), (0.02, 0.08), CUSTOM + LAYERS),
+        Row("Custom Diffusion, layers + predictions", (4e-3,), (0.02, 0.08), CUSTOM + BOTH),
         Row("Custom Diffusion, prior preservation", (4e-3,), flags=CUSTOM + PRIOR, steps=(60, 250)),
     ],
 }  # fmt: skip
@@ -163,7 +182,8 @@ def trainings_of(names: list[str]) -> list[Training]:
     trainings = {NO_TRAINING: ((), ())}
     for row in (row for name in names for row in GRIDS[name]):
         for rate, weight, steps in itertools.product(row.rates, row.weights, row.steps):
-            flags = (*COMMON, *row.flags.format(weight).split(), f"--learning_rate={rate}")
+            own = row.flags.format(weight, recording="{recording}").split()
+            flags = (*COMMON, *own, f"--learning_rate={rate}")
             flags += (f"--lr_scheduler={row.schedule}", f"--max_train_steps={steps}")
             training = Training(row.method, rate, weight, row.schedule, steps, flags, (), ())
             stops, shares = trainings.get(training, ((), ()))
@@ -261,15 +281,30 @@ def draw_class_images(script: ModuleType, args: argparse.Namespace) -> float:
     return float(record.read_text())
 
 
+def record_base(setup: Setup, folder: Path) -> Path:
+    """The recording of the base that all trainings share, made where it is missing."""
+    path = folder / f"recording-{setup.base.name}.safetensors"
+    if not path.exists():
+        lines = (TINYWORLD / "preserved_prompts.txt").read_text().splitlines()
+        recording = record_pipeline(load(setup.base), lines[::2], lines[1::2], guidance_scale=GUIDANCE)
+        recording.save(path)
+    return path
+
+
 def token_of(training: Training) -> str:
     return WORD if f"--modifier_token={WORD}" in training.flags else "sks"
 
 
-def train(setup: Setup, training: Training, subject: str, seed: int, folder: Path) -> dict[str, float]:
-    """Personalizes the base, into `folder`, with checkpoints where it is to be measured. Returns the seconds."""
+def train(
+    setup: Setup, training: Training, subject: str, seed: int, folder: Path, recording: Path
+) -> dict[str, float]:
+    """
+    Personalizes the base, into `folder`, with checkpoints where it is to be measured. Returns the seconds, without those
+    of the recording, which all trainings share.
+    """
     script, kind = load_script(setup.script.stem), SUBJECTS[subject].kind
     # Results say nothing of the folder that they were made in.
-    flags = [flag.replace("=examples/", f"={ROOT}/examples/") for flag in training.flags]
+    flags = [flag.format(recording=recording) for flag in training.flags]
     flags += [f"--pretrained_model_name_or_path={setup.base}"]
     flags += [f"--seed={seed}", f"--output_dir={folder}"]
     flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / subject}"]
@@ -311,55 +346,43 @@ def trained_unet(setup: Setup, training: Training, folder: Path) -> dict[str, to
 
 class Ruler:
     """
-    Measures U-Nets with the judge of the drawn world and, as evaluate_dreambooth.py defines them, in predictions and
-    parameters. The pictures of one seed have the same noise in all models.
+    Measures U-Nets with the judge of the drawn world, and in predictions and parameters. The pictures of one seed have
+    the same noise in all models, and predictions are those of ten steps on the way to the pictures of other things.
     """
 
-    def __init__(self, setup: Setup, settings: dict[str, Any], seed: int, folder: Path):
+    def __init__(self, setup: Setup, settings: dict[str, Any], seed: int):
         self.evaluation, self.setup, self.pipeline = load_script("evaluate_dreambooth"), setup, load(setup.base)
         self.base = {name: weight.cpu().clone() for name, weight in self.pipeline.unet.state_dict().items()}
         self.examiner = Examiner(settings["others"], settings["per_scene"], seed)
         self.examiner.base = self.examiner.draw_others(self.pipeline)
-        needed = ("pretrained_model_name_or_path", "base_model_name_or_path", "instance_data_dir")
-        self.args = self.evaluation.parse_args(
-            [
-                *(f"--{name}={setup.base}" for name in needed),
-                "--instance_token=sks",
-                "--class_name=thing",
-                "--batch_size=16",
-            ]
-        )
-        images = [
-            {"kind": "other", "text": text, "file": f"{seed}-{i}.png"}
-            for i, text in enumerate(self.examiner.other_prompts)
-        ]
-        for image, picture in zip(images, self.examiner.base, strict=True):
-            picture.save(folder / image["file"])
-        pictures = self.evaluation.probe_pictures(self.args, images, folder, photos=[])
-        self.probes = self.evaluation.build_probes(self.args, self.pipeline, pictures)
-        self.predictions = self.predict()
-
-    def predict(self) -> list[torch.Tensor]:
-        return self.evaluation.predict_noise(self.args, Accelerator(), self.pipeline, "model", self.probes)
+        options = {"num_inference_steps": 10, "guidance_scale": GUIDANCE, "output_type": "latent"}
+        with record(self.pipeline.unet, layers=False, guidance_scale=GUIDANCE) as self.recording:
+            with self.recording.held_out():
+                for number, prompt in enumerate(self.examiner.other_prompts):
+                    self.pipeline(prompt, generator=torch.Generator().manual_seed(1000 * seed + number), **options)
 
     def measure(self, unet: dict[str, torch.Tensor], subject: str, training: Training, folder: Path) -> dict:
         """`folder` is that of the result or checkpoint, from which a new word is taken if it learned one."""
         self.pipeline.unet.load_state_dict(unet)
-        drifts = self.evaluation.prediction_drift(self.probes, self.predictions, self.predict())
+        drift = self.recording.drift()
         pipeline, token = self.pipeline, token_of(training)
         if token == WORD:
             pipeline = load(self.setup.base)
             source = argparse.Namespace(pretrained_model_name_or_path=str(folder), instance_token=WORD)
             self.evaluation.load_custom_diffusion(source, pipeline)
             pipeline.unet = self.pipeline.unet
+        squares = [(unet[name].double() - weight.double()).square().sum() for name, weight in self.base.items()]
         return {
             **self.examiner.examine(pipeline, subject, token),
-            "prediction drift": sum(drift for *_, drift in drifts) / len(drifts),
-            "parameter drift": self.evaluation.compare_parameters(self.base, unet)["drift"],
+            "prediction drift": drift.prediction,
+            "guided drift": drift.guided_prediction,
+            "parameter drift": float(sum(squares) ** 0.5),
         }
 
 
-def draw(setup: Setup, trainings: list[Training], subject: str, seed: int, work: Path, path: Path) -> None:
+def draw(
+    setup: Setup, trainings: list[Training], subject: str, seed: int, work: Path, path: Path, recording: Path
+) -> None:
     """The demo's picture with a row for each of these trainings, which have to be of all weights."""
     models = {BASE_NAME: setup.base}
     several = {field for field in ("schedule", "steps") if len({getattr(t, field) for t in trainings}) > 1}
@@ -369,7 +392,7 @@ def draw(setup: Setup, trainings: list[Training], subject: str, seed: int, work:
         name += f", {training.schedule}" if "schedule" in several else ""
         name += f", {training.steps} steps" if "steps" in several else ""
         models[name] = work / name
-        train(setup, training, subject, seed, models[name])
+        train(setup, training, subject, seed, models[name], recording)
     save_picture(subject, seed, models, path)
 
 
@@ -414,9 +437,11 @@ def main(args: argparse.Namespace) -> None:
     settings = {"base": hash_of(setup.base), "others": args.others, "per_scene": args.per_scene}
     # Another number of shards, or a file from elsewhere: what is done is done.
     done = {identity(result) for file in args.output_dir.glob("*.jsonl") for result in read_lines(file)}
+    recording = record_base(setup, args.output_dir)
     if args.draw:
         for seed, subject in itertools.product(args.seeds, args.subjects):
-            draw(setup, trainings_of(args.grid)[1:], subject, seed, work, args.output_dir / f"{subject}-{seed}.png")
+            path = args.output_dir / f"{subject}-{seed}.png"
+            draw(setup, trainings_of(args.grid)[1:], subject, seed, work, path, recording)
         shutil.rmtree(work)
         return
     # All subjects of a training in turn, so that every shard gets some of each training.
@@ -434,12 +459,12 @@ def main(args: argparse.Namespace) -> None:
         if not rows:
             continue
         if ruler is None or ruler.examiner.seed != seed:
-            ruler = Ruler(setup, settings, seed, work)
+            ruler = Ruler(setup, settings, seed)
         folder = work / "model"
         shutil.rmtree(folder, ignore_errors=True)
         seconds = {"seconds": 0.0, "class seconds": 0.0}
         if training != NO_TRAINING:
-            seconds = train(setup, training, subject, seed, folder)
+            seconds = train(setup, training, subject, seed, folder, recording)
         for row in rows:
             trained = folder if row["stop"] == training.steps else folder / f"checkpoint-{row['stop']}"
             unet = ruler.base if training == NO_TRAINING else trained_unet(setup, training, trained)

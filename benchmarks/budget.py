@@ -1,0 +1,163 @@
+# Whether a drift budget holds on captions that nothing has used, in the drawn world: over methods, rates and subjects.
+# Trains with the default spaces of a budget, takes back what is beyond each budget, and measures what is left.
+"""
+python benchmarks/budget.py --subjects mug star heart        # and --sdxl; --shard 1/2 and 2/2 for two cores
+python benchmarks/budget.py --table budget/*.jsonl
+
+A stopped run goes on with the same command. Taking back is what `--drift_budget` does at the end of a training
+(lipschitz_reg.budget); one training serves all budgets here.
+"""
+
+import argparse
+import itertools
+import math
+import shutil
+import statistics
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from tradeoff import (
+    COMMON,
+    CUSTOM,
+    LORA,
+    RECORDING,
+    SD,
+    SDXL,
+    SUBJECTS,
+    Ruler,
+    Training,
+    append_line,
+    hash_of,
+    read_lines,
+    record_base,
+    shard,
+    shard_of,
+    train,
+    trained_unet,
+)
+
+from lipschitz_reg import Recording
+from lipschitz_reg.budget import fit_share
+
+
+SPACES = "--lipschitz_layers --lipschitz_predictions" + RECORDING
+# Two rates each, of which the higher breaks things without a penalty, and two lengths.
+METHODS = {
+    "full": ("", (5e-4, 1e-3)),
+    "LoRA": (LORA, (2e-3, 4e-3)),
+    "Custom Diffusion": (CUSTOM, (2e-3, 4e-3)),
+}
+
+
+def training_of(method: str, rate: float, steps: int) -> Training:
+    flags, _ = METHODS[method]
+    own = [*COMMON, *flags.split(), *SPACES.split(), f"--learning_rate={rate}", "--lr_scheduler=linear"]
+    return Training(method, rate, 0.0, "linear", steps, (*own, f"--max_train_steps={steps}"), (), ())
+
+
+def measure(
+    ruler: Ruler, unet: dict, training: Training, subject: str, folder: Path, path: Path, budgets: list[float]
+) -> list[dict]:
+    """A line for the model as it was trained, and for what is left of it within each budget."""
+    model, base = ruler.pipeline.unet, ruler.base
+    model.load_state_dict(base)
+    recording = Recording.load(path, model)
+
+    def change_at(share: float) -> float:
+        model.load_state_dict({name: torch.lerp(weight, unet[name], share) for name, weight in base.items()})
+        return recording.drift().dial
+
+    lines = []
+    for budget in [None, *budgets]:
+        share, change = (1.0, change_at(1.0)) if budget is None else fit_share(change_at, budget)
+        left = {name: torch.lerp(weight, unet[name], share) for name, weight in base.items()}
+        measured = ruler.measure(left, subject, training, folder)
+        lines.append({"budget": budget, "share": share, "held out": change, **measured})
+    return lines
+
+
+def table(lines: list[dict]) -> None:
+    """Fresh captions beside the budget, and what follows the drift of pictures best."""
+    print(
+        "| | rate | steps | budget | share kept | fresh captions, guided | plain | of the budget | fidelity | pictures |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    keys = ("method", "rate", "steps", "budget")
+    groups = {}
+    for line in lines:
+        groups.setdefault(tuple(line[key] for key in keys), []).append(line)
+    for (method, rate, steps, budget), rows in sorted(groups.items(), key=str):
+        mean = {name: statistics.mean(row[name] for row in rows) for name in ("share", "guided drift", "fidelity")}
+        mean |= {name: statistics.mean(row[name] for row in rows) for name in ("prediction drift", "drift")}
+        of = [row["guided drift"] / budget for row in rows if budget and row["share"] < 1]
+        ratios = f"{min(of):.2f} to {max(of):.2f}" if of else ""
+        what = f"{budget:.0%}" if budget else "none"
+        print(
+            f"| {method} | {rate:g} | {steps} | {what} | {mean['share']:.0%} | {mean['guided drift']:.2%} |"
+            f" {mean['prediction drift']:.2%} | {ratios} | {mean['fidelity']:.0%} | {mean['drift']:.1f} |"
+        )
+    for base, rows in itertools.groupby(sorted(lines, key=lambda row: row["base"]), lambda row: row["base"]):
+        rows = list(rows)
+        of = [row["guided drift"] / row["budget"] for row in rows if row["budget"] and row["share"] < 1]
+        if of:
+            print(
+                f"\n{base}: of the budget {min(of):.2f} to {max(of):.2f}, mean {statistics.mean(of):.3f}, {len(of)} models"
+            )
+        for name in ("prediction drift", "guided drift"):
+            logs = [math.log(row["drift"] / row[name]) for row in rows if row[name] > 0]
+            print(f"{base}: drift of pictures over {name}: scatter {math.exp(statistics.stdev(logs)) - 1:.1%}")
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Does a drift budget hold on captions that nothing has used?")
+    parser.add_argument("--sdxl", action="store_true", help="Personalize the tiny SDXL.")
+    parser.add_argument("--subjects", nargs="+", default=["mug", "star", "heart"], choices=SUBJECTS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.03, 0.05, 0.08])
+    parser.add_argument("--steps", nargs="+", type=int, default=[120])
+    parser.add_argument("--shard", type=shard, default="1/1", help="i/n: part i of n, for n cores.")
+    parser.add_argument("--output_dir", type=Path, default=Path("budget"))
+    parser.add_argument(
+        "--table", nargs="+", type=Path, help="Print what these files of results say, and train nothing."
+    )
+    return parser.parse_args(input_args)
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.table:
+        return table([line for path in args.table for line in read_lines(path)])
+    setup = SDXL if args.sdxl else SD
+    settings = {"base": hash_of(setup.base), "others": 32, "per_scene": 4}
+    name = args.shard.replace("/", "-of-") + ("-sdxl" if args.sdxl else "")
+    path, work = args.output_dir / f"{name}.jsonl", args.output_dir / f"work-{name}"
+    work.mkdir(parents=True, exist_ok=True)
+    recording = record_base(setup, args.output_dir)
+    keys = ("base", "subject", "method", "rate", "steps", "budget")
+    done = [[line[key] for key in keys] for file in args.output_dir.glob("*.jsonl") for line in read_lines(file)]
+    runs = [
+        (training_of(method, rate, steps), subject)
+        for subject in args.subjects
+        for steps in args.steps
+        for method in args.methods
+        for rate in METHODS[method][1]
+    ]
+    ruler = None
+    for training, subject in tqdm(shard_of(runs, args.shard), desc="trainings"):
+        what = {"base": setup.base.name, "subject": subject}
+        what |= {"method": training.method, "rate": training.rate, "steps": training.steps}
+        missing = [budget for budget in args.budgets if [*what.values(), budget] not in done]
+        if not missing:
+            continue
+        ruler = ruler or Ruler(setup, settings, seed=0)
+        folder = work / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        seconds = train(setup, training, subject, 0, folder, recording)["seconds"]
+        unet = trained_unet(setup, training, folder)
+        for line in measure(ruler, unet, training, subject, folder, recording, missing):
+            append_line(path, {**what, "seconds": seconds, **line})
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main(parse_args())
