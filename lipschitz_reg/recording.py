@@ -21,6 +21,7 @@ thousandth of the mean: pictures that were not recorded may need what the record
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ _LEAST = 1e-3  # the least that a direction counts, relative to the mean
 _CUTOFF = 1e-5  # eigenvalues of the sketch below this, relative to the largest, are taken for rounding errors
 _SAMPLE = 64  # elements of each parameter by which a base is known
 _FORMAT = "lipschitz_reg recording 1"
-_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
+_WRAPPERS = re.compile(r"^((module|_orig_mod|base_model\.model)\.)+")
 
 
 class Recording:
@@ -99,7 +100,9 @@ class Recording:
         parameters = self.parameters()
         return {parameters[name]: moment for name, moment in self.layers.items() if name in parameters}
 
-    def drift(self, model: nn.Module | None = None, run: Callable[[], Any] | None = None) -> Drift:
+    def drift(
+        self, model: nn.Module | None = None, run: Callable[[], Any] | None = None, scheduler: Any = None
+    ) -> Drift:
         """
         How far the predictions of a model have moved from the base's, on the calls that were held out.
 
@@ -109,11 +112,12 @@ class Recording:
                 What makes the model meet the held-out calls again: the same pipeline, prompts and seeds. The base's
                 answers are put in place of the model's, so that it meets them one after the other. It is for a text
                 encoder that has changed, too: by default calls are replayed with the embeddings of the base.
+            scheduler (*optional*): The ancestral sampler of the held-out calls, for `Drift.kl_bound`: see `kl_bound`.
 
         Raises:
-            `ValueError`: If no call was held out, or `run` makes other calls.
+            `ValueError`: If no call was held out, or `run` makes other calls, or with other inputs.
         """
-        return measure_drift(self, self.model if model is None else model, run)
+        return measure_drift(self, self.model if model is None else model, run, scheduler)
 
     def digest(self) -> str:
         """A hash of all that is recorded."""
@@ -156,7 +160,8 @@ class Recording:
                 metadata = json.loads((file.metadata() or {}).get("recording", "{}"))
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"{path} is not a recording: make one with python -m lipschitz_reg.record.")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                # In memory of their own, aligned as those that were recorded: sums come out the same to the last bit.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a recording, or broken: {error}") from error
         recording = cls({"": model, **others}, metadata["guidance_scale"])
@@ -208,9 +213,7 @@ class Recording:
 
 def canonical(name: str) -> str:
     """The name of a parameter before peft, DDP or torch.compile wrapped its model."""
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name.replace("._orig_mod.", ".").replace(".base_layer.", ".")
+    return _WRAPPERS.sub("", name).replace("._orig_mod.", ".").replace(".base_layer.", ".")
 
 
 @contextmanager
