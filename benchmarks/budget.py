@@ -9,6 +9,7 @@ A stopped run goes on with the same command. Taking back is what `--drift_budget
 """
 
 import argparse
+import functools
 import itertools
 import math
 import shutil
@@ -64,6 +65,7 @@ def measure(
     model.load_state_dict(base)
     recording = Recording.load(path, model)
 
+    @functools.cache  # all budgets begin at the whole way
     def change_at(share: float) -> float:
         model.load_state_dict({name: torch.lerp(weight, unet[name], share) for name, weight in base.items()})
         return recording.drift().dial
@@ -128,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
     if args.table:
         return table([line for path in args.table for line in read_lines(path)])
     setup = SDXL if args.sdxl else SD
-    settings = {"base": hash_of(setup.base), "others": 32, "per_scene": 4}
+    settings = {"base": hash_of(setup.base), "others": 16, "per_scene": 2}
     name = args.shard.replace("/", "-of-") + ("-sdxl" if args.sdxl else "")
     path, work = args.output_dir / f"{name}.jsonl", args.output_dir / f"work-{name}"
     work.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def parse_args():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="The best of these counts; all variants run in each.")
     parser.add_argument("--skip_autograd", action="store_true", help="It needs as much memory again as the weights.")
-    parser.add_argument("--count", action="store_true", help="What the penalty by inputs takes, from shapes alone.")
+    parser.add_argument("--count", action="store_true", help="What the space of layers takes, from shapes alone.")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU here")
@@ -62,8 +62,8 @@ def make_tensors(args):
     return parameters, anchors
 
 
-def count(model, rank=256):
-    """Gigabytes of the moments of inputs, and operations (2 for a product and a sum) of a step, by arithmetic."""
+def count(model, rank=64):
+    """Gigabytes of a recording of layers, and operations (2 for a product and a sum) of a step, by arithmetic."""
     size, config = CONFIGS[model]["sample_size"], CONFIGS[model]
     with torch.device("meta"), FlopCounterMode(display=False) as step:
         unet = UNet2DConditionModel(**config)
@@ -76,20 +76,20 @@ def count(model, rank=256):
     attention = [name for name in weights if re.search(r"to_(q|k|v|out\.0)\.weight", name)]
     for what, names in {"all weights": list(weights), "LoRA on attention": attention}.items():
         gigabytes = 4e-9 * sum(weights[name][0].numel() * columns[name] for name in names)
-        print(f"{model}: moments of inputs, {what}: {gigabytes:.2f} GB")
-    # Two products for the gradient, one for the logged penalty.
-    penalty = 6e-12 * sum(p.numel() * columns[name] for name, p in weights.items())
-    print(f"{model}: a step of all weights by inputs {penalty:.1f} TFLOP, with the logged penalty; ", end="")
+        print(f"{model}: recorded layers, {what}: {gigabytes:.2f} GB")
+    # Two products: the logged penalty comes from them.
+    penalty = 4e-12 * sum(p.numel() * columns[name] for name, p in weights.items())
+    print(f"{model}: a step of all weights in the space of layers {penalty:.1f} TFLOP; ", end="")
     print(f"the U-Net, {8 * size} pixels, batch 1, forward and backward {1e-12 * step.get_total_flops():.1f} TFLOP")
 
 
-def make_moments(parameters, rank=256):
-    """Of the shapes that `record_inputs` gives for them."""
+def make_moments(parameters, rank=64):
+    """Of the shapes that `record` gives for them."""
     moments = []
     for parameter in parameters:
         n = parameter[0].numel()
         shape = (n, min(rank, n)) if parameter.dim() > 1 else (1, 0)
-        moments.append(functional.InputMoment(parameter.new_ones(shape), parameter.new_ones(())))
+        moments.append(functional.Moment(parameter.new_ones(shape), parameter.new_ones(())))
     return moments
 
 
@@ -136,7 +136,7 @@ def main():
     moments = make_moments(parameters)
     gradients = [parameter.grad for parameter in parameters]
     numels = [parameter.numel() for parameter in parameters]
-    coefficients = [500.0 * factor for factor in functional.reduction_factors(numels, "tensor_mean")]
+    coefficients = [500.0 * r for r in functional.reductions(numels, "tensor_mean")]
     steps = [2e-6 * c for c in coefficients]
     # Smaller each time, so that the projection always has to act.
     radii = (1e-3 * sum(numels) ** 0.5 * 0.9**k for k in itertools.count(1))
@@ -144,13 +144,12 @@ def main():
         "copy of all weights": lambda: copy(parameters, gradients),
         "autograd, second model": lambda: autograd(parameters, anchors, coefficients),
         "coupled": lambda: functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients),
-        "coupled, by inputs": lambda: functional.add_penalty_gradient_(
+        "coupled, layers": lambda: functional.add_penalty_gradient_(
             gradients, parameters, anchors, coefficients, moments
         ),
         "proximal": lambda: functional.proximal_step_(parameters, anchors, steps),
         "projected": lambda: functional.project_(parameters, anchors, next(radii)),
-        "drift, for metrics()": lambda: functional.squared_distances(parameters, anchors),
-        "penalty by inputs, logged": lambda: functional.squared_distances(parameters, anchors, moments),
+        "distance, for metrics()": lambda: functional.squared_distances(parameters, anchors),
     }
     if args.skip_autograd:
         del variants["autograd, second model"]
@@ -165,7 +164,7 @@ def main():
     print(f"{args.model}: {len(numels)} tensors, {total / 1e6:.1f}M parameters in float32")
     anchor_bytes = total * anchors[0].element_size()
     print(f"largest tensor {4e-6 * max(numels):.0f} MB; anchors in {args.anchor_dtype}: {anchor_bytes / 1e9:.2f} GB")
-    print(f"moments of inputs: {4e-9 * sum(moment.factor.numel() for moment in moments):.2f} GB")
+    print(f"recorded layers: {4e-9 * sum(moment.root.numel() for moment in moments):.2f} GB")
     print(f"torch {torch.__version__}, {where}; best of {args.rounds}\n")
     print("| | seconds | copies | temporary MB |\n|---|---|---|---|")
     for name, (seconds, extra) in best.items():

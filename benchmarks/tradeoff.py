@@ -299,8 +299,8 @@ def train(
     setup: Setup, training: Training, subject: str, seed: int, folder: Path, recording: Path
 ) -> dict[str, float]:
     """
-    Personalizes the base, into `folder`, with checkpoints where it is to be measured. Returns the seconds, without those
-    of the recording, which all trainings share.
+    Personalizes the base, into `folder`, with checkpoints where it is to be measured. Returns the seconds, without
+    those of the recording, which all trainings share.
     """
     script, kind = load_script(setup.script.stem), SUBJECTS[subject].kind
     # Results say nothing of the folder that they were made in.
