@@ -41,12 +41,13 @@ def text_encoders_of(pipeline: Any) -> dict[str, nn.Module]:
 
 def record_pipeline(
     pipeline: Any,
-    prompts: Sequence[str],
-    held_out_prompts: Sequence[str],
+    prompts: Sequence[str] | None,
+    held_out_prompts: Sequence[str] | None,
     *,
     num_inference_steps: int = 10,
     guidance_scale: float | None = None,
     rank: int = 64,
+    layers: bool = True,
     seed: int = 0,
     text_encoders: bool = False,
     device: torch.device | str | None = "cpu",
@@ -62,10 +63,12 @@ def record_pipeline(
     Args:
         pipeline: On the device and in the precision in which it shall run, with `requires_grad` as in the training.
         prompts (`Sequence[str]`): What the model should go on drawing as it does.
-        held_out_prompts (`Sequence[str]`): Drift is measured by these alone. None of them is in `prompts`.
+            With `None`, the recording only measures.
+        held_out_prompts (`Sequence[str]`):
+            Drift is measured by these alone. None of them is in `prompts`. With `None`, it cannot be measured.
         num_inference_steps (`int`, *optional*, defaults to 10): Steps of the pipeline's own scheduler a prompt.
         guidance_scale (`float`, *optional*): That of the pipeline's call by default.
-        rank, device: As in `record`.
+        rank, layers, device: As in `record`.
         seed (`int`, *optional*, defaults to 0): Of the noise.
         text_encoders (`bool`, *optional*, defaults to `False`):
             Record the layers of the text encoders too, under their names in the pipeline, for training them.
@@ -76,6 +79,7 @@ def record_pipeline(
         `ValueError`: If there are no prompts, a prompt is in both lists, or the pipeline cannot be recorded.
     """
     check_prompts(prompts, held_out_prompts)
+    prompts, held_out_prompts = list(prompts or ()), list(held_out_prompts or ())
     denoiser = denoiser_of(pipeline)
     defaults = _call_defaults(pipeline)
     options = {"guidance_scale": guidance_scale, **options}
@@ -89,12 +93,13 @@ def record_pipeline(
         raise ValueError(f"`guidance_scale` must be a finite number, not {guidance}.")
     others = text_encoders_of(pipeline) if text_encoders else {}
     drawn = {
-        "prompts": list(prompts),
-        "held_out_prompts": list(held_out_prompts),
+        "prompts": prompts,
+        "held_out_prompts": held_out_prompts,
         "seed": seed,
         "options": {"num_inference_steps": num_inference_steps, **options},
+        "scheduler": type(getattr(pipeline, "scheduler", None)).__name__,
     }
-    with record(denoiser, rank=rank, guidance_scale=guidance, device=device, **others) as recording:
+    with record(denoiser, rank=rank, layers=layers, guidance_scale=guidance, device=device, **others) as recording:
         recording.drawn = drawn
         with _bar([*prompts, *held_out_prompts], progress) as bar:
             for number, prompt in enumerate(bar):
@@ -108,23 +113,30 @@ def record_pipeline(
 
 def draw_held_out(pipeline: Any, recording: Recording) -> None:
     """
-    Draw the held-out prompts of `record_pipeline` again, with their seeds, for `recording.drift(run=...)`.
+    Draw the held-out prompts of `record_pipeline` again, with their seeds and the kind of scheduler that drew them,
+    for `recording.drift(run=...)`.
 
     Raises:
-        `ValueError`: If the recording is not of `record_pipeline`.
+        `ValueError`: If the recording is not of `record_pipeline`, or the pipeline cannot have its scheduler.
     """
     if not recording.drawn:
         raise ValueError("The recording does not know its prompts: make one with python -m lipschitz_reg.record.")
     first = recording.drawn["seed"] + len(recording.drawn["prompts"])
-    for number, prompt in enumerate(recording.drawn["held_out_prompts"]):
-        _draw(pipeline, prompt, first + number, recording.drawn["options"])
+    scheduler = getattr(pipeline, "scheduler", None)
+    pipeline.scheduler = _scheduler_of(scheduler, recording.drawn["scheduler"])
+    try:
+        for number, prompt in enumerate(recording.drawn["held_out_prompts"]):
+            _draw(pipeline, prompt, first + number, recording.drawn["options"])
+    finally:
+        pipeline.scheduler = scheduler
 
 
-def check_prompts(prompts: Sequence[str], held_out_prompts: Sequence[str]) -> None:
-    """Raise a ValueError unless there are prompts of both kinds, and none is in both."""
-    if not prompts or not held_out_prompts:
-        raise ValueError(f"There are no {'held-out ' if prompts else ''}prompts.")
-    common = next((prompt for prompt in held_out_prompts if prompt in set(prompts)), None)
+def check_prompts(prompts: Sequence[str] | None, held_out_prompts: Sequence[str] | None) -> None:
+    """Raise a ValueError if one of the lists is empty, or a prompt is in both."""
+    for kind, given in (("", prompts), ("held-out ", held_out_prompts)):
+        if given is not None and not given:
+            raise ValueError(f"There are no {kind}prompts.")
+    common = next((prompt for prompt in held_out_prompts or () if prompt in set(prompts or ())), None)
     if common is not None:
         raise ValueError(f"A held-out prompt only measures, but this one is among the others too: {common}")
 
@@ -138,6 +150,14 @@ def _draw(pipeline: Any, prompt: str, seed: int, options: dict[str, Any]) -> Non
             pipeline(prompt=prompt, generator=generator, output_type="latent", **options)
     finally:
         pipeline.set_progress_bar_config(**(kept or {}))
+
+
+def _scheduler_of(scheduler: Any, name: str) -> Any:
+    """The scheduler, or that of another kind with its configuration."""
+    kinds = {kind.__name__: kind for kind in (type(scheduler), *getattr(scheduler, "compatibles", ()))}
+    if name not in kinds:
+        raise ValueError(f"The recording was drawn with {name}, which {type(scheduler).__name__} cannot stand for.")
+    return scheduler if name == type(scheduler).__name__ else kinds[name].from_config(scheduler.config)
 
 
 def _call_defaults(pipeline: Any) -> dict[str, Any]:

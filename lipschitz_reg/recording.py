@@ -141,7 +141,11 @@ class Recording:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.tmp")
+        unfinished.unlink(missing_ok=True)
+        unfinished.touch()
+        mode = unfinished.stat().st_mode & 0o777  # of a new file here; safetensors would let only its owner read it
         save_file(tensors, unfinished, metadata={"format": "pt", "recording": json.dumps(metadata)})
+        unfinished.chmod(mode)
         unfinished.replace(path)
 
     @classmethod
