@@ -22,7 +22,6 @@ import functools
 import gc
 import hashlib
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -77,7 +76,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lipschitz_reg import Drift, LipschitzRegularizer, Recording, find_lora_adapters, record
+from lipschitz_reg import (
+    Drift,
+    LipschitzRegularizer,
+    Recording,
+    draw_held_out,
+    find_lora_adapters,
+    record_pipeline,
+)
 from lipschitz_reg.anchors import fingerprint
 from lipschitz_reg.budget import fit_share
 
@@ -1731,19 +1737,15 @@ def record_base(
     What the base does for the prompts, the same in all processes and in all runs that go on from a checkpoint. It is
     written to `output_dir` under a name that it alone has.
     """
-    others = {name: getattr(anchor_model, name) for name in trained if name != "unet"}
-    path, digest = args.lipschitz_recording, read_settings(checkpoint).get("recording") if checkpoint else None
-    if path is None and digest is not None:
-        path = Path(checkpoint.parent, recording_file(digest))
+    path, held = find_recording(args, checkpoint), args.lipschitz_layers or args.lipschitz_predictions
+    # New words train in the text encoders, too, but nothing there is held.
+    others = {name: getattr(anchor_model, name) for name in TEXT_ENCODERS if args.train_text_encoder}
     try:
         if path is None and accelerator.is_main_process:
-            guidance = inspect.signature(pipeline.__call__).parameters["guidance_scale"].default
-            layers = bool(args.lipschitz_layers)
-            with record(anchor_model.unet, guidance_scale=guidance, layers=layers, **others) as recording:
-                if args.lipschitz_layers or args.lipschitz_predictions:
-                    draw_latents(accelerator, anchor_model, prompts[::2])
-                with recording.held_out():
-                    draw_latents(accelerator, anchor_model, prompts[1::2])
+            options = {"layers": bool(args.lipschitz_layers), "text_encoders": args.train_text_encoder}
+            options |= {"num_inference_steps": RECORDED_STEPS, "progress": True}
+            with drawing(accelerator, anchor_model):
+                recording = record_pipeline(anchor_model, prompts[::2] if held else None, prompts[1::2], **options)
             path = Path(args.output_dir, recording_file(recording.digest()))
             recording.save(path)
         (path,) = broadcast_object_list([path])
@@ -1753,15 +1755,38 @@ def record_base(
             " (--mixed_precision bf16 or no)" if accelerator.mixed_precision == "fp16" and "NaN" in str(error) else ""
         )
         stop(f"--lipschitz_recording: {error}{how}")
+    check_settings(checkpoint, {"recording": recording.digest()})
     held_out = sum(call.held_out for call in recording.calls)
-    if not held_out and (args.drift_budget is not None or args.drift_every is not None):
-        stop(f"--lipschitz_recording: {path} holds no calls that are held out, by which drift is measured")
+    if args.drift_budget is not None or args.drift_every is not None:
+        if not held_out:
+            stop(f"--lipschitz_recording: {path} holds no calls that are held out, by which drift is measured")
+        if others and not recording.drawn:
+            stop(f"--lipschitz_recording: {path} does not know its prompts, which a text encoder that trains needs")
     if args.drift_budget is not None and (drift := recording.drift().dial) >= args.drift_budget:
         stop(f"--drift_budget: {args.drift_budget:g} is below what rounding gives, {drift:.2g}: choose a larger one")
-    check_settings(checkpoint, {"recording": recording.digest()})
+    own = Path(args.output_dir, path.name)
+    if accelerator.is_main_process and args.lipschitz_recording is None and not own.exists():
+        recording.save(own)  # that of a checkpoint elsewhere, for the checkpoints of this run
     calls = len(recording.calls) - held_out
     logger.info(f"Recorded: {len(recording.layers)} weights of layers, {calls} calls, and {held_out} to measure by.")
     return recording.attach(pipeline.unet, **{name: trained[name] for name in others})
+
+
+def find_recording(args: argparse.Namespace, checkpoint: Path | None) -> Path | None:
+    """The file that was made before, by this run if it is resumed; `None` where the base is to be recorded."""
+    path, flag = args.lipschitz_recording, "--lipschitz_recording"
+    if path is None and checkpoint and (digest := read_settings(checkpoint).get("recording")):
+        path, flag = Path(checkpoint.parent, recording_file(digest)), "--resume_from_checkpoint"
+    if path is None or not needs_recording(args):
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            known = "recording" in (file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        stop(f"{flag}: cannot read the recording {path}: {error}")
+    if not known:
+        stop(f"{flag}: {path} is not a recording: make one with python -m lipschitz_reg.record")
+    return Path(path)
 
 
 def recording_file(digest: str) -> str:
@@ -1833,6 +1858,17 @@ def attach_lipschitz(
     except ValueError as error:
         stop(f"--lipschitz_recording: {error}" if args.lipschitz_recording else error)
     accelerator.register_for_checkpointing(lipschitz)
+    if layers:
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        held |= {adapter.weight for adapter in adapters}
+        names = [name for name, weight in recording.parameters().items() if weight in held and weight.dim() > 1]
+        lacking = [name for name in names if name not in recording.layers]
+        if len(lacking) > len(names) / 10:
+            logger.warning(
+                f"--lipschitz_recording: it lacks {len(lacking)} of {len(names)} weights that train, such as"
+                f" {lacking[0]}, as it was made for others: they are held by their own distance. Make one of all with"
+                " python -m lipschitz_reg.record."
+            )
     return lipschitz, recording
 
 
@@ -1994,29 +2030,22 @@ def evaluating(pipeline: Pipeline) -> Iterator[None]:
         model.train(mode)
 
 
-def draw_latents(accelerator: Accelerator, pipeline: Pipeline, prompts: list[str]) -> None:
-    """Makes the denoiser draw each prompt, from the same noise each time, in `RECORDED_STEPS` steps."""
+@contextmanager
+def drawing(accelerator: Accelerator, pipeline: Pipeline) -> Iterator[None]:
+    """The pipeline as it draws what is recorded, whatever --validation_scheduler is."""
     scheduler, pipeline.scheduler = pipeline.scheduler, probe_scheduler(pipeline)
-    # A generator of its own: training goes the same way with and without.
-    generator = torch.Generator().manual_seed(0)
-    options = {"num_inference_steps": RECORDED_STEPS, "generator": generator, "output_type": "latent"}
     with evaluating(pipeline), accelerator.autocast():
-        for prompt in tqdm(prompts, desc="Base draws", disable=not accelerator.is_main_process, leave=False):
-            pipeline(**encode_for_pipeline(pipeline, prompt), **options)
+        yield
     pipeline.scheduler = scheduler
 
 
 def measure_drift(
-    args: argparse.Namespace, accelerator: Accelerator, pipeline: Pipeline, recording: Recording, prompts: list[str]
+    args: argparse.Namespace, accelerator: Accelerator, pipeline: Pipeline, recording: Recording
 ) -> Drift:
-    """
-    How far predictions have moved from the base's, on what was held out. If the text encoder trains, its embeddings of
-    these prompts count; those of a recording from elsewhere are taken from the recording.
-    """
-    run = None
-    if text_encoders_of(pipeline)[0] is not None and args.lipschitz_recording is None:
-        run = functools.partial(draw_latents, accelerator, pipeline, prompts)
-    return recording.drift(run=run)
+    """How far predictions have moved from the base's, on what was held out, with the embeddings of now."""
+    run = functools.partial(draw_held_out, pipeline, recording) if args.train_text_encoder else None
+    with drawing(accelerator, pipeline):
+        return recording.drift(run=run)
 
 
 def log_drift(
@@ -2057,6 +2086,9 @@ def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschit
         share, change = fit_share(change_at, args.drift_budget)
     except ValueError as error:  # the training is not lost for that
         logger.warning(f"--drift_budget: {error}")
+        return
+    if share != stays:  # from an anchor model that is not the base, it is too far without this training, too
+        logger.warning(f"--drift_budget: predictions are changed by {changes[-1]:.2%}, and that cannot be taken back")
         return
     logger.info(
         f"--drift_budget: the training changed predictions by {changes[0]:.2%}; {share:.1%} of its way is kept, with a"
@@ -2461,6 +2493,7 @@ def main(args: argparse.Namespace) -> None:
     preserved = read_prompts(args)
     settings = describe_run(args, concepts, photos, preserved)
     checkpoint = find_checkpoint(args, accelerator, settings)
+    find_recording(args, checkpoint)
     for concept, images in zip(concepts, class_images if args.with_prior_preservation else []):
         if len(images) < args.num_class_images:
             check_writable("--concepts_list" if args.concepts_list else "--class_data_dir", concept.class_data_dir)
@@ -2494,8 +2527,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Before the checkpoint is loaded: the lipschitz anchors are the pretrained weights.
     lipschitz, recording = attach_lipschitz(args, accelerator, pipeline, optimizer, trained, preserved, checkpoint)
-    settings["recording"] = recording.digest() if recording else None
-    measure = functools.partial(measure_drift, args, accelerator, pipeline, recording, preserved[1::2])
+    settings |= {"recording": recording.digest()} if recording else {}
+    measure = functools.partial(measure_drift, args, accelerator, pipeline, recording)
     prompts, validation_embeds = distinct_prompts(photos + class_images), None
     tokenizers = tokenizers_of(pipeline)
     if TEXT_ENCODERS[0] not in trained:
