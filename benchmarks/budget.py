@@ -81,9 +81,7 @@ def measure(
 
 def table(lines: list[dict]) -> None:
     """Fresh captions beside the budget, and what follows the drift of pictures best."""
-    print(
-        "| | rate | steps | budget | share kept | fresh captions, guided | plain | of the budget | fidelity | pictures |"
-    )
+    print("| | rate | steps | budget | share kept | guided | plain | guided over budget | fidelity | pictures |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     keys = ("method", "rate", "steps", "budget")
     groups = {}
@@ -103,9 +101,8 @@ def table(lines: list[dict]) -> None:
         rows = list(rows)
         of = [row["guided drift"] / row["budget"] for row in rows if row["budget"] and row["share"] < 1]
         if of:
-            print(
-                f"\n{base}: of the budget {min(of):.2f} to {max(of):.2f}, mean {statistics.mean(of):.3f}, {len(of)} models"
-            )
+            span = f"{min(of):.2f} to {max(of):.2f}, mean {statistics.mean(of):.3f}"
+            print(f"\n{base}: of the budget {span}, {len(of)} models")
         for name in ("prediction drift", "guided drift"):
             logs = [math.log(row["drift"] / row[name]) for row in rows if row[name] > 0]
             print(f"{base}: drift of pictures over {name}: scatter {math.exp(statistics.stdev(logs)) - 1:.1%}")
@@ -120,9 +117,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", nargs="+", type=int, default=[120])
     parser.add_argument("--shard", type=shard, default="1/1", help="i/n: part i of n, for n cores.")
     parser.add_argument("--output_dir", type=Path, default=Path("budget"))
-    parser.add_argument(
-        "--table", nargs="+", type=Path, help="Print what these files of results say, and train nothing."
-    )
+    parser.add_argument("--table", nargs="+", type=Path, help="Print what these results say; nothing is trained.")
     return parser.parse_args(input_args)
 
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .recording import Recording
 
 
+_ROUNDING = 1e-2  # by how much, of its norm, a sample may differ where a model is led along the path of its base
+
+
 class Drift(NamedTuple):
     """
     How far predictions have moved.
@@ -35,6 +38,7 @@ class Drift(NamedTuple):
         by_timestep (`dict[float, float]`): `prediction` of each timestep.
         guided_by_timestep (`dict[float, float]`): `guided_prediction` of each timestep.
         largest_change (`float`): The largest ``||f - f_base||`` of a prediction.
+        kl_bound (`float`, *optional*): What `kl_bound` returns, where a scheduler was given.
     """
 
     prediction: float
@@ -42,6 +46,7 @@ class Drift(NamedTuple):
     by_timestep: dict[float, float]
     guided_by_timestep: dict[float, float]
     largest_change: float
+    kl_bound: float | None = None
 
     @property
     def dial(self) -> float:
@@ -58,9 +63,15 @@ class _Answer(NamedTuple):
     base: Tensor
 
 
-def measure_drift(recording: "Recording", model: nn.Module, run: Callable[[], Any] | None = None) -> Drift:
+def measure_drift(
+    recording: "Recording", model: nn.Module, run: Callable[[], Any] | None = None, scheduler: Any = None
+) -> Drift:
     """What `Recording.drift` returns."""
-    return average(_answers(recording, model, run), recording.guidance_scale)
+    answers = _answers(recording, model, run)
+    drift = average(answers, recording.guidance_scale)
+    if scheduler is None:
+        return drift
+    return drift._replace(kl_bound=_bound(answers, recording.guidance_scale, scheduler))
 
 
 def average(answers: Sequence[_Answer], guidance_scale: float) -> Drift:
@@ -77,7 +88,9 @@ def average(answers: Sequence[_Answer], guidance_scale: float) -> Drift:
     )
 
 
-def kl_bound(recording: "Recording", scheduler: Any, model: nn.Module | None = None) -> float:
+def kl_bound(
+    recording: "Recording", scheduler: Any, model: nn.Module | None = None, run: Callable[[], Any] | None = None
+) -> float:
     """
     An upper bound of the KL divergence, in nats, from the base's pictures to the model's, as latents: the mean over
     the held-out chains of ``sum_t ||mu_base - mu_model||^2 / (2 sigma_t^2)`` with the guided prediction.
@@ -89,14 +102,18 @@ def kl_bound(recording: "Recording", scheduler: Any, model: nn.Module | None = N
 
     Args:
         scheduler: That of the held-out calls: its `alphas_cumprod` and `config.prediction_type` are read.
+        model, run: As in `Recording.drift`, which gives both from one pass: ``recording.drift(scheduler=scheduler)``.
 
     Raises:
         `ValueError`: If the scheduler predicts neither noise nor velocity, or calls do not form chains.
     """
+    return measure_drift(recording, recording.model if model is None else model, run, scheduler).kl_bound
+
+
+def _bound(answers: Sequence[_Answer], guidance_scale: float, scheduler: Any) -> float:
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"The bound is for models that predict noise or velocity, not {prediction_type}.")
-    answers = _answers(recording, recording.model if model is None else model, None)
     chains, last = [], None
     for answer in answers:
         if answer.timestep is None:
@@ -110,7 +127,7 @@ def kl_bound(recording: "Recording", scheduler: Any, model: nn.Module | None = N
         timesteps = [int(answer.timestep) for answer in chain]
         weights = ancestral_weights(scheduler.alphas_cumprod, timesteps, prediction_type)
         for answer, weight in zip(chain, weights):  # none for the last
-            pairs = _guided(answer, recording.guidance_scale) or list(zip(answer.now, answer.base, strict=True))
+            pairs = _guided(answer, guidance_scale) or list(zip(answer.now, answer.base, strict=True))
             total += weight * sum((now - base).square().sum().item() for now, base in pairs)
         pictures += len(pairs)
     return total / pictures
@@ -160,8 +177,11 @@ def _forced(model: nn.Module, calls: list[Call], run: Callable[[], Any]) -> list
         answer = answer_of(output)
         if len(answers) >= len(calls) or answer.shape != calls[len(answers)].answer.shape:
             raise ValueError("This run makes other calls than those that were held out: draw the same prompts.")
+        call = calls[len(answers)]
+        if not _agree(_sample(args, kwargs, answer), _sample(call.args, call.kwargs, call.answer)):
+            raise ValueError("This run meets other inputs than its base did: draw with the same sampler and seeds.")
         answers.append(answer.detach().cpu())
-        return replace_answer(output, calls[len(answers) - 1].answer.to(answer))
+        return replace_answer(output, call.answer.to(answer))
 
     handle = model.register_forward_hook(lead, with_kwargs=True)
     try:
@@ -173,13 +193,28 @@ def _forced(model: nn.Module, calls: list[Call], run: Callable[[], Any]) -> list
     return answers
 
 
+def _sample(args: tuple, kwargs: dict[str, Any], answer: Tensor) -> Tensor | None:
+    """What is denoised: the first tensor of the answer's shape that the model was given, or else the first of all."""
+    tensors: list[Tensor] = []
+    map_tensors(tensors.append, (args, kwargs))
+    alike = [tensor for tensor in tensors if tensor.dim() and tensor.shape[1:] == answer.shape[1:]]
+    return next(iter(alike or tensors), None)
+
+
+def _agree(now: Tensor | None, recorded: Tensor | None) -> bool:
+    """Whether two samples are the same but for rounding. Those of another sampler or seed differ by far more."""
+    if now is None or recorded is None:
+        return now is recorded
+    if now.shape != recorded.shape:
+        return False
+    recorded = recorded.to(now.device).float()
+    return bool((now.float() - recorded).norm() <= _ROUNDING * recorded.norm())
+
+
 def _guided(answer: _Answer, scale: float) -> list[tuple[Tensor, Tensor]]:
     """Guided predictions of the model and of the base, for a batch whose second half is the first with prompts."""
     half = len(answer.base) // 2
-    samples: list[Tensor] = []
-    map_tensors(samples.append, (answer.call.args, answer.call.kwargs))
-    sample = next((s for s in samples if s.dim() and s.shape[1:] == answer.base.shape[1:]), None)
-    sample = samples[0] if sample is None and samples else sample
+    sample = _sample(answer.call.args, answer.call.kwargs, answer.base)
     if half == 0 or len(answer.base) % 2 or sample is None or len(sample) != len(answer.base):
         return []
     if not torch.equal(sample[:half], sample[half:]):
