@@ -76,6 +76,25 @@ def drawing_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
+def read_prompts(flag: str, path: Path) -> list[str]:
+    """
+    The lines of a file, each once, without empty ones.
+
+    Raises:
+        `ValueError`: If it cannot be read or is empty.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag}: {path} is not a text file in UTF-8.") from error
+    except OSError as error:
+        raise ValueError(f"{flag}: cannot read {path}: {error.strerror}.") from error
+    prompts = list(dict.fromkeys(line for line in lines if line))
+    if not prompts:
+        raise ValueError(f"{flag}: {path} is empty.")
+    return prompts
+
+
 def read_prompt_files(prompts: Path, held_out: Path | None) -> tuple[list[str], list[str]]:
     """
     The prompts to hold and those that measure: every fourth, where these have no file.
@@ -83,9 +102,9 @@ def read_prompt_files(prompts: Path, held_out: Path | None) -> tuple[list[str], 
     Raises:
         `ValueError`: If a file cannot be read or is empty, or there are fewer than four prompts to divide.
     """
-    lines = _read_prompts("--prompts", prompts)
+    lines = read_prompts("--prompts", prompts)
     if held_out is not None:
-        return lines, _read_prompts("--held_out_prompts", held_out)
+        return lines, read_prompts("--held_out_prompts", held_out)
     if len(lines) < 4:
         raise ValueError(
             f"--prompts: {prompts} has fewer than four prompts, and every fourth only measures: add some, or give "
@@ -130,7 +149,7 @@ def load_pipeline(flag: str, source: str, precision: str | None = None) -> Any:
     """
     device = best_device()
     precision = precision or ("fp32" if device == "cpu" else "bf16")
-    with _quiet():
+    with quiet():
         try:
             from diffusers import DiffusionPipeline
 
@@ -151,7 +170,7 @@ def one_line(message: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """What diffusers and transformers log about packages that are not used here helps nobody. Errors are raised."""
     disabled = logging.root.manager.disable
     logging.disable(max(disabled, logging.WARNING) if not sys.warnoptions else disabled)
@@ -159,19 +178,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(disabled)
-
-
-def _read_prompts(flag: str, path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{flag}: {path} is not a text file in UTF-8.") from error
-    except OSError as error:
-        raise ValueError(f"{flag}: cannot read {path}: {error.strerror}.") from error
-    prompts = list(dict.fromkeys(line for line in lines if line))
-    if not prompts:
-        raise ValueError(f"{flag}: {path} is empty.")
-    return prompts
 
 
 def _check_writable(flag: str, folder: Path) -> None:

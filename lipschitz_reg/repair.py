@@ -1,0 +1,81 @@
+"""
+The closed-form repair of a finished model: each layer's displacement is made smaller where that costs the subject
+least. Holds the arithmetic; which displacements there are is in personalized.py, how far to go in budget.py.
+
+A layer whose weight moved by D gives ``D x`` more. With ``M_s`` the second moments of its inputs when the personalized
+model draws its subject, and ``M_r`` those of the base for what shall stay, the D' that minimizes
+
+    tr((D' - D) (M_s + e) (D' - D)^T)  +  w tr(D' M_r D'^T)
+
+is ``D' = D (M_s + e) (M_s + e + w M_r)^-1``: the first term is what the subject loses, the second is what is left of
+the drift. Both moments are relative to the mean square of the layer's own output on their prompts (`Moment`), so that
+both terms are squared relative changes of the output, and one w fits all layers. Of LoRA, ``D = s B A``, and it is
+``A' = A (M_s + e) (M_s + e + w M_r)^-1``. Parameters without directions, such as biases, become ``D / (1 + w)``.
+
+In place of w, from infinity to 0, stands a share from 0 to 1: ``w = (1 - share) / share``.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .functional import Moment
+
+
+_RIDGE = 0.1  # e, relative to the mean eigenvalue of M_s
+
+
+class Repair(NamedTuple):
+    """
+    The repair of the layers of a model.
+
+    Args:
+        subject (`Mapping[str, Moment]`): ``M_s`` by the name of the weight.
+        base (`Mapping[str, Moment]`): ``M_r``.
+    """
+
+    subject: Mapping[str, Moment]
+    base: Mapping[str, Moment]
+
+    def __call__(self, name: str, displacement: Tensor, share: float) -> Tensor:
+        """What the displacement of a weight becomes; `share` times that of a weight of which there are no moments."""
+        moments = self.subject.get(name), self.base.get(name)
+        if None in moments or not all(moment.root.numel() for moment in moments):
+            return share * displacement
+        return repaired(displacement, *moments, share)
+
+
+def scaled(name: str, displacement: Tensor, share: float) -> Tensor:
+    """Plain interpolation, in the form of `Repair`."""
+    return share * displacement
+
+
+@torch.no_grad()
+def repaired(displacement: Tensor, subject: Moment, base: Moment, share: float) -> Tensor:
+    """
+    ``D (M_s + e) (M_s + e + w M_r)^-1`` with ``w = (1 - share) / share``.
+
+    By the Woodbury identity on ``share (M_s + e) + (1 - share) M_r = U U^T + c I`` nothing larger than D or U is
+    formed. In float64: what is left along U is a small difference of large terms.
+
+    Args:
+        displacement (`torch.Tensor`): (rows, n) or (rows, in, *kernel).
+        share (`float`): From 0, which gives 0, to 1, which gives D.
+    """
+    if share in (0, 1):
+        return share * displacement
+    where = torch.device("cpu") if displacement.device.type == "mps" else displacement.device  # which has no float64
+    rows = displacement.detach().flatten(1).to(where).double()
+    (subject_root, subject_rest), (base_root, base_rest) = (
+        (moment.root.to(where).double(), moment.rest.to(where).double()) for moment in (subject, base)
+    )
+    n = rows.shape[1]
+    diagonal = subject_rest + _RIDGE * (subject_rest + subject_root.square().sum() / n)
+    root = torch.cat([share**0.5 * subject_root, (1 - share) ** 0.5 * base_root], dim=1)
+    c = share * diagonal + (1 - share) * base_rest
+    on_subject = share * (rows @ subject_root @ subject_root.T + diagonal * rows)
+    core = root.T @ root + c * torch.eye(root.shape[1], dtype=root.dtype, device=where)
+    result = (on_subject - torch.linalg.solve(core, (on_subject @ root).T).T @ root.T) / c
+    return result.view_as(displacement).to(displacement)
