@@ -38,7 +38,7 @@ from tradeoff import (
 CHOSEN = [
     ("DreamBooth", 1e-3, 0),
     ("penalty", 1e-3, 300),
-    ("penalty of inputs", 1e-3, 4),
+    ("penalty on layers", 1e-3, 4),
     ("DreamBooth", 5e-4, 0),
     ("DreamBooth", 3e-4, 0),
     ("prior preservation", 5e-4, 0),

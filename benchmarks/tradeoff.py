@@ -97,20 +97,20 @@ GRIDS = {
     # Claims 2 and 5: the other spaces; that of layers on the scripts' own prompts, too, which are of photographs and
     # not of the drawn world.
     "layers": [
-        Row("layers", (1e-3,), (1, 4, 16), LAYERS, steps=(120,)),
-        Row("layers, default prompts", (1e-3,), (4,), "--lipschitz_layers={}", steps=(120,)),
+        Row("penalty on layers", (1e-3,), (1, 4, 16), LAYERS, steps=(120,)),
+        Row("penalty on layers, default prompts", (1e-3,), (4,), "--lipschitz_layers={}", steps=(120,)),
     ],
     "predictions": [
-        Row("predictions", (1e-3,), (3, 10), PREDICTIONS, steps=(120,)),
-        Row("layers + predictions", (1e-3,), (1, 4, 16), BOTH, steps=(120,)),
+        Row("penalty on predictions", (1e-3,), (3, 10), PREDICTIONS, steps=(120,)),
+        Row("layers and predictions", (1e-3,), (1, 4, 16), BOTH, steps=(120,)),
     ],
     # The spaces side by side, for docs/methods.md: of the table there.
     "spaces": [
         Row("DreamBooth", (1e-3,), steps=(120,)),
         Row("penalty", (1e-3,), (300,), steps=(120,)),
-        Row("layers", (1e-3,), (4,), LAYERS, steps=(120,)),
-        Row("predictions", (1e-3,), (3,), PREDICTIONS, steps=(120,)),
-        Row("layers + predictions", (1e-3,), (4,), BOTH, steps=(120,)),
+        Row("penalty on layers", (1e-3,), (4,), LAYERS, steps=(120,)),
+        Row("penalty on predictions", (1e-3,), (3,), PREDICTIONS, steps=(120,)),
+        Row("layers and predictions", (1e-3,), (4,), BOTH, steps=(120,)),
     ],
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR, steps=(120,))],
     # Claim 6, for --draw: no penalty, the weight that is about right, and too much.
@@ -134,8 +134,8 @@ GRIDS = {
         Row("LoRA, stopped early", (4e-3,), (0,), LORA + PENALTY, "constant", (120,), (30, 60)),
         Row("LoRA, delta", (4e-3,), (0.3, 1), LORA + PENALTY),
         Row("LoRA, factors", (4e-3,), (1e-4,), LORA + FACTORS),
-        Row("LoRA, layers", (4e-3,), (0.05, 0.2), LORA + LAYERS),
-        Row("LoRA, layers + predictions", (4e-3,), (0.05, 0.2), LORA + BOTH),
+        Row("LoRA, penalty on layers", (4e-3,), (0.05, 0.2), LORA + LAYERS),
+        Row("LoRA, layers and predictions", (4e-3,), (0.05, 0.2), LORA + BOTH),
     ],
     "custom": [
         Row("Custom Diffusion", (1e-3,), flags=CUSTOM + PENALTY),
@@ -143,8 +143,8 @@ GRIDS = {
         Row("Custom Diffusion", (4e-3,), flags=CUSTOM + PENALTY, shares=(0.5, 0.75)),
         Row("Custom Diffusion, stopped early", (4e-3,), (0,), CUSTOM + PENALTY, "constant", (120,), (30, 60)),
         Row("Custom Diffusion, penalty", (4e-3,), (3,), CUSTOM + PENALTY, steps=(60, 250)),
-        Row("Custom Diffusion, layers", (4e-3,), (0.02, 0.08), CUSTOM + LAYERS),
-        Row("Custom Diffusion, layers + predictions", (4e-3,), (0.02, 0.08), CUSTOM + BOTH),
+        Row("Custom Diffusion, penalty on layers", (4e-3,), (0.02, 0.08), CUSTOM + LAYERS),
+        Row("Custom Diffusion, layers and predictions", (4e-3,), (0.02, 0.08), CUSTOM + BOTH),
         Row("Custom Diffusion, prior preservation", (4e-3,), flags=CUSTOM + PRIOR, steps=(60, 250)),
     ],
 }  # fmt: skip

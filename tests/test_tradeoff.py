@@ -405,7 +405,7 @@ def test_what_the_docs_say_of_the_trade_off_follows_from_the_committed_results(t
     # Of all forms of the penalty, the docs show two, subject by subject.
     table = tradeoff_said[tradeoff_said.index("### Claim 6: full") :].split("\n\n")[1]
     head, _, *rows = (line.strip("| ").split(" | ") for line in table.splitlines())
-    shown = [*range(3), head.index("penalty"), head.index("penalty of inputs")]
+    shown = [*range(3), head.index("penalty"), head.index("penalty on layers")]
     rows = [f"| {' | '.join(row[i] for i in shown)} |" for row in rows]
     assert len(rows) == 8 and [row for row in rows if row not in section] == []
 
