@@ -30,7 +30,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import date, timedelta
 from itertools import zip_longest
 from pathlib import Path
@@ -68,6 +68,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from lipschitz_reg import Drift, Recording, record
 
 
 # The first release in which pipelines take `dtype`.
@@ -293,9 +295,14 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--probes",
         type=positive_int,
         default=16,
-        help="Pictures, and as many photos, that predictions are compared on.",
+        help="Prompts that do not name the subject, and as many that do, on which predictions are compared.",
     )
-    add("--probe_timesteps", type=positive_int, default=10, help="Timesteps of the comparison, evenly spaced.")
+    add(
+        "--probe_timesteps",
+        type=number(int, 2),
+        default=50,
+        help="Denoising steps on the way to each of these pictures; predictions are compared at all of them.",
+    )
 
     add = parser.add_argument_group("output").add_argument
     add(
@@ -624,8 +631,10 @@ def check_models(args: argparse.Namespace) -> None:
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         stop(f"{FLAGS['base']}: it predicts {prediction_type}, not epsilon or v_prediction")
-    if args.num_inference_steps > (most := scheduler.get("num_train_timesteps", 1000)):
-        stop(f"--num_inference_steps must be at most {most}, which is all that the base has")
+    most = scheduler.get("num_train_timesteps", 1000)
+    for name in ("num_inference_steps", "probe_timesteps"):
+        if getattr(args, name) > most:
+            stop(f"--{name} must be at most {most}, which is all that the base has")
     if args.kind == "custom_diffusion":
         path, words = find_file(args, "personalized", KEYS_VALUES_FILE), []
         try:
@@ -902,12 +911,25 @@ def own_share(accelerator: Accelerator, items: list) -> list:
     return items[len(items) * i // n : len(items) * (i + 1) // n]
 
 
+def draw(args: argparse.Namespace, pipeline: Any, model: str, images: list[dict], steps: int, output_type: str) -> Any:
+    """A batch of the pictures that are planned. A seed for each, and noise from the CPU."""
+    return pipeline(
+        [wording(args, model, image["text"]) for image in images],
+        num_inference_steps=steps,
+        guidance_scale=args.guidance_scale,
+        height=args.resolution,
+        width=args.resolution,
+        generator=[torch.Generator().manual_seed(image["seed"]) for image in images],
+        output_type=output_type,
+    ).images
+
+
 def draw_images(
     args: argparse.Namespace, accelerator: Accelerator, pipeline: Any, model: str, images: list[dict], folder: Path
 ) -> None:
     """
-    Draws the pictures that are not on disk. A seed for each picture and noise from the CPU: it comes out the same for
-    any number of processes, and up to rounding for any batch size and device.
+    Draws the pictures that are not on disk. Each comes out the same for any number of processes, and up to rounding
+    for any batch size and device.
     """
     # Always the same batches, as a picture's last bits depend on its batch: equal models draw equal pictures.
     missing = [
@@ -919,15 +941,7 @@ def draw_images(
     accelerator.wait_for_everyone()
     own, broken = own_share(accelerator, missing), []
     for batch in tqdm(own, desc=f"{model}: pictures", disable=not accelerator.is_main_process):
-        arrays = pipeline(
-            [wording(args, model, image["text"]) for image in batch],
-            num_inference_steps=args.num_inference_steps,
-            guidance_scale=args.guidance_scale,
-            height=args.resolution,
-            width=args.resolution,
-            generator=[torch.Generator().manual_seed(image["seed"]) for image in batch],
-            output_type="np",
-        ).images
+        arrays = draw(args, pipeline, model, batch, args.num_inference_steps, "np")
         if not np.isfinite(arrays).all():
             broken.append(f'draws NaN instead of pictures ("{batch[0]["text"]}")')
             break
@@ -948,98 +962,99 @@ def stop_at_nan(args: argparse.Namespace, model: str, broken: list[str]) -> None
         stop(f"the {model} model {broken[0]}: its numbers overflow in {args.precision}; {remedy}")
 
 
-# Drift of predictions and parameters
+# Drift of predictions, and distance of parameters
 
 
-def probe_pictures(
-    args: argparse.Namespace, images: list[dict], folder: Path, photos: list[Path]
-) -> list[tuple[str, Image.Image, str]]:
+NAN = "predicts NaN instead of noise"
+
+
+def plan_probes(args: argparse.Namespace, images: list[dict]) -> list[list[dict]]:
+    """Of the pictures of each kind, `probes`, evenly chosen, on the way to which the two models' predictions meet."""
+    batches = []
+    for kind in ("other", "subject"):
+        those = [image for image in images if image["kind"] == kind]
+        count = min(args.probes, len(those))
+        batches += in_batches([those[i * len(those) // count] for i in range(count)], args.batch_size)
+    return batches
+
+
+def probe_scheduler(base: Any) -> Any:
     """
-    Kind, picture and prompt of what the probes are made of: the base's own pictures of other prompts ("other": what
-    was to stay) and the photos ("subject": what was to change).
+    DDPM's ancestral sampler, for which `kl_bound` holds. Latents are not clipped, whatever a configuration leaves out.
+    Those of EDM have noise levels in place of `alphas_cumprod`: they keep the sampler that they have.
     """
-    others = [image for image in images if image["kind"] == "other"]
-    count = min(args.probes, len(others))
-    chosen = [others[i * len(others) // count] for i in range(count)]
-    prompt = f"a photo of a {args.instance_token} {args.class_name}"
-    pictures = [("other", Image.open(folder / image["file"]), image["text"]) for image in chosen]
-    return pictures + [("subject", open_photo(path), prompt) for path in photos[: args.probes]]
+    if not hasattr(base.scheduler, "alphas_cumprod"):
+        return base.scheduler
+    exact = {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small"}
+    return DDPMScheduler.from_config(base.scheduler.config, **exact)
 
 
-def build_probes(args: argparse.Namespace, base: Any, pictures: list[tuple[str, Image.Image, str]]) -> list[dict]:
+def show_progress(accelerator: Accelerator, model: str, batches: list) -> Iterable:
+    return tqdm(batches, desc=f"{model}: predictions", disable=not accelerator.is_main_process)
+
+
+def record_base(
+    args: argparse.Namespace, accelerator: Accelerator, base: Any, batches: list[list[dict]]
+) -> list[Recording]:
+    """What the base predicts on the way to each batch of pictures."""
+    recordings, broken = [], []
+    for batch in show_progress(accelerator, "base", batches):
+        try:
+            with record(base.unet, layers=False, guidance_scale=args.guidance_scale) as recording:
+                with recording.held_out():
+                    draw(args, base, "base", batch, args.probe_timesteps, "latent")
+        except ValueError:  # not finite
+            broken.append(NAN)
+            break
+        recordings.append(recording)
+    stop_at_nan(args, "base", broken)
+    return recordings
+
+
+def measure_drift(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    personalized: Any,
+    batches: list[list[dict]],
+    recordings: list[Recording],
+) -> list[tuple[str, int, Drift]]:
     """
-    The points at which the two models' predictions are compared: latents of the pictures, each with its prompt, its
-    noise and all timesteps. Latents and noise are float32, (channels, height, width), encoded by the base's
-    autoencoder.
+    Kind and number of the pictures of each batch, and how far predictions have moved on the way to them. The
+    personalized model is asked in its own words and led along the base's way.
     """
-    # Never in half precision: SDXL's autoencoder overflows in it.
-    vae = base.vae.float()
-    side = args.resolution or base.unet.config.sample_size * base.vae_scale_factor
-    generator = torch.Generator().manual_seed(args.seed)
-    steps = base.scheduler.config.num_train_timesteps
-    timesteps = [int((i + 0.5) * steps / args.probe_timesteps) for i in range(args.probe_timesteps)]
-    probes = []
-    for kind, picture, text in pictures:
-        picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
-        with torch.no_grad():
-            latents = vae.encode(pixels.to(vae.device)).latent_dist.mode()[0].cpu() * vae.config.scaling_factor
-        noise = torch.randn(latents.shape, generator=generator)
-        probe = {"kind": kind, "text": text, "side": side, "latents": latents, "noise": noise}
-        probes += [{**probe, "timestep": timestep} for timestep in timesteps]
-    vae.to(base.unet.dtype)
-    return probes
+    scheduler = personalized.scheduler
+    measured = []
+    for batch, recording in zip(show_progress(accelerator, "personalized", batches), recordings):
+        run = functools.partial(draw, args, personalized, "personalized", batch, args.probe_timesteps, "latent")
+        kind = batch[0]["kind"]
+        bounded = kind == "other" and isinstance(scheduler, DDPMScheduler)
+        try:
+            drift = recording.drift(personalized.unet, run=run, scheduler=scheduler if bounded else None)
+        except ValueError as error:
+            stop(f"the personalized model cannot be compared with its base: {error}")
+        measured.append((kind, len(batch), drift))
+    stop_at_nan(args, "personalized", [NAN for *_, drift in measured if not math.isfinite(drift.prediction)])
+    return measured
 
 
-@torch.no_grad()
-def predict_noise(
-    args: argparse.Namespace, accelerator: Accelerator, pipeline: Any, model: str, probes: list[dict]
-) -> list[torch.Tensor]:
-    """The noise that a model sees in each of the probes: float32, (channels, height, width), on the CPU."""
-    scheduler, unet = DDPMScheduler.from_config(pipeline.scheduler.config), pipeline.unet
-    predictions = []
-    batches = in_batches(probes, args.batch_size)
-    for batch in tqdm(batches, desc=f"{model}: predictions", disable=not accelerator.is_main_process):
-        timesteps = torch.tensor([probe["timestep"] for probe in batch])
-        latents, noise = (torch.stack([probe[name] for probe in batch]) for name in ("latents", "noise"))
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        embeds, _, *pooled = pipeline.encode_prompt(
-            prompt=[wording(args, model, probe["text"]) for probe in batch],
-            device=unet.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-        )
-        conditions = {}
-        if pooled:  # SDXL
-            side = batch[0]["side"]
-            sizes = torch.tensor([[side, side, 0, 0, side, side]] * len(batch), device=unet.device, dtype=unet.dtype)
-            conditions = {"text_embeds": pooled[0], "time_ids": sizes}
-        output = unet(
-            noisy.to(unet.device, unet.dtype), timesteps.to(unet.device), embeds, added_cond_kwargs=conditions
-        ).sample
-        output = output.float().cpu()
-        if scheduler.config.prediction_type == "v_prediction":
-            # v = sqrt(a) noise - sqrt(1 - a) latents (arXiv 2202.00512), noisy = sqrt(a) latents + sqrt(1 - a) noise.
-            a = scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-            output = a.sqrt() * output + (1 - a).sqrt() * noisy
-        predictions += list(output)
-    return predictions
-
-
-def prediction_drift(probes: list[dict], base: list[torch.Tensor], personalized: list[torch.Tensor]) -> list[tuple]:
-    """Kind, timestep and ||eps - eps_base|| / ||eps_base|| of each probe."""
-    return [
-        (probe["kind"], probe["timestep"], ((b.double() - a.double()).norm() / a.double().norm()).item())
-        for probe, a, b in zip(probes, base, personalized)
-    ]
-
-
-def average_by_timestep(drifts: list[tuple]) -> dict[str, dict]:
+def average_drift(measured: list[tuple[str, int, Drift]]) -> dict[str, dict]:
+    """Means over pictures by kind: of predictions, of guided predictions, and of the bound for other prompts."""
     result = {}
     for kind in ("other", "subject"):
-        timesteps = sorted({timestep for k, timestep, _ in drifts if k == kind})
-        by_timestep = {t: float(np.mean([d for k, s, d in drifts if (k, s) == (kind, t)])) for t in timesteps}
-        result[kind] = {"mean": float(np.mean(list(by_timestep.values()))), "by_timestep": by_timestep}
+        sizes, drifts = zip(*((size, drift) for its_kind, size, drift in measured if its_kind == kind))
+
+        def mean(value: Callable[[Drift], float | None]) -> float | None:
+            values = [value(drift) for drift in drifts]
+            return None if None in values else float(np.average(values, weights=sizes))
+
+        by_timestep = {t: mean(lambda drift: drift.by_timestep[t]) for t in drifts[0].by_timestep}
+        result[kind] = {
+            "mean": mean(lambda drift: drift.prediction),
+            "guided": mean(lambda drift: drift.guided_prediction),
+            "by_timestep": {int(t) if t == int(t) else t: value for t, value in by_timestep.items()},
+        }
+        if kind == "other":
+            result[kind]["kl_bound"] = mean(lambda drift: drift.kl_bound)
     return result
 
 
@@ -1103,7 +1118,7 @@ def parameter_drift(args: argparse.Namespace) -> dict[str, dict]:
 
 
 def compare_parameters(base: dict[str, torch.Tensor], moved: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """`drift`, the L2 distance, and `relative`, the distance over the base's norm; the same by block in `blocks`."""
+    """`distance`, in L2, and `relative`, the distance over the base's norm; the same by block in `blocks`."""
     squares = {}
     for name, parameter in moved.items():
         anchor = base[name].detach().double()
@@ -1114,9 +1129,9 @@ def compare_parameters(base: dict[str, torch.Tensor], moved: dict[str, torch.Ten
     return {**distances(*map(sum, zip(*squares.values()))), "blocks": blocks}
 
 
-def distances(squared_drift: float, squared_norm: float) -> dict[str, float]:
-    drift = math.sqrt(squared_drift)
-    return {"drift": drift, "relative": drift / math.sqrt(squared_norm) if squared_norm > 0 else 0.0}
+def distances(squared_distance: float, squared_norm: float) -> dict[str, float]:
+    distance = math.sqrt(squared_distance)
+    return {"distance": distance, "relative": distance / math.sqrt(squared_norm) if squared_norm > 0 else 0.0}
 
 
 # Likeness: what the judges see
@@ -1426,6 +1441,10 @@ def show(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}%"
+
+
 def card(title: str, value: float | None, good: float, fair: float, words: tuple[str, str, str], what: str) -> str:
     """One of the answers at the top; it is good at or beyond `good`, fair at or beyond `fair`, in their direction."""
     if value is None:
@@ -1457,7 +1476,9 @@ def timestep_chart(prediction: dict[str, dict]) -> str:
     """Prediction drift by timestep as a drawing in SVG: other prompts and the subject."""
     width, height, left, bottom = 440, 300, 46, 40
     largest = max(max(curve["by_timestep"].values()) for curve in prediction.values()) or 1.0
-    last = max(max(curve["by_timestep"]) for curve in prediction.values())
+    timesteps = sorted({timestep for curve in prediction.values() for timestep in curve["by_timestep"]})
+    # Noise levels of EDM may be below 0.
+    first, last = min(0, timesteps[0]), timesteps[-1]
     # Three to six lines at round numbers.
     power = 10 ** math.floor(math.log10(largest))
     step = power * (0.5 if largest < 2 * power else 1 if largest < 5 * power else 2)
@@ -1465,7 +1486,8 @@ def timestep_chart(prediction: dict[str, dict]) -> str:
 
     def place(timestep, drift):
         share = drift / ticks[-1]
-        return left + (width - left - 12) * timestep / last, height - bottom - (height - bottom - 28) * share
+        along = (timestep - first) / (last - first)
+        return left + (width - left - 12) * along, height - bottom - (height - bottom - 28) * share
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Prediction drift by timestep">']
     for tick in ticks:
@@ -1475,13 +1497,13 @@ def timestep_chart(prediction: dict[str, dict]) -> str:
     for kind, colour, x in (("other", "#3b6fb6", left), ("subject", "#c77d0a", left + 190)):
         points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in prediction[kind]["by_timestep"].items())
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
-        label = "other prompts" if kind == "other" else "the photos"
+        label = "other prompts" if kind == "other" else "the subject"
         parts.append(
             f'<rect x="{x}" y="4" width="14" height="10" fill="{colour}"/><text x="{x + 20}" y="13">{label}</text>'
         )
-    for timestep in prediction["other"]["by_timestep"]:
+    for timestep in timesteps[:: math.ceil(len(timesteps) / 10)]:
         x = place(timestep, 0)[0]
-        parts.append(f'<text x="{x:.0f}" y="{height - bottom + 16}" text-anchor="middle">{timestep}</text>')
+        parts.append(f'<text x="{x:.0f}" y="{height - bottom + 16}" text-anchor="middle">{timestep:.3g}</text>')
     parts.append(
         f'<text x="{left}" y="{height - 4}">timestep: little noise at the left, pure noise at the right</text>'
     )
@@ -1489,14 +1511,14 @@ def timestep_chart(prediction: dict[str, dict]) -> str:
 
 
 def block_chart(parameters: dict[str, dict]) -> str:
-    """Relative drift as a table with bars: of every part, and of the blocks of those that have moved."""
+    """Relative distance as a table with bars: of every part, and of the blocks of those that have moved."""
     largest = max(block["relative"] for part in parameters.values() for block in part["blocks"].values()) or 1.0
     digits = max(0, -math.floor(math.log10(largest)))  # three digits of the largest per cent
     rows = []
     for part, values in parameters.items():
         number = f'<td class="n">{100 * values["relative"]:.{digits}f}%</td>'
         rows.append(f"<tr><th>{part}</th><th></th>{number}</tr>")
-        blocks = values["blocks"] if values["drift"] > 0 else ()
+        blocks = values["blocks"] if values["distance"] > 0 else ()
         # In the order of the data: the U-Net registers its middle last but for the output.
         for name in sorted(blocks, key=lambda name: name.startswith(("up_blocks", "conv_norm_out", "conv_out"))):
             share = 100 * blocks[name]["relative"] / largest
@@ -1524,6 +1546,7 @@ def write_report(
     summary, subject, other, drift = (metrics[name] for name in ("summary", "subject", "other", "drift"))
     ours, base, own, unrelated = (subject[name] for name in ("personalized", "base", "photos", "unrelated"))
     seeds, prediction = drift["between_seeds"], metrics["prediction_drift"]
+    others, asked = prediction["other"], prediction["subject"]
     answers = [
         ["Was the subject learned?", summary["learned"], 0.6, 0.3, ("yes", "in part", "hardly"),
          "By DINO: 0% is what the base draws, 100% as alike as the photos are among themselves. Needs two photos."],
@@ -1567,9 +1590,16 @@ def write_report(
          " yardstick here, as all below: compare with other models, drawn with the same prompts and judges."],
         ["Fréchet, CLIP", show(drift["frechet_clip"], 2), "–", "The same question by mean and covariance."],
         ["Fréchet, DINO", show(drift["frechet_dino"], 2), "–", "And in DINO's features."],
-        ["predictions", f"{100 * prediction['other']['mean']:.2f}%", "–",
-         "Change of the predicted noise relative to its size, on the base's pictures of other prompts;"
-         f" on the photos, where change was wanted, {100 * prediction['subject']['mean']:.2f}%."],
+        ["predictions", percent(others["mean"]), "–",
+         "Change of a prediction, relative to its size, on the base's way from noise to a picture."
+         f" With the subject in the prompt, where change was wanted: {percent(asked['mean'])}."],
+        ["guided predictions", percent(others["guided"]), "–",
+         f"The same with guidance {args.guidance_scale:g}, which is what the sampler gets."
+         f" With the subject in the prompt: {percent(asked['guided'])}."],
+        ["KL bound, nats", show(others["kl_bound"], 1), "–",
+         "Upper bound of the KL divergence of the pictures, as latents, from the base's, for ancestral sampling in"
+         f" {args.probe_timesteps} steps with guidance {args.guidance_scale:g}, without the last step, which adds no"
+         " noise. Good for comparing models; not a distance that one can see."],
     ]  # fmt: skip
     figures = {kind: "".join(figure(*strip) for strip in rows) for kind, rows in strips.items()}
     shown = f'style="--pictures:{min(args.num_images_per_prompt, SHOWN_IMAGES)}"'
@@ -1673,23 +1703,22 @@ def main(args: argparse.Namespace) -> None:
     accelerator.init_trackers("evaluation", config=settings)
 
     # One model at a time: what the base predicts is kept, and the base makes room.
-    dtype, probes, predictions = PRECISIONS[args.precision], None, {}
+    batches = own_share(accelerator, plan_probes(args, images))
     for model in MODELS:
-        pipeline = load_pipeline(args, model, dtype).to(accelerator.device)
+        pipeline = load_pipeline(args, model, PRECISIONS[args.precision]).to(accelerator.device)
         if model == "base":
             check_prompts(args, pipeline, images)
         draw_images(args, accelerator, pipeline, model, images, folders[model])
-        if probes is None:
-            probes = build_probes(args, pipeline, probe_pictures(args, images, folders[model], photos))
-            batches = own_share(accelerator, in_batches(probes, args.batch_size))
-            probes = [probe for batch in batches for probe in batch]
-        predictions[model] = predict_noise(args, accelerator, pipeline, model, probes)
-        finite = all(prediction.isfinite().all() for prediction in predictions[model])
-        stop_at_nan(args, model, [] if finite else ["predicts NaN instead of noise"])
+        pipeline.scheduler = probe_scheduler(pipeline)
+        if model == "base":
+            recordings = record_base(args, accelerator, pipeline, batches)
+        else:
+            measured = measure_drift(args, accelerator, pipeline, batches, recordings)
+        pipeline.unet.to("meta")  # the recordings know it, but not its weights
         del pipeline
         gc.collect()
         torch.cuda.empty_cache()
-    drifts = gather_object(prediction_drift(probes, predictions["base"], predictions["personalized"]))
+    prediction_drift = average_drift(gather_object(measured))
 
     files = {"photos": photos, **{model: [folders[model] / image["file"] for image in images] for model in MODELS}}
     texts = [image["clip_text"] for image in images]
@@ -1698,7 +1727,7 @@ def main(args: argparse.Namespace) -> None:
 
     if accelerator.is_main_process:
         metrics, table = measure_images(images, photos, folders, clip, text_features, dino)
-        metrics |= {"prediction_drift": average_by_timestep(drifts), "parameter_drift": parameters}
+        metrics |= {"prediction_drift": prediction_drift, "parameter_drift": parameters}
         metrics |= {"images": len(images), "photos": len(photos), "settings": settings}
         write_results(args, accelerator, metrics, table, images, photos, folders)
     accelerator.wait_for_everyone()
