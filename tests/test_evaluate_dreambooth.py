@@ -1204,19 +1204,14 @@ def test_refuses_a_folder_with_two_models(refused, tmp_path):
     assert "holds several models, pytorch_lora_weights.safetensors and custom_diffusion.safetensors" in said
 
 
-def test_prompts_that_the_text_encoder_does_not_read_to_their_end_are_told(script, flags, capsys, tmp_path, caplog):
-    long, pipeline = " ".join(["very"] * 40), load_by_hand(BASE)
+def test_prompts_that_the_text_encoder_does_not_read_to_their_end_are_told(script, flags, refused, tmp_path, caplog):
+    long = " ".join(["very"] * 40)
     (tmp_path / "subject.txt").write_text(f"{long} {{token}} {{class}}\n")
     (tmp_path / "other.txt").write_text(f"a photo of a {{class}} {long} blue\n", encoding="utf-8-sig")
-
-    def check(flag):
-        args = script.parse_args([*flags, flag])
-        script.check_prompts(args, pipeline, script.plan_images(args, script.build_prompts(args)))
-
-    with pytest.raises(SystemExit):
-        check(f"--prompts_file={tmp_path / 'subject.txt'}")
-    assert "which names the subject: shorten it" in capsys.readouterr().err
-    check(f"--other_prompts_file={tmp_path / 'other.txt'}")
+    said = refused(f"--prompts_file={tmp_path / 'subject.txt'}", f"--output_dir={tmp_path / 'out'}")
+    assert "which names the subject: shorten it" in said
+    args = script.parse_args([*flags, f"--other_prompts_file={tmp_path / 'other.txt'}"])
+    script.check_prompts(args, load_by_hand(BASE), script.plan_images(args, script.build_prompts(args)))
     (warning,) = [line for line in caplog.messages if "The text encoder ignores" in line]
     assert warning.endswith(f"in 'a photo of a mug {long} blue'.") and "very blue'" in warning
 
