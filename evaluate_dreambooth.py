@@ -912,7 +912,7 @@ def own_share(accelerator: Accelerator, items: list) -> list:
 
 
 def draw(args: argparse.Namespace, pipeline: Any, model: str, images: list[dict], steps: int, output_type: str) -> Any:
-    """A batch of the pictures that are planned. A seed for each, and noise from the CPU."""
+    """Draws some of the planned pictures, together: a seed for each, and noise from the CPU."""
     return pipeline(
         [wording(args, model, image["text"]) for image in images],
         num_inference_steps=steps,
@@ -969,7 +969,7 @@ NAN = "predicts NaN instead of noise"
 
 
 def plan_probes(args: argparse.Namespace, images: list[dict]) -> list[list[dict]]:
-    """Of the pictures of each kind, `probes`, evenly chosen, on the way to which the two models' predictions meet."""
+    """Batches of one kind each: `probes` of its pictures, evenly chosen. Predictions are compared on the way there."""
     batches = []
     for kind in ("other", "subject"):
         those = [image for image in images if image["kind"] == kind]
@@ -980,8 +980,8 @@ def plan_probes(args: argparse.Namespace, images: list[dict]) -> list[list[dict]
 
 def probe_scheduler(base: Any) -> Any:
     """
-    DDPM's ancestral sampler, for which `kl_bound` holds. Latents are not clipped, whatever a configuration leaves out.
-    Those of EDM have noise levels in place of `alphas_cumprod`: they keep the sampler that they have.
+    DDPM's ancestral sampler, for which `kl_bound` holds. It would clip latents where a configuration does not say
+    otherwise. A base with a sampler of EDM, which has no `alphas_cumprod`, keeps its own.
     """
     if not hasattr(base.scheduler, "alphas_cumprod"):
         return base.scheduler
@@ -1597,9 +1597,9 @@ def write_report(
          f"The same with guidance {args.guidance_scale:g}, which is what the sampler gets."
          f" With the subject in the prompt: {percent(asked['guided'])}."],
         ["KL bound, nats", show(others["kl_bound"], 1), "–",
-         "Upper bound of the KL divergence of the pictures, as latents, from the base's, for ancestral sampling in"
-         f" {args.probe_timesteps} steps with guidance {args.guidance_scale:g}, without the last step, which adds no"
-         " noise. Good for comparing models; not a distance that one can see."],
+         "Upper bound of the KL divergence from the base's pictures to the model's, as latents, for ancestral sampling"
+         f" in {args.probe_timesteps} steps with guidance {args.guidance_scale:g}, without the last step, which adds"
+         " no noise. Good for comparing models; not a distance that one can see."],
     ]  # fmt: skip
     figures = {kind: "".join(figure(*strip) for strip in rows) for kind, rows in strips.items()}
     shown = f'style="--pictures:{min(args.num_images_per_prompt, SHOWN_IMAGES)}"'
