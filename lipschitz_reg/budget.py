@@ -65,7 +65,7 @@ def fit_share(measure: Callable[[float], float], budget: float, tolerance: float
     aim = (1 - tolerance / 2) * budget
     # A share on each side of the aim, and by how much its drift is off it. Share 0 is taken to have no drift at first.
     below, above = [0.0, -aim], [1.0, drift - aim]
-    last = None
+    last, least = None, drift
     for count in range(_MOST):
         share = below[0] - below[1] * (above[0] - below[0]) / (above[1] - below[1])
         if count == 2 and below[0] == 0:
@@ -74,19 +74,28 @@ def fit_share(measure: Callable[[float], float], budget: float, tolerance: float
         if (1 - tolerance) * budget <= drift <= budget:
             return share, drift
         if share == 0 and drift > budget:
-            raise ValueError(f"A budget of {budget:g} is below what rounding gives: the base itself has {drift:.2g}.")
+            raise _too_small(budget, drift)
         side, other = (below, above) if drift < aim else (above, below)
         side[:] = share, drift - aim
+        if drift > budget:
+            least = drift
         if side is last:
             other[1] /= 2
         last = side
-    return below[0], _finite(measure(below[0]))
+    share, drift = below[0], _finite(measure(below[0]))
+    if drift == 0:
+        raise _too_small(budget, least)
+    return share, drift
 
 
 def check_budget(budget: float) -> None:
     """Raise a ValueError unless the budget is a finite number above 0."""
     if not (math.isfinite(budget) and budget > 0):
         raise ValueError(f"A budget must be a finite number above 0, not {budget:g}.")
+
+
+def _too_small(budget: float, drift: float) -> ValueError:
+    return ValueError(f"A budget of {budget:g} is below what rounding gives, a drift of {drift:.2g}.")
 
 
 def _finite(drift: float) -> float:

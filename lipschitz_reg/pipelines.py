@@ -6,12 +6,13 @@ prompts. Holds no command (record.py). Pipelines are known by their attributes: 
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from .calls import evaluating
 from .recording import Recording, record
 
 
@@ -145,7 +146,9 @@ def _draw(pipeline: Any, prompt: str, seed: int, options: dict[str, Any]) -> Non
     kept = getattr(pipeline, "_progress_bar_config", None)
     pipeline.set_progress_bar_config(disable=True)
     try:
-        with torch.no_grad():
+        with ExitStack() as stack, torch.no_grad():
+            for part in (denoiser_of(pipeline), *text_encoders_of(pipeline).values()):
+                stack.enter_context(evaluating(part))
             generator = torch.Generator().manual_seed(seed)
             pipeline(prompt=prompt, generator=generator, output_type="latent", **options)
     finally:
