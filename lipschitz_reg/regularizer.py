@@ -243,6 +243,8 @@ class LipschitzRegularizer:
             "steps": self._steps,
             "anchors": self._fingerprint,
             "recording": self._recorded(),
+            "replays": self._replay.count if self._replay else None,
+            "loss_scale": self._replay.loss_scale if self._replay else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -271,6 +273,8 @@ class LipschitzRegularizer:
         self.mode = state_dict["mode"]
         self._mode = MODES[self.mode](state_dict["radius"])
         self._steps = state_dict["steps"]
+        if self._replay and state_dict["replays"]:
+            self._replay.count, self._replay.loss_scale = state_dict["replays"], state_dict["loss_scale"]
 
     def remove(self) -> None:
         """Detach from the optimizer and free the anchors. The optimizer may get another regularizer then."""
@@ -311,8 +315,8 @@ class LipschitzRegularizer:
         if self._uses_gradients():
             if any(closure is not None for closure in (*args[1:2], kwargs.get("closure"))):
                 raise ValueError(
-                    "mode 'coupled' cannot reach gradients that a closure computes inside step(): call step() without "
-                    "a closure, after the backward pass, or use mode 'proximal'."
+                    "The penalty cannot be added to gradients that a closure computes inside step(): call step() "
+                    "without a closure, after the backward pass, or use mode 'proximal' in the space of parameters."
                 )
             if not self._gradient_added:
                 # Fused optimizers get the gradients of a GradScaler still multiplied by this.

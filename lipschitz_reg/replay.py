@@ -63,7 +63,8 @@ class Replay:
         try:
             with _Standins(model, parameters, to_gradient), evaluating(model), torch.enable_grad():
                 for call in self._draw(step):
-                    answer = call.again(model, self.autocast).float()
+                    answer = call.again(model, self.autocast)
+                    answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
                     loss = (answer - call.answer.to(answer)).square().mean() / self.count
                     if loss.requires_grad:
                         (loss * loss_scale).backward()

@@ -2,7 +2,6 @@
 import copy
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,6 +54,8 @@ def make_denoiser(kind="full", dtype=torch.float64, seed=0, **options):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("to_k" in name or "to_v" in name)
     if kind == "lora":
+        from peft import LoraConfig, inject_adapter_in_model  # slow, and not for each process
+
         model.requires_grad_(False)
         config = LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out", "conv_in"])
         inject_adapter_in_model(config, model)
@@ -71,7 +72,8 @@ def draw(model, seed=1, pictures=2, scale=7.5):
     generator = torch.Generator().manual_seed(seed)
     parameter = next(model.parameters())
     sample, words = (torch.randn(pictures, *shape, generator=generator).to(parameter) for shape in ((4, 3), (2, 5)))
-    words, training = torch.cat([torch.zeros_like(words), words]), model.training
+    none = torch.linspace(-1, 1, 10).view(1, 2, 5).to(words).expand_as(words)
+    words, training = torch.cat([none, words]), model.training
     model.eval()
     for timestep in TIMESTEPS:
         answer = model(torch.cat([sample] * 2), torch.tensor(timestep), encoder_hidden_states=words)["sample"]
