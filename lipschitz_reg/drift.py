@@ -124,6 +124,8 @@ def _bound(answers: Sequence[_Answer], guidance_scale: float, scheduler: Any) ->
         chains[-1].append(answer)
     total, pictures = 0.0, 0
     for chain in chains:
+        if len(chain) < 2:
+            raise ValueError("The recorded calls are not those of ancestral sampling: in a chain the timesteps fall.")
         timesteps = [int(answer.timestep) for answer in chain]
         weights = ancestral_weights(scheduler.alphas_cumprod, timesteps, prediction_type)
         for answer, weight in zip(chain, weights):  # none for the last
