@@ -44,9 +44,9 @@ def test_what_the_scripts_share_is_the_same(copy):
     "name, old, new",
     [
         ("stop", "    sys.exit(2)\n", "    sys.exit(3)\n"),
-        ("DRIFT_PROMPTS", '    "a bowl of fruit on a table",\n', ""),
+        ("PROMPTS", '"a bowl of fruit on a table", ', ""),
         ("PARTS", 'PARTS += ["feature_extractor", "image_encoder"]', 'PARTS += ["feature_extractor"]'),
-        ("DRIFT_PROMPTS", "Guidance needs the last.", "Guidance needs one."),
+        ("PROMPTS", "No subject is named.", "No subject is in them."),
     ],
     ids=["function", "constant", "constant of two statements", "comment above it"],
 )

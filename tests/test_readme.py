@@ -74,7 +74,7 @@ def test_the_three_lines_of_the_readme_run():
     model(torch.ones(1, 4)).sum().backward()
     names = {"optimizer": optimizer}
     exec(lines, names)
-    assert names["regularizer"].metrics()["lipschitz/drift"] > 0
+    assert names["regularizer"].metrics()["lipschitz/distance"] > 0
 
 
 def test_files_that_the_readme_names_exist():
