@@ -63,7 +63,7 @@ NUMBERS = {
 
 
 def chosen_trainings() -> list[Training]:
-    trainings = {training[:3]: training for training in trainings_of(["dreambooth", "penalty", "inputs", "prior"])}
+    trainings = {training[:3]: training for training in trainings_of(["dreambooth", "penalty", "layers", "prior"])}
     return [trainings[key] for key in CHOSEN]
 
 
