@@ -26,6 +26,7 @@ from tradeoff import (
     append_line,
     load_script,
     read_lines,
+    record_base,
     shard,
     shard_of,
     train,
@@ -43,6 +44,7 @@ CHOSEN = [
     ("DreamBooth", 3e-4, 0),
     ("prior preservation", 5e-4, 0),
 ]
+PROBES = ["--probes=8", "--probe_timesteps=25"]
 DRAWING = ["--num_inference_steps=25", "--guidance_scale=4", "--batch_size=20"]
 # By name in `metrics.json`: title, factor, digits, and where the same is said of the base.
 NUMBERS = {
@@ -67,7 +69,7 @@ def chosen_trainings() -> list[Training]:
     return [trainings[key] for key in CHOSEN]
 
 
-def evaluate(training: Training, subject: str, seed: int, work: Path) -> dict[str, dict]:
+def evaluate(training: Training, subject: str, seed: int, work: Path, recording: Path) -> dict[str, dict]:
     """
     Trains, and returns the numbers of `metrics.json` as "metrics"; as "prompts", by prompt, the drift in pixels of
     those that do not name the subject and CLIP-T of those that do, means over the personalized model's pictures.
@@ -75,14 +77,14 @@ def evaluate(training: Training, subject: str, seed: int, work: Path) -> dict[st
     model, evaluation = work / "model", work / "evaluation"
     for folder in (model, evaluation):
         shutil.rmtree(folder, ignore_errors=True)
-    train(SD, training, subject, seed, model)
+    train(SD, training, subject, seed, model, recording)
     script = load_script("evaluate_dreambooth")
     flags = [f"--pretrained_model_name_or_path={model}", f"--base_model_name_or_path={SD.base}"]
     flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / subject}", "--instance_token=sks"]
     flags += [f"--class_name={SUBJECTS[subject].kind}", f"--seed={seed}"]
     flags += [f"--{kind}_file={TINYWORLD / kind}.txt" for kind in ("prompts", "other_prompts")]
     flags += [f"--clip_model={TINYWORLD / 'clip'}", f"--dino_model={TINYWORLD / 'vit'}"]
-    flags += [*DRAWING, f"--base_images_dir={work / f'base-{subject}-{seed}'}", f"--output_dir={evaluation}"]
+    flags += [*PROBES, *DRAWING, f"--base_images_dir={work / f'base-{subject}-{seed}'}", f"--output_dir={evaluation}"]
     AcceleratorState._reset_state(reset_partial_state=True)  # which a script of its own process does not find
     script.main(script.parse_args(flags))
     metrics = json.loads((evaluation / "metrics.json").read_text())
@@ -162,6 +164,7 @@ def main(args: argparse.Namespace) -> None:
         name = args.shard.replace("/", "-of-")
         path, work = args.output_dir / f"{name}.jsonl", args.output_dir / f"work-{name}"
         work.mkdir(parents=True, exist_ok=True)
+        recording = record_base(SD, args.output_dir)
         pairs = shard_of([(seed, subject) for seed in args.seeds for subject in args.subjects], args.shard)
         todo = [(training, *pair) for pair in pairs for training in chosen_trainings()]
         for training, seed, subject in tqdm(todo, desc="trainings"):
@@ -169,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
             row = {name: row[name] for name in ("subject", "seed", "method", "rate", "weight")}
             done = [line for file in args.output_dir.glob("*.jsonl") for line in read_lines(file)]
             if row not in [{name: line[name] for name in row} for line in done]:
-                append_line(path, row | evaluate(training, subject, seed, work))
+                append_line(path, row | evaluate(training, subject, seed, work, recording))
         shutil.rmtree(work)
     files = args.files or sorted(args.output_dir.glob("*.jsonl"))
     print_results([line for file in files for line in read_lines(file)])
