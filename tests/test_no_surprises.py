@@ -401,22 +401,28 @@ def test_other_base_is_refused_without_the_penalty_too(run_to_resume, train, ref
     refused("was trained with another base model", train, *flags, base, "--resume_from_checkpoint=latest")
 
 
-def test_recorded_prompts_are_those_of_the_checkpoint(train, refused, tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.txt").write_text(f"a dog\n{name} cats\n")
-    flags = ["--lipschitz_inputs", "--checkpointing_steps=1", f"--output_dir={tmp_path / 'model'}"]
-    train(*flags, f"--drift_prompts_file={tmp_path / 'one.txt'}")
-    other = [f"--drift_prompts_file={tmp_path / 'two.txt'}", "--resume_from_checkpoint=latest"]
-    refused("with --drift_prompts_file one cats (now two cats)", train, *flags, *other)
+@pytest.fixture
+def prompts_flag(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog\na cat\n")
+    return f"--lipschitz_prompts_file={tmp_path / 'prompts.txt'}"
 
 
-def test_what_may_change_changes(run_to_resume, run_script, tmp_path):
-    """Where things lie, what is logged, how long it goes: and the result is that of the run in one go."""
+def test_recorded_prompts_are_those_of_the_checkpoint(train, refused, prompts_flag, tmp_path):
+    flags = ["--lipschitz_layers", "--checkpointing_steps=1", f"--output_dir={tmp_path / 'model'}", prompts_flag]
+    train(*flags)
+    (tmp_path / "prompts.txt").write_text("a dog\ntwo cats\n")
+    message = "with --lipschitz_prompts_file a cat (now two cats)"
+    refused(message, train, *flags, "--resume_from_checkpoint=latest")
+
+
+def test_what_may_change_changes(run_to_resume, run_script, prompts_flag, tmp_path):
+    """Where things lie, what is logged and measured: and the result is that of the run in one go."""
     folder, flags = run_to_resume
     moved = shutil.copytree(flags[1].split("=")[1], tmp_path / "moved")
     shutil.copytree(folder / "model" / "checkpoint-2", tmp_path / "model" / "checkpoint-2")
     more = ["--checkpointing_steps=1", "--validation_prompt=a dog", "--num_validation_images=1", "--report_to=none"]
     more += ["--lipschitz_anchor_device=cpu", f"--instance_data_dir={moved}", "--resume_from_checkpoint=latest"]
+    more += ["--drift_every=1", prompts_flag]
     run_script(*flags, *more, f"--output_dir={tmp_path / 'model'}")
     assert same_bits(weights(tmp_path / "model"), weights(folder / "model"))
 
@@ -749,24 +755,28 @@ def test_all_text_is_utf8_with_or_without_a_mark(script, tmp_path, monkeypatch):
 def test_tilde_is_the_home_folder(script, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ["pretrained_model_name_or_path", "pretrained_config", "tokenizer_name", "instance_data_dir"]
-    names += ["class_data_dir", "output_dir", "logging_dir", "cache_dir", "drift_prompts_file"]
+    names += ["class_data_dir", "output_dir", "logging_dir", "cache_dir", "lipschitz_prompts_file"]
     names += ["lipschitz_anchor_model", "resume_from_checkpoint"]
     flags = [*NEEDED, *(f"--{name}=~/{name}" for name in names), "--drift_every=1", "--with_prior_preservation"]
     args = script.parse_args([*flags, "--class_prompt=dog"])
     assert {name: getattr(args, name) for name in names} == {name: f"{tmp_path}/{name}" for name in names}
+    recording = script.parse_args([*NEEDED, "--drift_every=1", "--lipschitz_recording=~/base"]).lipschitz_recording
+    assert recording == f"{tmp_path}/base"
     (tmp_path / "list.json").write_text('[{"instance_data_dir": "~/photos", "instance_prompt": "a dog"}]')
     args = script.parse_args(["--pretrained_model_name_or_path=x", "--concepts_list=~/list.json"])
     assert script.read_concepts(args)[0].instance_data_dir == f"{tmp_path}/photos"
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "custom_diffusion"])
-def test_files_have_the_permissions_of_the_umask(method, train, tmp_path):
+def test_files_have_the_permissions_of_the_umask(method, train, prompts_flag, tmp_path):
     old = os.umask(0o027)
     try:
-        train(f"--method={method}", "--checkpointing_steps=1", f"--output_dir={tmp_path}")
+        recorded = ["--drift_every=1", prompts_flag] if method == "lora" else []
+        train(f"--method={method}", "--checkpointing_steps=1", f"--output_dir={tmp_path / 'model'}", *recorded)
     finally:
         os.umask(old)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert any(name.startswith("recording-") for name in modes) == bool(recorded)
     assert any(name.endswith(".safetensors") for name in modes) and set(modes.values()) == {0o640}, modes
 
 
