@@ -1994,7 +1994,8 @@ def find_recording(args: argparse.Namespace, checkpoint: Path | None) -> Path | 
         with safe_open(path, framework="pt") as file:
             known = "recording" in (file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        stop(f"{flag}: cannot read the recording {path}: {error}")
+        how = "" if args.lipschitz_recording else "; name it with --lipschitz_recording"
+        stop(f"{flag}: cannot read the recording {path}: {error}{how}")
     if not known:
         stop(f"{flag}: {path} is not a recording: make one with python -m lipschitz_reg.record")
     return Path(path)
