@@ -61,7 +61,14 @@ def training_of(method: str, rate: float, steps: int) -> Training:
 
 
 def measure(
-    ruler: Ruler, unet: dict, training: Training, subject: str, folder: Path, path: Path, budgets: list[float]
+    ruler: Ruler,
+    unet: dict,
+    training: Training,
+    subject: str,
+    folder: Path,
+    path: Path,
+    budgets: list[float],
+    pictures: bool,
 ) -> list[dict]:
     """A line for the model as it was trained, and for what is left of it within each budget."""
     model, base = ruler.pipeline.unet, ruler.base
@@ -77,7 +84,7 @@ def measure(
     for budget in [None, *budgets]:
         share, change = (1.0, change_at(1.0)) if budget is None else fit_share(change_at, budget)
         left = {name: torch.lerp(weight, unet[name], share) for name, weight in base.items()}
-        measured = ruler.measure(left, subject, training, folder)
+        measured = ruler.measure(left, subject, training, folder, pictures)
         lines.append({"budget": budget, "share": share, "held out": change, **measured})
     return lines
 
@@ -91,8 +98,9 @@ def table(lines: list[dict]) -> None:
     for line in lines:
         groups.setdefault(tuple(line[key] for key in keys), []).append(line)
     for (method, rate, steps, budget), rows in sorted(groups.items(), key=str):
-        mean = {name: statistics.mean(row[name] for row in rows) for name in ("share", "guided drift", "fidelity")}
-        mean |= {name: statistics.mean(row[name] for row in rows) for name in ("prediction drift", "drift")}
+        mean = {}
+        for name in ("share", "guided drift", "prediction drift", "fidelity", "drift"):
+            mean[name] = statistics.mean(row[name] for row in rows if name in row) if name in rows[0] else math.nan
         of = [row["guided drift"] / budget for row in rows if budget and row["share"] < 1]
         ratios = f"{min(of):.2f} to {max(of):.2f}" if of else ""
         what = f"{budget:.0%}" if budget else "none"
@@ -107,8 +115,9 @@ def table(lines: list[dict]) -> None:
             span = f"{min(of):.2f} to {max(of):.2f}, mean {statistics.mean(of):.3f}"
             print(f"\n{base}: of the budget {span}, {len(of)} models")
         for name in ("prediction drift", "guided drift"):
-            logs = [math.log(row["drift"] / row[name]) for row in rows if row[name] > 0]
-            print(f"{base}: drift of pictures over {name}: scatter {math.exp(statistics.stdev(logs)) - 1:.1%}")
+            logs = [math.log(row["drift"] / row[name]) for row in rows if row.get("drift") and row[name] > 0]
+            if len(logs) > 1:
+                print(f"{base}: drift of pictures over {name}: scatter {math.exp(statistics.stdev(logs)) - 1:.1%}")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -118,6 +127,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS)[:3], choices=METHODS)
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.03, 0.05, 0.08])
     parser.add_argument("--steps", nargs="+", type=int, default=[120])
+    parser.add_argument("--no_pictures", dest="pictures", action="store_false", help="Measure predictions alone.")
     parser.add_argument("--shard", type=shard, default="1/1", help="i/n: part i of n, for n cores.")
     parser.add_argument("--output_dir", type=Path, default=Path("budget"))
     parser.add_argument("--table", nargs="+", type=Path, help="Print what these results say; nothing is trained.")
@@ -154,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         seconds = train(setup, training, subject, 0, folder, recording)["seconds"]
         unet = trained_unet(setup, training, folder)
-        for line in measure(ruler, unet, training, subject, folder, recording, missing):
+        for line in measure(ruler, unet, training, subject, folder, recording, missing, args.pictures):
             append_line(path, {**what, "seconds": seconds, **line})
     shutil.rmtree(work)
 

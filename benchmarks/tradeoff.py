@@ -361,23 +361,30 @@ class Ruler:
                 for number, prompt in enumerate(self.examiner.other_prompts):
                     self.pipeline(prompt, generator=torch.Generator().manual_seed(1000 * seed + number), **options)
 
-    def measure(self, unet: dict[str, torch.Tensor], subject: str, training: Training, folder: Path) -> dict:
-        """`folder` is that of the result or checkpoint, from which a new word is taken if it learned one."""
+    def measure(
+        self, unet: dict[str, torch.Tensor], subject: str, training: Training, folder: Path, pictures: bool = True
+    ) -> dict[str, float]:
+        """
+        `folder` is that of the result or checkpoint, from which a new word is taken if it learned one. Without
+        `pictures`, only predictions and parameters are measured.
+        """
         self.pipeline.unet.load_state_dict(unet)
         drift = self.recording.drift()
+        squares = [(unet[name].double() - weight.double()).square().sum() for name, weight in self.base.items()]
+        measured = {
+            "prediction drift": drift.prediction,
+            "guided drift": drift.guided_prediction,
+            "parameter drift": float(sum(squares) ** 0.5),
+        }
+        if not pictures:
+            return measured
         pipeline, token = self.pipeline, token_of(training)
         if token == WORD:
             pipeline = load(self.setup.base)
             source = argparse.Namespace(pretrained_model_name_or_path=str(folder), instance_token=WORD)
             self.evaluation.load_custom_diffusion(source, pipeline)
             pipeline.unet = self.pipeline.unet
-        squares = [(unet[name].double() - weight.double()).square().sum() for name, weight in self.base.items()]
-        return {
-            **self.examiner.examine(pipeline, subject, token),
-            "prediction drift": drift.prediction,
-            "guided drift": drift.guided_prediction,
-            "parameter drift": float(sum(squares) ** 0.5),
-        }
+        return {**self.examiner.examine(pipeline, subject, token), **measured}
 
 
 def draw(
