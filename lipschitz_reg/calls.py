@@ -66,7 +66,11 @@ class Call(NamedTuple):
     def timestep(self, model: nn.Module) -> float | None:
         """The noise level, of the first of its batch, if the model has an argument for one."""
         try:
-            given = inspect.signature(model.forward).bind_partial(*self.args, **self.kwargs).arguments
+            given = (
+                inspect.signature(getattr(model, "module", model).forward)
+                .bind_partial(*self.args, **self.kwargs)
+                .arguments
+            )
         except TypeError:
             given = self.kwargs
         value = next((given[name] for name in _TIMESTEPS if name in given), None)

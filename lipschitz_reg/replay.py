@@ -13,6 +13,9 @@ from .calls import Autocast, Call, evaluating
 from .recording import Recording
 
 
+_WATCHED = 8  # of a model's many parts, those that tell of the autocast
+
+
 class Replay:
     """
     Replays `count` of the recorded calls in each step, drawn without replacement, the same in all processes.
@@ -90,7 +93,9 @@ class Replay:
 
     def _watch(self) -> None:
         """Parts of the model know the autocast of the training, which accelerate turns on inside the forward pass."""
-        parts = list(self.recording.model.children()) or [self.recording.model]
+        containers = (nn.ModuleList, nn.ModuleDict)  # which are never called
+        parts = [part for part in self.recording.model.modules() if not isinstance(part, containers)]
+        parts = parts[1:_WATCHED] or parts
         self.handles = [part.register_forward_hook(self._remember) for part in parts]
 
     def _remember(self, module: nn.Module, args: tuple, output: Any) -> None:
