@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .commands import (
+    DTYPES,
     Parser,
     add_drawing_arguments,
     check_file,
@@ -116,12 +117,14 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Parser, argparse.Name
     parser.add_argument("--output", type=Path, required=True, help="A new folder. For a LoRA, it may be a file.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--recording", type=Path, metavar="FILE", help="Of the base: python -m lipschitz_reg.record.")
-    source.add_argument("--prompts", type=Path, metavar="FILE", help="What should stay as it is, one prompt a line; "
-                        "with --subject_prompt, every fourth line measures, without it all.")  # fmt: skip
+    source.add_argument("--prompts", type=Path, metavar="FILE", help="What should stay as it is, one prompt a line.")
+    parser.add_argument("--held_out_prompts", type=Path, metavar="FILE", help="Prompts that only measure drift. "
+                        "Default: all of --prompts; with --subject_prompt, every fourth line of it.")  # fmt: skip
     parser.add_argument("--subject_prompt", help="Of the subject, such as 'a photo of sks dog': keep what it needs, "
                         "layer by layer, instead of an equal share of everything.")  # fmt: skip
     add_drawing_arguments(parser)
-    parser.set_defaults(precision="fp32")
+    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="Of the weights here (fp32). A shorter "
+                        "one takes less memory, and may round away what was trained.")  # fmt: skip
     return parser, parser.parse_args(argv)
 
 

@@ -58,8 +58,6 @@ def number(convert: Callable[[str], Any], least: float, exclusive: bool = False)
 def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     """How the prompts are drawn."""
     least_one = number(int, 1)
-    parser.add_argument("--held_out_prompts", type=Path, metavar="FILE", help="Prompts that only measure drift, one a "
-                        "line. Default: every fourth line of --prompts.")  # fmt: skip
     parser.add_argument("--num_inference_steps", type=least_one, default=10, help="Steps for each prompt (10).")
     parser.add_argument("--guidance_scale", type=number(float, -math.inf), help="Default: the pipeline's.")
     parser.add_argument("--height", type=least_one, help="In pixels. Default: the pipeline's.")
@@ -67,7 +65,6 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_frames", type=least_one, help="Of a video. Default: the pipeline's.")
     parser.add_argument("--rank", type=least_one, default=64, help="Directions kept of each layer's inputs (64).")
     parser.add_argument("--seed", type=int, default=0, help="Of the noise that drawing begins with (0).")
-    parser.add_argument("--precision", choices=DTYPES, help="Default: fp32 on a CPU, else bf16.")
 
 
 def drawing_options(args: argparse.Namespace) -> dict[str, Any]:

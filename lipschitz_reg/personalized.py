@@ -4,6 +4,7 @@ measure of drift and no budget (budget.py). diffusers and safetensors are import
 """
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -51,7 +52,7 @@ class FullModel:
         base.to("cpu")
         self.pipeline = load_pipeline("PERSONALIZED", str(folder), precision)
         self.pipeline.scheduler = base.scheduler  # to draw as the base does
-        name = next(name for name in ("unet", "transformer") if getattr(self.pipeline, name, None) is not None)
+        name = next(name for name in ("unet", "transformer") if getattr(base, name, None) is denoiser_of(base))
         parts = {name: denoiser_of(base), **text_encoders_of(base)}
         self.moved = {}
         for part, model in parts.items():
@@ -73,8 +74,7 @@ class FullModel:
 
     def save(self, folder: Path, share: float) -> None:
         """Write the pipeline as it is now: what moved in the precision of the personalized one, the rest copied."""
-        unfinished = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished = folder.with_name(f"{folder.name}.unfinished-{os.getpid()}")
         unfinished.mkdir(parents=True)
         shutil.copy2(self.folder / "model_index.json", unfinished)
         for part in self.pipeline.components:
@@ -147,7 +147,7 @@ class LoraModel:
             if _UP.search(key) and not (self.key_of and key.endswith("weight")):
                 tensors[key] = (share * tensor.float()).to(tensor.dtype)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.tmp")
+        unfinished = path.with_name(f"{path.name}.unfinished-{os.getpid()}")
         save_file(tensors, unfinished, metadata=self.metadata)
         unfinished.replace(path)
 
