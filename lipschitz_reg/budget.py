@@ -29,7 +29,7 @@ from .functional import Moment
 from .personalized import LORA_FILE, FullModel, LoraModel
 from .pipelines import check_prompts, denoiser_of, draw_held_out, record_pipeline
 from .recording import Recording
-from .repair import Repair, scaled
+from .repair import Repair, scaled, weight
 
 
 _MOST = 20  # measurements
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         share, drift = fit_share(measure, args.budget)
         model.save(output, share)
-    how = f"w = {(1 - share) / share:.3g}" if args.subject_prompt and share else f"share {share:.4g}"
+    how = f"w = {weight(share):.3g}" if args.subject_prompt and share else f"share {share:.4g}"
     print(f"{args.output}: drift {drifts[0]:.4g} before, {how}, drift {drift:.4g}")
 
 

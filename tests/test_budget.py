@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lipschitz_reg import Moment, draw_held_out, record_pipeline
 from lipschitz_reg.budget import fit_share, main
-from lipschitz_reg.repair import _RIDGE, Repair, repaired
+from lipschitz_reg.repair import _RIDGE, Repair, repaired, weight
 
 
 OPTIONS = {"num_inference_steps": 2, "rank": 4}
@@ -91,7 +91,7 @@ def test_the_repair_is_the_written_formula(share):
     displacement = torch.randn(5, 3, 2, 2, dtype=torch.float64)
     dense = [m.root.double() @ m.root.double().T + m.rest.double() * torch.eye(12).double() for m in (subject, base)]
     ridge = _RIDGE * dense[0].trace() / 12 * torch.eye(12).double()
-    w = (1 - share) / share
+    w = weight(share)
     expected = displacement.flatten(1) @ (dense[0] + ridge) @ torch.linalg.inv(dense[0] + ridge + w * dense[1])
     result = repaired(displacement, subject, base, share)
     torch.testing.assert_close(result.flatten(1), expected, rtol=1e-9, atol=1e-12)
@@ -104,7 +104,7 @@ def test_the_repair_goes_from_nothing_to_all_and_shares_what_has_no_directions()
     alike = Moment(torch.zeros(1, 0), torch.ones(()))
     repair = Repair({"bias": alike, "lost": subject}, {"bias": alike})
     for name in ("bias", "lost"):
-        assert torch.equal(repair(name, displacement, 0.25), 0.25 * displacement)
+        assert torch.equal(repair(name, displacement, 0.25), 0.1 * displacement)  # w is 9
 
 
 def load(folder):
@@ -209,10 +209,10 @@ def test_the_command_brings_a_full_model_to_its_budget(tiny_sd, personalized, pr
     assert done.stdout.startswith(f"{folder}: drift ") and done.stdout.count("\n") == 1
     assert 0.0495 <= float(done.stdout.rsplit("drift ", 1)[1]) <= 0.05
     before, after, result = (load_weights(path) for path in (tiny_sd, personalized, folder))
-    for name, weight in result.items():
+    for name, tensor in result.items():
         expected = before[name] + share_in(done.stdout) * (after[name].float() - before[name])
-        assert weight.dtype == torch.float16
-        torch.testing.assert_close(weight.float(), expected, rtol=2e-3, atol=1e-4)
+        assert tensor.dtype == torch.float16
+        torch.testing.assert_close(tensor.float(), expected, rtol=2e-3, atol=1e-4)
     assert {path.name for path in folder.iterdir()} == {path.name for path in tiny_sd.iterdir()}
     assert same_files(folder, personalized, "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json")
     assert 0.03 < drift_of(load(folder), tiny_sd) < 0.08
