@@ -119,7 +119,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Parser, argparse.Name
     source.add_argument("--recording", type=Path, metavar="FILE", help="Of the base: python -m lipschitz_reg.record.")
     source.add_argument("--prompts", type=Path, metavar="FILE", help="What should stay as it is, one prompt a line.")
     parser.add_argument("--held_out_prompts", type=Path, metavar="FILE", help="Prompts that only measure drift. "
-                        "Default: all of --prompts; with --subject_prompt, every fourth line of it.")  # fmt: skip
+                        "Default: all of --prompts; with --subject_prompt, every second line of it.")  # fmt: skip
     parser.add_argument("--subject_prompt", help="Of the subject, such as 'a photo of sks dog': keep what it needs, "
                         "layer by layer, instead of an equal share of everything.")  # fmt: skip
     add_drawing_arguments(parser)

@@ -94,20 +94,20 @@ def read_prompts(flag: str, path: Path) -> list[str]:
 
 def read_prompt_files(prompts: Path, held_out: Path | None) -> tuple[list[str], list[str]]:
     """
-    The prompts to hold and those that measure: every fourth, where these have no file.
+    The prompts to hold and those that measure: every second line, where these have no file.
 
     Raises:
-        `ValueError`: If a file cannot be read or is empty, or there are fewer than four prompts to divide.
+        `ValueError`: If a file cannot be read or is empty, or there is one prompt, which cannot do both.
     """
     lines = read_prompts("--prompts", prompts)
     if held_out is not None:
         return lines, read_prompts("--held_out_prompts", held_out)
-    if len(lines) < 4:
+    if len(lines) == 1:
         raise ValueError(
-            f"--prompts: {prompts} has fewer than four prompts, and every fourth only measures: add some, or give "
+            f"--prompts: {prompts} has one prompt, and every second one only measures: add some, or give "
             "--held_out_prompts."
         )
-    return [line for index, line in enumerate(lines) if index % 4 < 3], lines[3::4]
+    return lines[::2], lines[1::2]
 
 
 def check_file(flag: str, path: Path) -> None:

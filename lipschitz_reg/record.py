@@ -29,7 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Parser, argparse.Name
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="What the model should go on "
                         "drawing as it does, one prompt a line.")  # fmt: skip
     parser.add_argument("--held_out_prompts", type=Path, metavar="FILE", help="Prompts that only measure drift. "
-                        "Default: every fourth line of --prompts.")  # fmt: skip
+                        "Default: every second line of --prompts.")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="It is replaced.")
     parser.add_argument("--text_encoders", action="store_true", help="Record the text encoders too, to train them.")
     add_drawing_arguments(parser)

@@ -128,9 +128,9 @@ def test_the_command_records_a_pipeline_and_says_what(tiny_sd, prompts_file, tmp
     done = subprocess.run([*command, *FAST], capture_output=True, text=True, check=True)
     pipeline = load(tiny_sd)
     recording = Recording.load(file, pipeline.unet)
-    # PNDM makes one call more than it has steps. Every fourth prompt measures.
-    assert [call.held_out for call in recording.calls] == [False] * 12 + [True] * 3
-    assert recording.drawn["held_out_prompts"] == ["a bird"]
+    # PNDM makes one call more than it has steps. Every second prompt measures.
+    assert [call.held_out for call in recording.calls] == [False] * 9 + [True] * 6
+    assert recording.drawn["held_out_prompts"] == PROMPTS[1::2]
     assert recording.guidance_scale == 7.5
     assert recording.layers.keys() == {name for name, _ in pipeline.unet.named_parameters()}
     assert recording.drift().dial < 1e-5
@@ -220,7 +220,7 @@ def test_importing_the_command_does_not_hide_the_function():
         ({"--prompts": "nowhere"}, "--prompts: cannot read nowhere: No such file or directory."),
         ({"--prompts": "empty"}, "--prompts: empty is empty."),
         ({"--prompts": "binary"}, "--prompts: binary is not a text file in UTF-8."),
-        ({"--prompts": "three"}, "--prompts: three has fewer than four prompts, and every fourth only measures"),
+        ({"--prompts": "one"}, "--prompts: one has one prompt, and every second one only measures"),
         ({"--held_out_prompts": "three"}, "this one is among the others too: a cat"),
         ({"--output": "."}, "--output: . is a folder: name a file in it."),
         ({"--output": "three/base.safetensors"}, "--output: cannot write to "),
@@ -237,6 +237,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, prompts_file, tmp
     tmp_path.joinpath("empty").write_text("\n \n")
     tmp_path.joinpath("binary").write_bytes(b"\xff\xfe\xfd")
     tmp_path.joinpath("three").write_text("\n".join(PROMPTS[:3]))
+    tmp_path.joinpath("one").write_text(PROMPTS[0])
     given = {"PIPELINE": "no/model", "--prompts": prompts_file, "--output": "base.safetensors", **flags}
     with pytest.raises(SystemExit) as exit:
         call(monkeypatch, given.pop("PIPELINE"), *(f"{flag}={value}" for flag, value in given.items()))
