@@ -1,22 +1,22 @@
 """
-`record`: one pass of the base over prompts that says what shall stay. It takes what each layer gets, as the second
-moments in which displacements of its weights are measured, and the denoiser's calls with their answers. A `Recording`
-is a file, made once for a base. Holds no penalty (terms.py, replay.py) and no drift (drift.py).
+`record`: the base draws prompts, and what should stay as it is gets recorded: the second moments of each layer's
+inputs, by which displacements of its weights are measured, and the denoiser's calls with their answers. A `Recording`
+can be saved to a file, made once for a base. Holds no penalty (terms.py, replay.py) and no drift (drift.py).
 
 Layers. A layer ``y = W x + b`` whose W moves by D gives ``y + D x``. ``||D||^2`` bounds that change for the worst x;
-for the x that the layer does meet it is ``E||D x||^2 = tr(D C D^T)`` with ``C = E[x x^T]``. Most of what comes into a
-layer of a trained network lies in few directions. A displacement across them hardly changes what the base does.
+for the x that the layer really gets it is ``E||D x||^2 = tr(D C D^T)`` with ``C = E[x x^T]``. The inputs of a layer in
+a trained network lie mostly in a few directions. A displacement across them hardly changes what the base does.
 
 This is the quantity that layerwise quantization and pruning keep small ("Optimal Brain Compression", arXiv 2208.11580)
-and the input half of K-FAC (arXiv 1503.05671). In place of ``||D||^2`` in the penalty of "Preserve and Personalize"
-(arXiv 2505.19519, Algorithm 1) stands ``tr(D M D^T)``, ``M = n C / E[y^2]`` with n columns of W and the mean of y^2
-over the elements of y. With the reduction `tensor_mean` that is ``E||D x||^2 / E||y||^2``, the relative change of the
+and the input half of K-FAC (arXiv 1503.05671). In the penalty of "Preserve and Personalize" (arXiv
+2505.19519, Algorithm 1), ``tr(D M D^T)`` replaces ``||D||^2``. Here ``M = n C / E[y^2]``, n is the number of columns of
+W, and E[y^2] is the mean over the elements of y. With the reduction `tensor_mean` that is ``E||D x||^2 / E||y||^2``, the relative change of the
 output; where all directions carry the same, it is ``||D||^2 / ||W||^2``.
 
 M is kept as ``R R^T + rest * I``. R comes from a random sketch of C, of which only ``C G`` is ever held, for a matrix
 G of orthonormal columns: ``C G (G^T C G)^(-1) G^T C``, the Nystroem approximation (Tropp et al. 2017, arXiv
 1706.05736). What it misses of the trace of C is spread over all directions, and no direction counts less than a
-thousandth of the mean: pictures that were not recorded may need what the recorded ones leave out altogether.
+thousandth of the mean: pictures that were not recorded may need directions that the recorded ones do not use.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from .lora import adapted_weight, lora_factors
 
 _LEAST = 1e-3  # the least that a direction counts, relative to the mean
 _CUTOFF = 1e-5  # eigenvalues of the sketch below this, relative to the largest, are taken for rounding errors
-_SAMPLE = 64  # elements of each parameter by which a base is known
+_SAMPLE = 64  # elements of each parameter by which a base is recognized
 _FORMAT = "lipschitz_reg recording 1"
 _WRAPPERS = re.compile(r"^((module|_orig_mod|base_model\.model)\.)+")
 
@@ -54,10 +54,10 @@ class Recording:
         guidance_scale (`float`): Of classifier-free guidance, for `drift`.
 
     Attributes:
-        layers (`dict[str, Moment]`): What each layer gets, by the name of its parameter in the base.
-        calls (`list[Call]`): The calls of the denoiser, with their answers. Those that are `held_out` only measure.
+        layers (`dict[str, Moment]`): The moment of each layer's inputs, by the name of its parameter in the base.
+        calls (`list[Call]`): The calls of the denoiser, with their answers. Those that are `held_out` only measure drift.
         splits (`bool`): Whether the rows of a call's batch may be replayed one by one.
-        drawn (`dict`): What `record_pipeline` drew: prompts, seed and options. Else empty.
+        drawn (`dict`): What `record_pipeline` drew: prompts, seed and options; otherwise empty.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], guidance_scale: float = 7.5):
@@ -78,7 +78,7 @@ class Recording:
 
     @contextmanager
     def held_out(self) -> Iterator[None]:
-        """Calls in this block are kept apart: nothing is held at them, and `drift` measures by them alone."""
+        """Calls in this block are held out: the penalty does not use them, and `drift` uses only them."""
         self.holding_out = True
         try:
             yield
@@ -96,7 +96,7 @@ class Recording:
         return found
 
     def moments(self) -> dict[Tensor, Moment]:
-        """`layers` by the parameters of the models, as far as these have them."""
+        """`layers` by parameter, for the parameters that the models have."""
         parameters = self.parameters()
         return {parameters[name]: moment for name, moment in self.layers.items() if name in parameters}
 
@@ -104,23 +104,23 @@ class Recording:
         self, model: nn.Module | None = None, run: Callable[[], Any] | None = None, scheduler: Any = None
     ) -> Drift:
         """
-        How far the predictions of a model have moved from the base's, on the calls that were held out.
+        How far the predictions of a model have moved from the base's, on the held-out calls.
 
         Args:
             model (`torch.nn.Module`, *optional*): The denoiser; the recorded one by default, as it is now.
             run (`Callable`, *optional*):
-                What makes the model meet the held-out calls again: the same pipeline, prompts and seeds. The base's
-                answers are put in place of the model's, so that it meets them one after the other. It is for a text
-                encoder that has changed, too: by default calls are replayed with the embeddings of the base.
+                Draws the held-out prompts again, with the same kind of pipeline and the same seeds. The base's
+                answers replace the model's, so that the model meets the same calls. Give it if a text encoder has
+                changed too: by default calls are replayed with the embeddings of the base.
             scheduler (*optional*): The ancestral sampler of the held-out calls, for `Drift.kl_bound`: see `kl_bound`.
 
         Raises:
-            `ValueError`: If no call was held out, or `run` makes other calls, or with other inputs.
+            `ValueError`: If no call was held out, or `run` makes other calls or gives them other inputs.
         """
         return measure_drift(self, self.model if model is None else model, run, scheduler)
 
     def digest(self) -> str:
-        """A hash of all that is recorded."""
+        """A hash of everything that is recorded."""
         if self._digest is None:
             digest = hashlib.sha256()
             tensors, metadata = self._contents()
@@ -154,7 +154,7 @@ class Recording:
         Read what `save` wrote, for a model of the base that was recorded; `others` as in `record`.
 
         Raises:
-            `ValueError`: If the file is no recording, or of another base or other layers than those of the models.
+            `ValueError`: If the file is not a recording, or is of another base or of other layers than the models'.
             `OSError`: If it cannot be read.
         """
         from safetensors import SafetensorError, safe_open
@@ -180,7 +180,7 @@ class Recording:
         return recording
 
     def attach(self, model: nn.Module, /, **others: nn.Module) -> "Recording":
-        """Use it with other models of the same layers: ones that began as this base and have been trained since."""
+        """Use it with other models that have the same layers: ones that began as this base and were trained since."""
         self.models = {"": model, **others}
         return self
 
@@ -239,30 +239,30 @@ def record(
             with recording.held_out():
                 pipeline(other_prompts)  # drift is measured by these
 
-    Any module will do, whatever a pipeline calls: U-Nets and transformers, of pictures or videos.
+    Any module that a pipeline calls will do: U-Nets and transformers, for pictures or videos.
 
-    Recorded of layers are parameters that train, and the frozen weights to which LoRA adapters add: the weights of
+    In layers, it records the parameters that train and the frozen weights that LoRA adapters add to: the weights of
     linear layers and of 2-d convolutions (not grouped, padded with zeros); and biases, embeddings and the weights of
-    norms, whose elements all count alike, by the size of what the layer gives. All others are left out, among them
-    quantized weights, the magnitudes of DoRA, and layers that do not run or give nothing but zeros. Of a weight that
-    several layers share, the last layer counts. A model that has run compiled does not call the hooks: record first.
-    Frozen weights to which adapters other than peft's add have to have `requires_grad` inside the block.
+    norms, whose elements all count alike, by the size of the layer's output. Everything else is left out, such as
+    quantized weights, the magnitudes of DoRA, and layers that do not run or whose output is all zeros. If several
+    layers share a weight, the last one counts. A model that has run compiled does not call the hooks: record first.
+    Frozen weights that adapters other than peft's add to need `requires_grad` inside the block.
 
     Args:
         model (`torch.nn.Module`): The denoiser as it was pretrained, with `requires_grad` as in the training.
         rank (`int`, *optional*, defaults to 64):
-            Columns of `Moment.root`, at most. In a layer of no more inputs the sketch is C itself. The roots take 4
-            bytes * rank * (in * kernel) a layer, and as much again while they are recorded.
-        layers (`bool`, *optional*, defaults to `True`): Whether layers are recorded, or calls alone.
+            The most columns that `Moment.root` may have. For a layer with no more inputs, the sketch is C itself. The
+            roots take 4 bytes * rank * (in * kernel) a layer, and as much again while they are recorded.
+        layers (`bool`, *optional*, defaults to `True`): Whether to record layers, or only calls.
         guidance_scale (`float`, *optional*, defaults to 7.5): Of classifier-free guidance, which `drift` applies.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-            Where calls are kept, in host memory by default; with `None` where they are made. A tensor that several
+            Where calls are kept, in host memory by default; with `None`, where they were made. A tensor that several
             calls share, such as the embeddings of a prompt, is kept once.
         others (`torch.nn.Module`):
-            Other models that train, such as `text_encoder=text_encoder`: of these the layers are recorded.
+            Other models that train, such as `text_encoder=text_encoder`: only their layers are recorded.
 
     Raises:
-        `ValueError`: If the rank is below 1. At the end of the block, if what came out was not finite.
+        `ValueError`: If the rank is below 1; at the end of the block, if an output was not finite.
     """
     if rank < 1:
         raise ValueError(f"`rank` must be at least 1, not {rank}.")
@@ -302,7 +302,7 @@ def record(
         )
     for recorder in recorders:
         recording.layers |= recorder.moments()
-        recorder.sketch = None  # its memory
+        recorder.sketch = None  # frees its memory
     recording.splits = rows_agree(model, recording.calls)
 
 
@@ -338,7 +338,7 @@ class _Recorder:
                 self.sketch.addmm_(rows.T, projected)
 
     def _project(self, rows: Tensor) -> Tensor:
-        """The rows times (n, rank) orthonormal columns, the same in each run and process; times 1 if n is no more."""
+        """The rows times (n, rank) orthonormal columns, the same in each run and process; as they are if n <= rank."""
         n = rows.shape[1]
         if n <= self.rank:
             return rows
@@ -358,7 +358,7 @@ class _Recorder:
             name = next(iter(self.names.values())).rpartition(".")[0]
             raise ValueError(f"{name} gave NaN or infinity while it was recorded: run it in float32 or bfloat16.")
         if output == 0:
-            return {}  # no change is small beside it
+            return {}  # no change is small relative to 0
         result = {}
         for key, name in self.names.items():
             if key != self.matrix:
@@ -378,7 +378,7 @@ class _Recorder:
 
 
 def _matrix(module: nn.Module) -> Tensor | None:
-    """The weight, if its rows are multiplied with what `_rows` returns."""
+    """The weight, if its rows are multiplied by what `_rows` returns."""
     if isinstance(module, nn.Conv2d):
         plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
         return module.weight if plain else None
@@ -386,7 +386,7 @@ def _matrix(module: nn.Module) -> Tensor | None:
 
 
 def _rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
-    """What a row of the weight is multiplied with, (positions, n); image by image where it is a convolution."""
+    """What a row of the weight is multiplied by, (positions, n); image by image for a convolution."""
     if isinstance(module, nn.Linear):
         yield inputs.reshape(-1, inputs.shape[-1])
         return
@@ -404,12 +404,12 @@ def _sample(parameter: Tensor) -> Tensor:
 
 
 def _same(recorded: Tensor, now: Tensor) -> bool:
-    """Whether two samples are of one value, that one of them may have in a shorter precision."""
+    """Whether two samples have the same values, though one of them may be in a lower precision."""
     if recorded.shape != now.shape:
         return False
     dtypes = [torch.float32]
     for dtype in (torch.float16, torch.bfloat16):
         if any(torch.equal(sample.to(dtype).float(), sample) for sample in (recorded, now)):
             dtypes.append(dtype)
-    # A value that was rounded twice may have ended elsewhere.
+    # A value that was rounded twice may differ.
     return not len(now) or any((recorded.to(d) == now.to(d)).float().mean() > 0.95 for d in dtypes)
