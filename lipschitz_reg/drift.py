@@ -7,7 +7,7 @@ flow. What a sampler gets is the guided prediction, ``u + g (c - u)`` of the pre
 
 `kl_bound` is about whole pictures. Ancestral sampling is the chain ``x_s ~ N(mu(x_t), sigma_t^2)``. By the chain rule,
 along the chain of the base, ``KL(base || model) = sum_t E ||mu_base - mu_model||^2 / (2 sigma_t^2)``, in nats, for the
-paths; by the data processing inequality it is at least the KL divergence of what they end in. "Preserve and
+paths; by the data processing inequality it is at least the KL divergence of their end points. "Preserve and
 Personalize" (arXiv 2505.19519) bounds a term of this sum by ``||theta - theta_base||^2``.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .recording import Recording
 
 
-_ROUNDING = 1e-2  # by how much, of its norm, a sample may differ where a model is led along the path of its base
+_ROUNDING = 1e-2  # how much a sample may differ, relative to its norm, where a model is led along its base's path
 
 
 class Drift(NamedTuple):
@@ -34,11 +34,11 @@ class Drift(NamedTuple):
     Args:
         prediction (`float`): The mean relative change of a prediction.
         guided_prediction (`float`, *optional*):
-            That of the guided prediction; `None` where calls do not come with and without prompt.
-        by_timestep (`dict[float, float]`): `prediction` of each timestep.
-        guided_by_timestep (`dict[float, float]`): `guided_prediction` of each timestep.
+            The same for the guided prediction; `None` where calls are not made both with and without a prompt.
+        by_timestep (`dict[float, float]`): `prediction` at each timestep.
+        guided_by_timestep (`dict[float, float]`): `guided_prediction` at each timestep.
         largest_change (`float`): The largest ``||f - f_base||`` of a prediction.
-        kl_bound (`float`, *optional*): What `kl_bound` returns, where a scheduler was given.
+        kl_bound (`float`, *optional*): What `kl_bound` returns, if a scheduler was given.
     """
 
     prediction: float
@@ -50,7 +50,7 @@ class Drift(NamedTuple):
 
     @property
     def dial(self) -> float:
-        """What a budget is about: the change of what the sampler gets, the guided prediction where there is one."""
+        """What a budget limits: `guided_prediction`, which the sampler gets, or else `prediction`."""
         return self.prediction if self.guided_prediction is None else self.guided_prediction
 
 
@@ -92,12 +92,12 @@ def kl_bound(
     recording: "Recording", scheduler: Any, model: nn.Module | None = None, run: Callable[[], Any] | None = None
 ) -> float:
     """
-    An upper bound of the KL divergence, in nats, from the base's pictures to the model's, as latents: the mean over
+    An upper bound on the KL divergence, in nats, from the base's pictures to the model's, as latents: the mean over
     the held-out chains of ``sum_t ||mu_base - mu_model||^2 / (2 sigma_t^2)`` with the guided prediction.
 
     It holds for ancestral sampling: the held-out calls have to be those of diffusers' `DDPMScheduler` (or of DDIM with
     eta 1), from pure noise, with the recording's `guidance_scale` and the prompts that were drawn. The last step,
-    which adds no noise, is not in it: the bound is for the latents before it. Most of it comes from the least noisy
+    which adds no noise, is left out: the bound is for the latents before it. Most of it comes from the least noisy
     steps, and it grows with the square of the change.
 
     Args:
@@ -137,7 +137,7 @@ def _bound(answers: Sequence[_Answer], guidance_scale: float, scheduler: Any) ->
 
 def ancestral_weights(alphas_cumprod: Tensor, timesteps: Sequence[int], prediction_type: str) -> list[float]:
     """
-    What ``||f - f_base||^2`` counts in `kl_bound` at each timestep but the last: ``(d mu / d f)^2 / (2 sigma^2)``.
+    The weight of ``||f - f_base||^2`` in `kl_bound` at each timestep but the last: ``(d mu / d f)^2 / (2 sigma^2)``.
 
     With ``a`` and ``b`` the `alphas_cumprod` of a timestep and of the next: ``sigma^2 = (1 - b) / (1 - a) *
     (1 - a / b)`` and ``d mu / d x_0 = sqrt(b) (1 - a / b) / (1 - a)`` ("Denoising Diffusion Probabilistic Models",
@@ -196,7 +196,7 @@ def _forced(model: nn.Module, calls: list[Call], run: Callable[[], Any]) -> list
 
 
 def _sample(args: tuple, kwargs: dict[str, Any], answer: Tensor) -> Tensor | None:
-    """What is denoised: the first tensor of the answer's shape that the model was given, or else the first of all."""
+    """The noisy sample: the first tensor given to the model that has the answer's shape, or else the first one."""
     tensors: list[Tensor] = []
     map_tensors(tensors.append, (args, kwargs))
     alike = [tensor for tensor in tensors if tensor.dim() and tensor.shape[1:] == answer.shape[1:]]
@@ -226,7 +226,7 @@ def _guided(answer: _Answer, scale: float) -> list[tuple[Tensor, Tensor]]:
 
 
 def _relative(rows: Sequence[tuple[float | None, Tensor, Tensor]]) -> tuple[list[float], dict[float, float]]:
-    """The relative change of each, and the mean of each timestep."""
+    """The relative change of each, and the mean at each timestep."""
     drifts = [((now - base).norm() / base.norm()).item() for _, now, base in rows]
     by_timestep: dict[float, list[float]] = {}
     for (timestep, *_), drift in zip(rows, drifts, strict=True):
