@@ -1,7 +1,6 @@
 """
-The recorded calls of a model: what it was given, in whatever form, and its answer; and the way to make one again.
-Knows no architecture. Which calls are recorded is decided in recording.py, what is done with them in replay.py and
-drift.py.
+The recorded calls of a model: what it was given, in whatever form, and its answer; and how to repeat one. Works with
+any architecture. recording.py decides which calls are recorded; replay.py and drift.py use them.
 """
 
 import copy
@@ -21,7 +20,7 @@ _TIMESTEPS = ("timestep", "timesteps", "t")  # what denoisers call their noise l
 
 
 class Store:
-    """Tensors by number, each kept once however often it comes."""
+    """Tensors by number. Each is kept only once, however often it is added."""
 
     def __init__(self, tensors: dict[int, Tensor] | None = None, device: torch.device | str | None = None):
         self.tensors, self.device = tensors or {}, device
@@ -46,7 +45,7 @@ class Call(NamedTuple):
     Args:
         args, kwargs: What it was given: tensors, numbers, strings, and lists, tuples and dicts of these.
         answer (`torch.Tensor`): The first tensor of its output.
-        held_out (`bool`): Whether it only measures.
+        held_out (`bool`): Whether it only measures drift.
         autocast: Device, whether autocast was on there, and its dtype.
     """
 
@@ -64,7 +63,7 @@ class Call(NamedTuple):
         return cls(map_tensors(keep, args), map_tensors(keep, kwargs), keep(answer_of(output)), held_out, autocast)
 
     def timestep(self, model: nn.Module) -> float | None:
-        """The noise level, of the first of its batch, if the model has an argument for one."""
+        """The noise level of the first row of its batch, if the model has an argument for it."""
         try:
             given = (
                 inspect.signature(getattr(model, "module", model).forward)
@@ -77,7 +76,7 @@ class Call(NamedTuple):
         return float(value.flatten()[0]) if isinstance(value, Tensor) else value
 
     def row(self, index: int) -> "Call":
-        """Of a batch, one row alone; what is not of the batch's size is for all."""
+        """One row of a batch. Tensors that do not have the batch's size are for all rows."""
         size = len(self.answer)
 
         def cut(tensor: Tensor) -> Tensor:
@@ -113,7 +112,7 @@ class Call(NamedTuple):
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """The same structure of lists, tuples and dicts with the function of each tensor in place of it."""
+    """The same structure of lists, tuples and dicts with the function applied to each tensor."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
@@ -144,14 +143,14 @@ def replace_answer(output: Any, answer: Tensor) -> Any:
 
 
 def autocast_of(output: Any) -> Autocast:
-    """The autocast that is on now where the output is."""
+    """The autocast that is on now, for the output's device."""
     kind = answer_of(output).device.type
     return kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout: nothing that draws random numbers. Each module is in its own mode again afterwards."""
+    """No dropout, nor anything else that draws random numbers. Afterwards each module is back in its own mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
