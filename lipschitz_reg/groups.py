@@ -22,14 +22,14 @@ SPACES = ("parameters", "layers", "predictions")
 
 class Terms:
     """
-    All that is penalized in the param groups of an optimizer, which it had when this was built. Arguments as in
+    Everything that is penalized in an optimizer's param groups, as they were when this was built. Arguments as in
     `LipschitzRegularizer`.
 
     In `lora_form` `"delta"` the factors of adapters have no term of their own; in `"factors"` they are parameters with
-    anchor 0, and distance is measured by the products all the same.
+    anchor 0, but distance is still measured by the products.
 
     Attributes:
-        weight (`dict[str, float]`): Of the groups that have none of their own, by space.
+        weight (`dict[str, float]`): By space, for the groups that have none of their own.
         spaces (`list[str]`): Those in which a group has a weight above 0.
         all (`list[Term]`): What is penalized in any space, as terms of the space of parameters.
     """
@@ -91,7 +91,7 @@ class Terms:
         return weights
 
     def rows(self, reduction: str) -> list[Row]:
-        """The terms of all spaces but predictions that have a weight above 0 now."""
+        """The terms that have a weight above 0 now, in all spaces but predictions."""
         rates = {p: group.get("lr") for group in self.optimizer.param_groups for p in group["params"]}
         rows = []
         for space in SPACES:
@@ -103,7 +103,7 @@ class Terms:
         return rows
 
     def measured(self) -> list[Term]:
-        """The terms by which distance is measured: of all that has a weight above 0 now."""
+        """The terms by which distance is measured: those that have a weight above 0 now."""
         weights: dict[Tensor, float] = {}
         for space in self.spaces:
             for parameter, weight in self.weights(space).items():
@@ -114,7 +114,7 @@ class Terms:
         return math.sqrt(sum(to_floats([term.squared() for term in self.measured()])))
 
     def anchor_norm(self, terms: Sequence[Term]) -> float:
-        """The norm of the anchors, an adapter's being its weight; NaN if such a weight is not known."""
+        """The norm of the anchors; an adapter's anchor is its weight. NaN if such a weight is not known."""
         new = {term: term.squared_anchor() for term in terms if term not in self._squared_anchors}
         if None in new.values():
             return math.nan
@@ -122,7 +122,7 @@ class Terms:
         return math.sqrt(sum(self._squared_anchors[term] for term in terms))
 
     def clear(self) -> None:
-        """Free the anchors. What had a weight above 0 is without one from here on."""
+        """Free the anchors. From here on, parameters with a weight above 0 have none."""
         self.all, self._anchored, self._squared_anchors = [], set(), {}
         self.in_space = {space: [] for space in self.in_space}
 
@@ -172,7 +172,7 @@ class Terms:
 
 
 def by_space(name: str, weight: float | Mapping[str, float]) -> dict[str, float]:
-    """A weight for each space; a number is for that of parameters."""
+    """A weight for each space; a plain number is for the space of parameters."""
     given = weight if isinstance(weight, Mapping) else {"parameters": weight}
     unknown = [space for space in given if space not in SPACES]
     if unknown:
