@@ -1,6 +1,6 @@
 """
-The space of predictions: ``weight * mean (f_theta - f_base)^2`` on recorded calls of the denoiser, a few of which are
-made again in each step. Holds no recording (recording.py) and no optimizer (regularizer.py).
+The space of predictions: ``weight * mean (f_theta - f_base)^2`` on recorded calls of the denoiser, a few of which
+each step repeats. Holds no recording (recording.py) and no optimizer (regularizer.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,15 +13,15 @@ from .calls import Autocast, Call, evaluating
 from .recording import Recording
 
 
-_WATCHED = 8  # of a model's many parts, those that tell of the autocast
+_WATCHED = 8  # how many of a model's parts are watched for the autocast
 
 
 class Replay:
     """
     Replays `count` of the recorded calls in each step, drawn without replacement, the same in all processes.
 
-    The gradient goes right into those that are there, so that it takes no memory of its own; no hook of the parameters
-    (DDP's, or a fused backward's) sees it, and no random number of the training is drawn.
+    The gradient is added directly to those already there, so that it takes no memory of its own. The parameters' hooks
+    (DDP's, or a fused backward's) do not see it, and no random number of the training is drawn.
     """
 
     def __init__(self, recording: Recording, count: int):
@@ -44,7 +44,7 @@ class Replay:
 
         Args:
             scale: What the gradients are multiplied by.
-            step: Which calls are drawn.
+            step: Its number, which decides the calls that are drawn.
 
         Returns:
             `torch.Tensor`: ``weight * mean (f_theta - f_base)^2`` over these calls.
@@ -92,7 +92,7 @@ class Replay:
         return drawn
 
     def _watch(self) -> None:
-        """Parts of the model know the autocast of the training, which accelerate turns on inside the forward pass."""
+        """Watch for the training's autocast in parts of the model: accelerate turns it on inside the forward pass."""
         containers = (nn.ModuleList, nn.ModuleDict)  # which are never called
         parts = [part for part in self.recording.model.modules() if not isinstance(part, containers)]
         parts = parts[1:_WATCHED] or parts
@@ -112,7 +112,7 @@ class Replay:
             handle.remove()
 
     def _average(self, parameters: Sequence[Tensor]) -> None:
-        """All processes replay the same, but a GPU may round each sum in its own way, and the copies would part."""
+        """All processes replay the same calls, but GPUs may round differently, and the copies would grow apart."""
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return
         size = torch.distributed.get_world_size()
@@ -129,8 +129,8 @@ class Replay:
 
 class _Standins:
     """
-    Puts tensors that share the values and gradients of parameters in their place in the model, so that a backward pass
-    adds to these gradients and wakes none of the hooks of the parameters.
+    Replaces parameters in the model by tensors that share their values and gradients, so that a backward pass adds to
+    these gradients without calling the parameters' hooks.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor], to_gradient: Callable[[Tensor], Tensor]):
