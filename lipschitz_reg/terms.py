@@ -81,7 +81,7 @@ class ParameterTerm:
 
 
 class LoraTerm:
-    """What a LoRA adapter adds to a weight, plus what that weight is away from its anchor already."""
+    """What a LoRA adapter adds to a weight, plus the difference between that weight and its anchor."""
 
     def __init__(self, adapter: LoraAdapter, offset: Tensor | None = None, moment: Moment | None = None):
         self.adapter, self.offset, self.moment = adapter, offset, moment
@@ -101,7 +101,7 @@ class LoraTerm:
         return own.pop() if own else 0.0
 
     def rate(self, rates: Mapping[Tensor, Any]) -> Any:
-        return None  # only what acts after the step asks, and that is not for products
+        return None  # only `Proximal` uses it, which is not for products
 
     def has_gradient(self) -> bool:
         return self.adapter.down.grad is not None or self.adapter.up.grad is not None
@@ -114,7 +114,7 @@ class LoraTerm:
         return squared_delta(self.adapter, self.offset, self._moment())
 
     def pull(self, fraction: Coefficient) -> Tensor:
-        """The nearest product in a ball around 0 is the product made smaller, and one factor carries that."""
+        """The nearest product in a ball around 0 is the product made smaller, and scaling one factor does that."""
         square = self.squared()
         pull_(self.adapter.up, zeros_like(self.adapter.up), fraction)
         return square
@@ -159,7 +159,7 @@ def checked(name: str, value: float) -> float:
 
 
 def zeros_like(tensor: Tensor) -> Tensor:
-    """Zeros in the shape of the tensor, which take the memory of one."""
+    """Zeros in the shape of the tensor, in the memory of a single element."""
     return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand_as(tensor)
 
 
