@@ -36,12 +36,13 @@ _LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d
 
 class Moment(NamedTuple):
     """
-    ``M = root root^T + rest * I``, in which displacements of one parameter are measured (recording.py says why).
+    The second moment of a layer's inputs, ``M = root root^T + rest * I``, by which displacements of one of its parameters
+    are measured (recording.py says why).
 
     Args:
         root (`torch.Tensor`):
-            (n, rank), float32, n being the elements of a row of the weight: in * kernel. (1, 0) where all elements of
-            the parameter count alike.
+            (n, rank), float32, where n is the number of elements in a row of the weight: in * kernel. (1, 0) where all
+            elements of the parameter count alike.
         rest (`torch.Tensor`): No dimensions, float32.
     """
 
@@ -49,7 +50,7 @@ class Moment(NamedTuple):
     rest: Tensor
 
     def apply(self, displacement: Tensor) -> Tensor:
-        """``displacement M``, its rows flattened, in its shape and dtype, which should be float32 or wider."""
+        """``displacement M``, on flattened rows. Keeps shape and dtype, which should be float32 or wider."""
         if not self.root.numel():
             return displacement * self.rest.to(displacement)
         rows, root, rest = displacement.flatten(1), self.root.to(displacement), self.rest.to(displacement)
