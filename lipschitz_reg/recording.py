@@ -8,10 +8,10 @@ for the x that the layer really gets it is ``E||D x||^2 = tr(D C D^T)`` with ``C
 a trained network lie mostly in a few directions. A displacement across them hardly changes what the base does.
 
 This is the quantity that layerwise quantization and pruning keep small ("Optimal Brain Compression", arXiv 2208.11580)
-and the input half of K-FAC (arXiv 1503.05671). In the penalty of "Preserve and Personalize" (arXiv
-2505.19519, Algorithm 1), ``tr(D M D^T)`` replaces ``||D||^2``. Here ``M = n C / E[y^2]``, n is the number of columns of
-W, and E[y^2] is the mean over the elements of y. With the reduction `tensor_mean` that is ``E||D x||^2 / E||y||^2``, the relative change of the
-output; where all directions carry the same, it is ``||D||^2 / ||W||^2``.
+and the input half of K-FAC (arXiv 1503.05671). In the penalty of "Preserve and Personalize" (arXiv 2505.19519,
+Algorithm 1), ``tr(D M D^T)`` replaces ``||D||^2``. Here ``M = n C / E[y^2]``, n is the number of columns of W, and
+``E[y^2]`` is the mean over the elements of y. With the reduction `tensor_mean` that is ``E||D x||^2 / E||y||^2``, the
+relative change of the output; where all directions carry the same, it is ``||D||^2 / ||W||^2``.
 
 M is kept as ``R R^T + rest * I``. R comes from a random sketch of C, of which only ``C G`` is ever held, for a matrix
 G of orthonormal columns: ``C G (G^T C G)^(-1) G^T C``, the Nystroem approximation (Tropp et al. 2017, arXiv
@@ -55,7 +55,7 @@ class Recording:
 
     Attributes:
         layers (`dict[str, Moment]`): The moment of each layer's inputs, by the name of its parameter in the base.
-        calls (`list[Call]`): The calls of the denoiser, with their answers. Those that are `held_out` only measure drift.
+        calls (`list[Call]`): The denoiser's calls, with their answers. Those that are `held_out` only measure drift.
         splits (`bool`): Whether the rows of a call's batch may be replayed one by one.
         drawn (`dict`): What `record_pipeline` drew: prompts, seed and options; otherwise empty.
     """
