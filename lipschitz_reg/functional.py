@@ -36,8 +36,8 @@ _LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d
 
 class Moment(NamedTuple):
     """
-    The second moment of a layer's inputs, ``M = root root^T + rest * I``, by which displacements of one of its parameters
-    are measured (recording.py says why).
+    The second moment of a layer's inputs, ``M = root root^T + rest * I``, by which displacements of one of its
+    parameters are measured (recording.py says why).
 
     Args:
         root (`torch.Tensor`):
