@@ -1,6 +1,6 @@
 """
 The penalty on LoRA: a readable reference on the formed product, then the same from Gram matrices, and the search for
-adapters in a model. Holds no state and no hooks, and never imports peft: its layers are recognized by their attributes.
+adapters in a model. Holds no state and no hooks, and never imports peft: its layers are known by their attributes.
 
 An adapter adds ``delta = s B A`` to a frozen weight W; A (`down`) is rank x in, B (`up`) out x rank, and s the
 scaling, alpha / rank. Full fine-tuning that moved W by delta would pay ``c ||delta||^2`` ("Preserve and Personalize",
