@@ -38,12 +38,12 @@ class LipschitzRegularizer:
     `optimizer.step()`, whoever calls it ("Preserve and Personalize", arXiv 2505.19519, Algorithm 1). The anchors are
     the present values of the parameters.
 
-    Nearness can be measured in three spaces, one or several of them, each with a weight:
+    Nearness can be measured in three spaces. Use one or several, each with a weight of its own:
 
     - `"parameters"`: their distance, as above.
-    - `"layers"`: how much a displacement changes what its layer gives for its recorded inputs (recording.py).
-    - `"predictions"`: ``weight * mean (f_theta - f_base)^2`` on recorded calls of the denoiser, of which `replays` are
-      made again in each step (replay.py).
+    - `"layers"`: how much a displacement changes the outputs of its layer, on recorded inputs (recording.py).
+    - `"predictions"`: ``weight * mean (f_theta - f_base)^2`` on recorded calls of the denoiser, `replays` of which
+      each step repeats (replay.py).
 
     Build it while the parameters are the pretrained ones, that is, before a checkpoint is loaded, and after whatever
     replaces the parameters of the optimizer (FSDP). A param group may carry its own `lipschitz_weight`, as it may
@@ -74,8 +74,8 @@ class LipschitzRegularizer:
             Where the anchors are kept; with their parameters by default. `"cpu"` frees the memory of an accelerator,
             to which each step then copies them, one tensor at a time.
         anchors (`Mapping[torch.Tensor, torch.Tensor]`, *optional*):
-            The anchors of parameters, and of the weights that adapters act on, for which they are not the values of
-            now: of a model that was fine-tuned before, to stay near that from which it began.
+            Anchors for parameters, and for weights that adapters act on, where these are not the present values: for a
+            model that was fine-tuned before and should stay near the one that it began as.
         adapters (`Sequence[LoraAdapter]`, *optional*):
             The LoRA adapters of the model, from `find_lora_adapters`. Their factors are penalized as `lora_form` says;
             every other parameter, such as the magnitudes of DoRA, has its anchor as always.
@@ -84,9 +84,9 @@ class LipschitzRegularizer:
             keeps no anchor. It has no `"proximal"` mode, which has no closed form there. `"factors"` penalizes
             ``||A||^2 + ||B||^2``, as the authors' code does.
         recording (`Recording`, *optional*):
-            From `record`, of the base. The spaces of layers and predictions need it.
+            The base's, from `record`. The spaces of layers and predictions need it.
         replays (`int`, *optional*, defaults to 1):
-            Recorded calls that each step makes again in the space of predictions, of one row of a batch each.
+            How many recorded calls each step repeats in the space of predictions. Each row of a batch counts as one.
 
     A copy of the optimizer, by `copy.deepcopy` or `pickle`, has a copy of the regularizer attached, anchors and all.
 
@@ -140,7 +140,7 @@ class LipschitzRegularizer:
         self._values: list[Tensor] | None = None
         self._replayed: list[Tensor] = []
         self._fingerprint: str | None = None
-        # With anchors of their own, or adapters that were loaded, the parameters are away before the first step.
+        # With anchors of their own, or adapters that were loaded, the parameters may be away before the first step.
         self._distance_at_start = self._terms.distance() if anchors or adapters else 0.0
         self._handles = []
         if self.spaces:
@@ -150,7 +150,7 @@ class LipschitzRegularizer:
 
     @property
     def weight(self) -> dict[str, float]:
-        """The weight in each space, of the param groups that have none of their own. It may be set to another."""
+        """The weight in each space, for the param groups that have none of their own. It can be set."""
         return self._terms.weight
 
     @weight.setter
@@ -169,7 +169,7 @@ class LipschitzRegularizer:
 
     def add_gradient(self) -> None:
         """
-        Add the penalty's gradient now, and not in the next `optimizer.step()`, for `"coupled"` mode.
+        Add the penalty's gradient now instead of in the next `optimizer.step()`, for `"coupled"` mode.
 
         Called before the gradients are clipped, it lets the norm count the penalty, as in the authors' code; without
         the call, the penalty is added after clipping, at its full size. Call it in every step or in none: once, after
@@ -186,10 +186,10 @@ class LipschitzRegularizer:
 
         Args:
             per_adapter (`bool`, *optional*, defaults to `False`):
-                Whether `lipschitz/distance/<name>`, ``||s B A||``, comes too for each LoRA adapter.
+                Whether to add `lipschitz/distance/<name>`, ``||s B A||``, for each LoRA adapter.
 
         Returns:
-            `dict[str, float]`: `lipschitz/penalty`, as `penalty` has it; `lipschitz/distance`, ``||theta - anchor||``
+            `dict[str, float]`: `lipschitz/penalty`, as `penalty` returns it; `lipschitz/distance`, ``||theta - anchor||``
             over all penalized parameters, whatever the space, where an adapter counts as the weight that it acts on,
             in either `lora_form`; `lipschitz/relative_distance`, the distance over ``||anchor||``. Where nothing is
             penalized, the penalty is 0 and the distances are NaN, and so is the relative distance where an adapter's
@@ -218,9 +218,9 @@ class LipschitzRegularizer:
 
     def penalty(self) -> float:
         """
-        The term of the loss in the last `optimizer.step()`, summed over the spaces, from the pass that was made there.
-        Waits for the device, and reads no parameter; before the first step it is computed, without predictions. In
-        `"projected"` mode the loss has no term for parameters.
+        What the penalty added to the loss in the last `optimizer.step()`, summed over the spaces, as computed there.
+        Waits for the device, but reads no parameter. Before the first step it is computed here, without predictions.
+        In `"projected"` mode the loss has no term for parameters.
         """
         if self._values is None:
             return sum(to_floats(self._mode.values(self._rows())))
@@ -228,8 +228,8 @@ class LipschitzRegularizer:
 
     def state_dict(self) -> dict[str, Any]:
         """
-        The configuration, the number of steps taken, and fingerprints of the anchors and of the recording, which are
-        not in it.
+        The configuration, the number of steps taken, and fingerprints of the anchors and of the recording, but not
+        these themselves.
         """
         if self._fingerprint is None:
             # The second is what lora_form "factors" adds.
@@ -289,7 +289,7 @@ class LipschitzRegularizer:
         self._replay, self.recording, self._values, self._replayed = None, None, None, []
 
     def pull(self, fraction: float) -> None:
-        """Move everything that is penalized this fraction of the way back to the base; below 0 away from it."""
+        """Move everything that is penalized this fraction of the way back to the base, or away from it if below 0."""
         for term in self._terms.all:
             term.pull(fraction)
 
