@@ -1,6 +1,6 @@
 """
 Recording a diffusers pipeline, whatever its architecture: which of its parts is the denoiser, and the drawing of
-prompts. Holds no command (record.py). Pipelines are known by their attributes: diffusers is not imported here.
+prompts. Holds no command (record.py). Pipelines are recognized by their attributes: diffusers is not imported here.
 """
 
 import inspect
@@ -58,22 +58,22 @@ def record_pipeline(
     """
     Record the base of a diffusers pipeline while it draws prompts. The pictures are not decoded.
 
-    Prompt i starts from noise of the seed `seed + i`, whatever the other prompts are; held-out prompts count on. No
-    other random number is drawn.
+    Prompt i starts from noise of the seed `seed + i`, whatever the other prompts are; held-out prompts continue the
+    count. No other random number is drawn.
 
     Args:
-        pipeline: On the device and in the precision in which it shall run, with `requires_grad` as in the training.
+        pipeline: On the device and in the precision in which it should run, with `requires_grad` as in the training.
         prompts (`Sequence[str]`): What the model should go on drawing as it does.
             With `None`, the recording only measures.
         held_out_prompts (`Sequence[str]`):
-            Drift is measured by these alone. None of them is in `prompts`. With `None`, it cannot be measured.
-        num_inference_steps (`int`, *optional*, defaults to 10): Steps of the pipeline's own scheduler a prompt.
-        guidance_scale (`float`, *optional*): That of the pipeline's call by default.
+            Drift is measured by these alone. None of them may be in `prompts`. With `None`, it cannot be measured.
+        num_inference_steps (`int`, *optional*, defaults to 10): Steps for each prompt, with the pipeline's own scheduler.
+        guidance_scale (`float`, *optional*): By default, that of the pipeline's call.
         rank, layers, device: As in `record`.
         seed (`int`, *optional*, defaults to 0): Of the noise.
         text_encoders (`bool`, *optional*, defaults to `False`):
             Record the layers of the text encoders too, under their names in the pipeline, for training them.
-        progress (`bool`, *optional*, defaults to `True`): Show a bar over the prompts. Needs tqdm.
+        progress (`bool`, *optional*, defaults to `True`): Show a progress bar. Needs tqdm.
         options: Other arguments of the pipeline's call, such as `height`. `None` is the pipeline's default.
 
     Raises:
@@ -118,7 +118,7 @@ def draw_held_out(pipeline: Any, recording: Recording) -> None:
     for `recording.drift(run=...)`.
 
     Raises:
-        `ValueError`: If the recording is not of `record_pipeline`, or the pipeline cannot have its scheduler.
+        `ValueError`: If the recording is not from `record_pipeline`, or the pipeline cannot use its scheduler.
     """
     if not recording.drawn:
         raise ValueError("The recording does not know its prompts: make one with python -m lipschitz_reg.record.")
@@ -156,7 +156,7 @@ def _draw(pipeline: Any, prompt: str, seed: int, options: dict[str, Any]) -> Non
 
 
 def _scheduler_of(scheduler: Any, name: str) -> Any:
-    """The scheduler, or that of another kind with its configuration."""
+    """The scheduler, or one of the named kind with the same configuration."""
     kinds = {kind.__name__: kind for kind in (type(scheduler), *getattr(scheduler, "compatibles", ()))}
     if name not in kinds:
         raise ValueError(f"The recording was drawn with {name}, which {type(scheduler).__name__} cannot stand for.")
