@@ -1,5 +1,5 @@
 """
-The command that records the base of a diffusers pipeline into a file. The recording itself is pipelines.py.
+The command that records the base of a diffusers pipeline into a file. The recording itself is in pipelines.py.
 
     python -m lipschitz_reg.record PIPELINE --prompts FILE --output FILE.safetensors
 """
@@ -24,13 +24,13 @@ from .pipelines import check_prompts, record_pipeline
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[Parser, argparse.Namespace]:
-    parser = Parser("record", "Record what a base model does, once, for all trainings that shall stay near it.")
+    parser = Parser("record", "Record what a base model does, once, for all trainings that should stay near it.")
     parser.add_argument("pipeline", metavar="PIPELINE", help="Folder of a diffusers pipeline, or its name on the Hub.")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="What the model should go on "
                         "drawing as it does, one prompt a line.")  # fmt: skip
     parser.add_argument("--held_out_prompts", type=Path, metavar="FILE", help="Prompts that only measure drift. "
                         "Default: every second line of --prompts.")  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="It is replaced.")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="An existing file is replaced.")
     parser.add_argument("--text_encoders", action="store_true", help="Record the text encoders too, to train them.")
     add_drawing_arguments(parser)
     parser.add_argument("--precision", choices=DTYPES, help="Default: fp32 on a CPU, else bf16.")
