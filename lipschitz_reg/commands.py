@@ -62,9 +62,9 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance_scale", type=number(float, -math.inf), help="Default: the pipeline's.")
     parser.add_argument("--height", type=least_one, help="In pixels. Default: the pipeline's.")
     parser.add_argument("--width", type=least_one, help="In pixels. Default: the pipeline's.")
-    parser.add_argument("--num_frames", type=least_one, help="Of a video. Default: the pipeline's.")
+    parser.add_argument("--num_frames", type=least_one, help="Frames of a video. Default: the pipeline's.")
     parser.add_argument("--rank", type=least_one, default=64, help="Directions kept of each layer's inputs (64).")
-    parser.add_argument("--seed", type=int, default=0, help="Of the noise that drawing begins with (0).")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise that drawing starts from (0).")
 
 
 def drawing_options(args: argparse.Namespace) -> dict[str, Any]:
