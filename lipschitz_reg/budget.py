@@ -48,16 +48,16 @@ def fit_share(measure: Callable[[float], float], budget: float, tolerance: float
             Moves the model to base + share * (trained - base), and returns its drift. The last call is with the share
             that is returned.
         budget (`float`): The largest drift, above 0.
-        tolerance (`float`, *optional*, defaults to 0.01): How far below the budget is near enough, as a part of it.
+        tolerance (`float`, *optional*, defaults to 0.01): How far below the budget is near enough, as a fraction of it.
 
     Returns:
         `tuple[float, float]`: The share and its drift: 1 if all of it is within the budget, and else a share with a
         drift between ``(1 - tolerance) * budget`` and the budget; where rounding leaves none there, the largest share
-        that was found below.
+        that was found below the budget.
 
     Raises:
-        `ValueError`: If the budget is not a finite number above 0, or even the base, as it is rounded, has drifted
-            more than that, or a drift is not finite.
+        `ValueError`: If the budget is not a finite number above 0, or rounding alone gives even the base more drift
+            than that, or a drift is not finite.
     """
     check_budget(budget)
     drift = _finite(measure(1.0))
@@ -70,7 +70,7 @@ def fit_share(measure: Callable[[float], float], budget: float, tolerance: float
     for count in range(_MOST):
         share = below[0] - below[1] * (above[0] - below[0]) / (above[1] - below[1])
         if count == 2 and below[0] == 0:
-            share = 0.0  # does it have drift?
+            share = 0.0  # does the base itself have drift?
         drift = _finite(measure(share))
         if (1 - tolerance) * budget <= drift <= budget:
             return share, drift
@@ -106,25 +106,25 @@ def _finite(drift: float) -> float:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> tuple[Parser, argparse.Namespace]:
-    parser = Parser("budget", "Bring a finished model back towards its base, as far as a budget of drift demands.")
+    parser = Parser("budget", "Bring a finished model back towards its base, until its drift is within a budget.")
     parser.add_argument(
         "base", metavar="BASE", help="Folder of the base's diffusers pipeline, or its name on the Hub."
     )
     parser.add_argument("personalized", type=Path, metavar="PERSONALIZED", help="What was made of it: the folder of a "
                         "pipeline, or a LoRA: a .safetensors file or a folder with one.")  # fmt: skip
     parser.add_argument("--budget", type=number(float, 0, exclusive=True), required=True, help="The largest change of "
-                        "the base's predictions, as a part of them, such as 0.05.")  # fmt: skip
+                        "the base's predictions, relative to their size, such as 0.05.")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, help="A new folder. For a LoRA, it may be a file.")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--recording", type=Path, metavar="FILE", help="Of the base: python -m lipschitz_reg.record.")
+    source.add_argument("--recording", type=Path, metavar="FILE", help="A recording of the base: python -m lipschitz_reg.record.")
     source.add_argument("--prompts", type=Path, metavar="FILE", help="What should stay as it is, one prompt a line.")
     parser.add_argument("--held_out_prompts", type=Path, metavar="FILE", help="Prompts that only measure drift. "
                         "Default: all of --prompts; with --subject_prompt, every second line of it.")  # fmt: skip
-    parser.add_argument("--subject_prompt", help="Of the subject, such as 'a photo of sks dog': keep what it needs, "
+    parser.add_argument("--subject_prompt", help="A prompt for the subject, such as 'a photo of sks dog': keep what it needs, "
                         "layer by layer, instead of an equal share of everything.")  # fmt: skip
     add_drawing_arguments(parser)
-    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="Of the weights here (fp32). A shorter "
-                        "one takes less memory, and may round away what was trained.")  # fmt: skip
+    parser.add_argument("--precision", choices=DTYPES, default="fp32", help="Of the weights here (fp32). A lower "
+                        "one takes less memory, but may round away what was trained.")  # fmt: skip
     return parser, parser.parse_args(argv)
 
 
@@ -177,7 +177,7 @@ def _find(personalized: Path) -> tuple[type[FullModel] | type[LoraModel], Path]:
 
 
 def _read_prompts(args: argparse.Namespace) -> tuple[list[str] | None, list[str]]:
-    """What shall stay, which only the repair needs, and what measures."""
+    """The prompts that should stay, which only the repair needs, and those that measure drift."""
     if args.subject_prompt:
         prompts, held_out_prompts = read_prompt_files(args.prompts, args.held_out_prompts)
         check_prompts(prompts, held_out_prompts)
@@ -197,7 +197,7 @@ def _recording(args: argparse.Namespace, base: Any, prompts: tuple[list[str] | N
 
 
 def _subject_moments(args: argparse.Namespace, pipeline: Any) -> dict[str, Moment]:
-    """What the layers of the personalized model get when it draws its subject."""
+    """The moments of the personalized model's layers when it draws its subject."""
     options = {**drawing_options(args), "progress": False}
     return record_pipeline(pipeline, [args.subject_prompt] * _SUBJECT_SEEDS, None, **options).layers
 
