@@ -33,7 +33,7 @@ _DORA = re.compile(r"\.(dora_scale|lora_magnitude_vector)\b")
 
 class FullModel:
     """
-    A pipeline of which the denoiser, and maybe text encoders, were trained.
+    A pipeline whose denoiser, and perhaps text encoders, were trained.
 
     Args:
         base: The pipeline that it began as, in the same precision. It may be moved off the accelerator.
@@ -125,7 +125,7 @@ class LoraModel:
     def move(self, share: float, reduce: Reduce = scaled) -> None:
         """
         Multiply the up factors by the share; or with another `reduce`, which takes the names of the denoiser's
-        weights, make the down factors what it returns.
+        weights, set the down factors to what it returns.
         """
         if reduce is not scaled and not self.key_of:
             self.key_of = self._match()
