@@ -3,16 +3,16 @@ The closed-form repair of a finished model: each layer's displacement is made sm
 least. Holds the arithmetic; which displacements there are is in personalized.py, how far to go in budget.py.
 
 A layer whose weight moved by D gives ``D x`` more. With ``M_s`` the second moments of its inputs when the personalized
-model draws its subject, and ``M_r`` those of the base for what shall stay, the D' that minimizes
+model draws its subject, and ``M_r`` those of the base for what should stay, the D' that minimizes
 
     tr((D' - D) (M_s + e) (D' - D)^T)  +  w tr(D' M_r D'^T)
 
 is ``D' = D (M_s + e) (M_s + e + w M_r)^-1``: the first term is what the subject loses, the second is what is left of
 the drift. Both moments are relative to the mean square of the layer's own output on their prompts (`Moment`), so that
-both terms are squared relative changes of the output, and one w fits all layers. Of LoRA, ``D = s B A``, and it is
+both terms are squared relative changes of the output, and one w fits all layers. For LoRA, ``D = s B A``, it is
 ``A' = A (M_s + e) (M_s + e + w M_r)^-1``. Parameters without directions, such as biases, become ``D / (1 + w)``.
 
-In place of w, from infinity to 0, stands a share from 0 to 1: ``w = ((1 - share) / share)^2``. Drift is nearly in
+A share from 0 to 1 stands in for w, which goes from infinity to 0: ``w = ((1 - share) / share)^2``. Drift is nearly in
 proportion to it, as it is in plain interpolation, and few measurements find the share that meets a budget.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from .functional import Moment
 
 
-# e, relative to the mean eigenvalue of M_s. Of 0.001, 0.1, 1 and 10, at one drift, 1 left the predictions of a tiny
+# e, relative to the mean eigenvalue of M_s. Of 0.001, 0.1, 1 and 10, at the same drift, 1 left the predictions of a tiny
 # full model for its subject nearest to what they were, and 0.1 those of a LoRA.
 _RIDGE = 1.0
 
