@@ -40,7 +40,7 @@ def test_the_scripts_take_the_commands_of_the_readme():
     assert parse_sdxl(sdxl[3:]).method == "lora"
     last_two_lines = sdxl.index("--train_batch_size=1")
     assert parse_sdxl([*sdxl[3:last_two_lines], *bf16]).full_bf16
-    for flags in re.findall(r"`(--[^`]+)`", README):
+    for flags in re.findall(r"`(--[^`]+(?<!=\.\.\.))`", README):
         replaced = "--instance_data_dir" if "--dataset_name" in flags else None
         parse_sd([flag for flag in sd[3:] if flag.partition("=")[0] != replaced] + shlex.split(flags))
 

@@ -348,7 +348,6 @@ def test_every_mode_and_space_keeps_the_model_closer_to_the_base(train, prompts_
         "proximal": ["--lipschitz_weight=3e5", "--lipschitz_mode=proximal"],
         "sum": ["--lipschitz_weight=1", "--lipschitz_reduction=sum"],
         "projected": ["--lipschitz_mode=projected", "--lipschitz_radius=0.1"],
-        "layers": ["--lipschitz_layers=3000", prompts_flag],
         "predictions": ["--lipschitz_predictions=3000", prompts_flag],
     }
     drift = {}
