@@ -48,7 +48,7 @@ def fit_share(measure: Callable[[float], float], budget: float, tolerance: float
             Moves the model to base + share * (trained - base), and returns its drift. The last call is with the share
             that is returned.
         budget (`float`): The largest drift, above 0.
-        tolerance (`float`, *optional*, defaults to 0.01): How far below the budget is near enough, as a fraction of it.
+        tolerance (`float`, *optional*, defaults to 0.01): How far below the budget is near enough, relative to it.
 
     Returns:
         `tuple[float, float]`: The share and its drift: 1 if all of it is within the budget, and else a share with a
@@ -116,12 +116,12 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Parser, argparse.Name
                         "the base's predictions, relative to their size, such as 0.05.")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, help="A new folder. For a LoRA, it may be a file.")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--recording", type=Path, metavar="FILE", help="A recording of the base: python -m lipschitz_reg.record.")
+    source.add_argument("--recording", type=Path, metavar="FILE", help="The base's: python -m lipschitz_reg.record.")
     source.add_argument("--prompts", type=Path, metavar="FILE", help="What should stay as it is, one prompt a line.")
     parser.add_argument("--held_out_prompts", type=Path, metavar="FILE", help="Prompts that only measure drift. "
                         "Default: all of --prompts; with --subject_prompt, every second line of it.")  # fmt: skip
-    parser.add_argument("--subject_prompt", help="A prompt for the subject, such as 'a photo of sks dog': keep what it needs, "
-                        "layer by layer, instead of an equal share of everything.")  # fmt: skip
+    parser.add_argument("--subject_prompt", help="The subject's, such as 'a photo of sks dog': keep what it "
+                        "needs, layer by layer, instead of an equal share of everything.")  # fmt: skip
     add_drawing_arguments(parser)
     parser.add_argument("--precision", choices=DTYPES, default="fp32", help="Of the weights here (fp32). A lower "
                         "one takes less memory, but may round away what was trained.")  # fmt: skip
