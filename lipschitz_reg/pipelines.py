@@ -67,7 +67,7 @@ def record_pipeline(
             With `None`, the recording only measures.
         held_out_prompts (`Sequence[str]`):
             Drift is measured by these alone. None of them may be in `prompts`. With `None`, it cannot be measured.
-        num_inference_steps (`int`, *optional*, defaults to 10): Steps for each prompt, with the pipeline's own scheduler.
+        num_inference_steps (`int`, *optional*, defaults to 10): Steps a prompt, with the pipeline's own scheduler.
         guidance_scale (`float`, *optional*): By default, that of the pipeline's call.
         rank, layers, device: As in `record`.
         seed (`int`, *optional*, defaults to 0): Of the noise.
