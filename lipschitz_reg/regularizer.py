@@ -189,7 +189,7 @@ class LipschitzRegularizer:
                 Whether to add `lipschitz/distance/<name>`, ``||s B A||``, for each LoRA adapter.
 
         Returns:
-            `dict[str, float]`: `lipschitz/penalty`, as `penalty` returns it; `lipschitz/distance`, ``||theta - anchor||``
+            `dict[str, float]`: `lipschitz/penalty`, as from `penalty`; `lipschitz/distance`, ``||theta - anchor||``
             over all penalized parameters, whatever the space, where an adapter counts as the weight that it acts on,
             in either `lora_form`; `lipschitz/relative_distance`, the distance over ``||anchor||``. Where nothing is
             penalized, the penalty is 0 and the distances are NaN, and so is the relative distance where an adapter's
