@@ -25,8 +25,8 @@ from torch import Tensor
 from .functional import Moment
 
 
-# e, relative to the mean eigenvalue of M_s. Of 0.001, 0.1, 1 and 10, at the same drift, 1 left the predictions of a tiny
-# full model for its subject nearest to what they were, and 0.1 those of a LoRA.
+# e, relative to the mean eigenvalue of M_s. Of 0.001, 0.1, 1 and 10, at the same drift, 1 left the predictions of a
+# tiny full model for its subject nearest to what they were, and 0.1 those of a LoRA.
 _RIDGE = 1.0
 
 
