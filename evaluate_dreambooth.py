@@ -301,7 +301,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--probe_timesteps",
         type=number(int, 2),
         default=50,
-        help="Denoising steps on the way to each of these pictures; predictions are compared at all of them.",
+        help="Denoising steps for each of these pictures; predictions are compared at all of them.",
     )
 
     add = parser.add_argument_group("output").add_argument
@@ -969,7 +969,7 @@ NAN = "predicts NaN instead of noise"
 
 
 def plan_probes(args: argparse.Namespace, images: list[dict]) -> list[list[dict]]:
-    """Batches of one kind each: `probes` of its pictures, evenly chosen. Predictions are compared on the way there."""
+    """Batches of one kind each: `probes` of its pictures, evenly chosen. Predictions are compared as they are drawn."""
     batches = []
     for kind in ("other", "subject"):
         those = [image for image in images if image["kind"] == kind]
@@ -980,8 +980,8 @@ def plan_probes(args: argparse.Namespace, images: list[dict]) -> list[list[dict]
 
 def probe_scheduler(base: Any) -> Any:
     """
-    DDPM's ancestral sampler, for which `kl_bound` holds. It would clip latents where a configuration does not say
-    otherwise. A base with a sampler of EDM, which has no `alphas_cumprod`, keeps its own.
+    DDPM's ancestral sampler, for which `kl_bound` holds. It would clip latents unless told not to. A base with an EDM
+    sampler, which has no `alphas_cumprod`, keeps its own.
     """
     if not hasattr(base.scheduler, "alphas_cumprod"):
         return base.scheduler
@@ -996,7 +996,7 @@ def show_progress(accelerator: Accelerator, model: str, batches: list) -> Iterab
 def record_base(
     args: argparse.Namespace, accelerator: Accelerator, base: Any, batches: list[list[dict]]
 ) -> list[Recording]:
-    """What the base predicts on the way to each batch of pictures."""
+    """What the base predicts while it draws each batch of pictures."""
     recordings, broken = [], []
     for batch in show_progress(accelerator, "base", batches):
         try:
@@ -1019,8 +1019,8 @@ def measure_drift(
     recordings: list[Recording],
 ) -> list[tuple[str, int, Drift]]:
     """
-    Kind and number of the pictures of each batch, and how far predictions have moved on the way to them. The
-    personalized model is asked in its own words and led along the base's way.
+    The kind and number of the pictures in each batch, and how far predictions have moved while these are drawn. The
+    personalized model gets its own words and is led along the base's path.
     """
     scheduler = personalized.scheduler
     measured = []
@@ -1591,15 +1591,15 @@ def write_report(
         ["Fréchet, CLIP", show(drift["frechet_clip"], 2), "–", "The same question by mean and covariance."],
         ["Fréchet, DINO", show(drift["frechet_dino"], 2), "–", "And in DINO's features."],
         ["predictions", percent(others["mean"]), "–",
-         "Change of a prediction, relative to its size, on the base's way from noise to a picture."
+         "Change of a prediction, relative to its size, along the base's path from noise to a picture."
          f" With the subject in the prompt, where change was wanted: {percent(asked['mean'])}."],
         ["guided predictions", percent(others["guided"]), "–",
          f"The same with guidance {args.guidance_scale:g}, which is what the sampler gets."
          f" With the subject in the prompt: {percent(asked['guided'])}."],
         ["KL bound, nats", show(others["kl_bound"], 1), "–",
-         "Upper bound of the KL divergence from the base's pictures to the model's, as latents, for ancestral sampling"
+         "Upper bound on the KL divergence from the base's pictures to the model's, as latents, for ancestral sampling"
          f" in {args.probe_timesteps} steps with guidance {args.guidance_scale:g}, without the last step, which adds"
-         " no noise. Good for comparing models; not a distance that one can see."],
+         " no noise. Good for comparing models; not a difference that you can see."],
     ]  # fmt: skip
     figures = {kind: "".join(figure(*strip) for strip in rows) for kind, rows in strips.items()}
     shown = f'style="--pictures:{min(args.num_images_per_prompt, SHOWN_IMAGES)}"'
@@ -1714,7 +1714,7 @@ def main(args: argparse.Namespace) -> None:
             recordings = record_base(args, accelerator, pipeline, batches)
         else:
             measured = measure_drift(args, accelerator, pipeline, batches, recordings)
-        pipeline.unet.to("meta")  # the recordings know it, but not its weights
+        pipeline.unet.to("meta")  # the recordings refer to it, but need no weights
         del pipeline
         gc.collect()
         torch.cuda.empty_cache()
