@@ -43,12 +43,12 @@ from lipschitz_reg.budget import fit_share
 
 
 SPACES = "--lipschitz_layers --lipschitz_predictions" + RECORDING
-# Two rates each, of which the higher breaks things without a penalty.
+# Two rates each; without a penalty, the higher one breaks things.
 METHODS = {
     "full": (SPACES, (5e-4, 1e-3)),
     "LoRA": (LORA + SPACES, (2e-3, 4e-3)),
     "Custom Diffusion": (CUSTOM + SPACES, (2e-3, 4e-3)),
-    # What the spaces are worth in it: the same without a penalty, and with that of the paper.
+    # To see what the spaces are worth: the same without a penalty, and with the paper's.
     "plain DreamBooth": ("--lipschitz_weight=0", (5e-4, 1e-3)),
     "distance": ("--lipschitz_weight=300", (1e-3,)),
 }
@@ -75,7 +75,7 @@ def measure(
     model.load_state_dict(base)
     recording = Recording.load(path, model)
 
-    @functools.cache  # all budgets begin at the whole way
+    @functools.cache  # all budgets begin with the whole displacement
     def change_at(share: float) -> float:
         model.load_state_dict({name: torch.lerp(weight, unet[name], share) for name, weight in base.items()})
         return recording.drift().dial
@@ -90,7 +90,7 @@ def measure(
 
 
 def table(lines: list[dict]) -> None:
-    """Fresh captions beside the budget, and what follows the drift of pictures best."""
+    """Drift on fresh captions beside the budget, and which number best follows the drift of pictures."""
     print("| | rate | steps | budget | share kept | guided | plain | guided over budget | fidelity | pictures |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     keys = ("method", "rate", "steps", "budget")
