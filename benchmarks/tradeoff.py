@@ -94,8 +94,8 @@ GRIDS = {
         Row("penalty", (5e-4,), (100, 300), steps=(120,)),
         Row("penalty", (2e-4,), (100,), steps=(120,)),
     ],
-    # Claims 2 and 5: the other spaces; that of layers on the scripts' own prompts, too, which are of photographs and
-    # not of the drawn world.
+    # Claims 2 and 5: the other spaces; layers also with the scripts' own prompts, which are of photographs and not of
+    # the drawn world.
     "layers": [
         Row("penalty on layers", (1e-3,), (1, 4, 16), LAYERS, steps=(120,)),
         Row("penalty on layers, default prompts", (1e-3,), (4,), "--lipschitz_layers={}", steps=(120,)),
@@ -104,7 +104,7 @@ GRIDS = {
         Row("penalty on predictions", (1e-3,), (3, 10), PREDICTIONS, steps=(120,)),
         Row("layers and predictions", (1e-3,), (1, 4, 16), BOTH, steps=(120,)),
     ],
-    # The spaces side by side, for docs/methods.md: of the table there.
+    # The spaces side by side: the table in docs/methods.md.
     "spaces": [
         Row("DreamBooth", (1e-3,), steps=(120,)),
         Row("penalty", (1e-3,), (300,), steps=(120,)),
@@ -282,7 +282,7 @@ def draw_class_images(script: ModuleType, args: argparse.Namespace) -> float:
 
 
 def record_base(setup: Setup, folder: Path) -> Path:
-    """The recording of the base that all trainings share, made where it is missing."""
+    """The recording of the base that all trainings share, made if it is missing."""
     path = folder / f"recording-{setup.base.name}.safetensors"
     if not path.exists():
         lines = (TINYWORLD / "preserved_prompts.txt").read_text().splitlines()
@@ -346,8 +346,8 @@ def trained_unet(setup: Setup, training: Training, folder: Path) -> dict[str, to
 
 class Ruler:
     """
-    Measures U-Nets with the judge of the drawn world, and in predictions and parameters. The pictures of one seed have
-    the same noise in all models, and predictions are those of ten steps on the way to the pictures of other things.
+    Measures U-Nets with the judge of the drawn world, and by their predictions and parameters. Pictures of one seed
+    begin with the same noise in all models. Predictions are compared in the ten steps of drawing other things.
     """
 
     def __init__(self, setup: Setup, settings: dict[str, Any], seed: int):
@@ -365,7 +365,7 @@ class Ruler:
         self, unet: dict[str, torch.Tensor], subject: str, training: Training, folder: Path, pictures: bool = True
     ) -> dict[str, float]:
         """
-        `folder` is that of the result or checkpoint, from which a new word is taken if it learned one. Without
+        `folder` is that of the result or checkpoint, from which a new word is read if it learned one. Without
         `pictures`, only predictions and parameters are measured.
         """
         self.pipeline.unet.load_state_dict(unet)
