@@ -30,7 +30,9 @@ def parse_args(argv: Sequence[str] | None = None) -> tuple[Parser, argparse.Name
                         "drawing as it does, one prompt a line.")  # fmt: skip
     parser.add_argument("--held_out_prompts", type=Path, metavar="FILE", help="Prompts that only measure drift. "
                         "Default: every second line of --prompts.")  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="An older one is replaced.")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.safetensors", help="If it exists, it is replaced."
+    )
     parser.add_argument("--text_encoders", action="store_true", help="Record the text encoders too, to train them.")
     add_drawing_arguments(parser)
     parser.add_argument("--precision", choices=DTYPES, help="Default: fp32 on a CPU, else bf16.")
