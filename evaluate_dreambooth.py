@@ -969,7 +969,7 @@ NAN = "predicts NaN instead of noise"
 
 
 def plan_probes(args: argparse.Namespace, images: list[dict]) -> list[list[dict]]:
-    """Batches of one kind each: `probes` of its pictures, evenly chosen. Predictions are compared as they are drawn."""
+    """Batches of one kind each: `probes` of its pictures, evenly chosen. Predictions are compared along the way."""
     batches = []
     for kind in ("other", "subject"):
         those = [image for image in images if image["kind"] == kind]
