@@ -194,8 +194,8 @@ Image.MAX_IMAGE_PIXELS = 1 << 28
 # Photos from phones. Pillow needs another package to read them.
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 # Copied from train_dreambooth_lipschitz.py
-# What shall stay as it is, unless --lipschitz_prompts_file says otherwise. No subject is named. Every second one is
-# held out, and only measures.
+# What should stay as it is, unless --lipschitz_prompts_file says otherwise. None of them names a subject. Every second
+# one is held out, and only measures drift.
 PROMPTS = [
     *["a photo of a dog", "a photo of a horse in a field"],
     *["a portrait of a woman with grey hair", "a man playing the guitar on a stage"],
@@ -218,7 +218,7 @@ PROMPTS = [
 # Enough to meet all noise levels.
 RECORDED_STEPS = 10
 # Copied from train_dreambooth_lipschitz.py
-# Weights of the other spaces, that were found in the drawn world.
+# Weights of the other spaces, which were found in the drawn world.
 SPACE_WEIGHTS = {
     "layers": {"full": 5.0, "lora": 0.2, "custom_diffusion": 0.08},
     "predictions": {"full": 3.0, "lora": 3.0, "custom_diffusion": 3.0},
@@ -450,8 +450,8 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
         " (factors: the authors' way, with their weight of 1e-7 and --lipschitz_reduction sum).",
     )
     for space, what in {
-        "layers": "measure how far a weight has moved by how much its layer's outputs change, on recorded inputs",
-        "predictions": "keep the denoiser's predictions, on recorded calls of which each step makes one again",
+        "layers": "penalize how much the outputs of layers change, on recorded inputs",
+        "predictions": "penalize how much the denoiser's predictions change, on recorded calls; each step repeats one",
     }.items():
         add(
             f"--lipschitz_{space}",
@@ -459,27 +459,28 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
             nargs="?",
             const=True,
             metavar="WEIGHT",
-            help=f"Instead of --lipschitz_weight, or besides: {what}. Without a number the weight is"
+            help=f"Instead of --lipschitz_weight, or in addition: {what}. Without a number the weight is"
             f" {', '.join(f'{weight:g} for {method}' for method, weight in SPACE_WEIGHTS[space].items())}.",
         )
     add(
         "--drift_budget",
         type=positive,
         help="The largest change of predictions that you accept, such as 0.05 for 5%%, on prompts that do not name the"
-        " subject. What the training has changed beyond it is taken back at its end. Turns on --lipschitz_layers and"
+        " subject. What training changes beyond it is taken back at the end. Turns on --lipschitz_layers and"
         " --lipschitz_predictions if no weight is given.",
     )
     add(
         "--lipschitz_recording",
         type=user_path,
-        help="What the base does, recorded before by `python -m lipschitz_reg.record` or by another run, which writes"
-        " recording-*.safetensors into its --output_dir; default: it is recorded before training.",
+        help="A recording of the base, made by `python -m lipschitz_reg.record` or by another run, which writes"
+        " recording-*.safetensors into its --output_dir; default: the base is recorded before training.",
     )
     add(
         "--lipschitz_prompts_file",
         type=user_path,
-        help="Prompts that shall stay as they are, one a line, none of which names the subject; every second one only"
-        f" measures drift. Default: {len(PROMPTS)} of everyday things. Each is drawn in {RECORDED_STEPS} steps.",
+        help="Prompts whose pictures should stay as they are, one a line; none of them should name the subject. Every"
+        f" second one only measures drift. Default: {len(PROMPTS)} prompts of everyday things. Each is drawn in"
+        f" {RECORDED_STEPS} steps.",
     )
     return add
 
@@ -596,10 +597,10 @@ def add_logging_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--drift_every",
         type=positive_int,
-        help="Optimizer steps from one measurement of drift to the next; default: never. Logged are drift/prediction,"
-        " the mean relative change of predictions on prompts that are held out; drift/guided_prediction, that of what"
-        " the sampler gets; with the penalty drift/lipschitz_constant, the largest change divided by"
-        " lipschitz/distance; and drift/seconds. If --lipschitz_anchor_model is given, it is the base. Measuring does"
+        help="Optimizer steps from one measurement of drift to the next; default: never. It logs drift/prediction,"
+        " the mean relative change of predictions on held-out prompts; drift/guided_prediction, the same for what the"
+        " sampler gets; with the penalty, drift/lipschitz_constant, the largest change divided by lipschitz/distance;"
+        " and drift/seconds. If --lipschitz_anchor_model is given, it is the base. Measuring does"
         " not change training.",
     )
     add(
@@ -1178,7 +1179,7 @@ def distinct_prompts(examples: list[list[Example]]) -> list[str]:
 
 # Copied from train_dreambooth_lipschitz.py
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """What shall stay as it is; every second one is held out."""
+    """The prompts that should stay as they are; every second one is held out."""
     if args.lipschitz_prompts_file is None:
         return PROMPTS
     lines = read_text("--lipschitz_prompts_file", args.lipschitz_prompts_file).splitlines()
@@ -1944,8 +1945,8 @@ def record_base(
     checkpoint: Path | None,
 ) -> Recording:
     """
-    What the base does for the prompts, the same in all processes and in all runs that go on from a checkpoint. It is
-    written to `output_dir` under a name that it alone has.
+    The recording of the base on the prompts, the same in all processes and in all runs that go on from a checkpoint.
+    It is written to `output_dir` under a name of its own.
     """
     path, held = find_recording(args, checkpoint), args.lipschitz_layers or args.lipschitz_predictions
     # New words train in the text encoders, too, but nothing there is held.
@@ -1984,7 +1985,7 @@ def record_base(
 
 # Copied from train_dreambooth_lipschitz.py
 def find_recording(args: argparse.Namespace, checkpoint: Path | None) -> Path | None:
-    """The file that was made before, by this run if it is resumed; `None` where the base is to be recorded."""
+    """The file that was made before, by this run if it is resumed; `None` if the base has yet to be recorded."""
     path, flag = args.lipschitz_recording, "--lipschitz_recording"
     if path is None and checkpoint and (digest := read_settings(checkpoint).get("recording")):
         path, flag = Path(checkpoint.parent, recording_file(digest)), "--resume_from_checkpoint"
@@ -2026,7 +2027,7 @@ def read_lipschitz_anchors(
                     f"--lipschitz_anchor_model: {args.lipschitz_anchor_model} has another shape than the base: {key}"
                     f" of its {name} is {shape}, not {tuple(parameter.shape)}"
                 )
-            # In the bits of the base: what both models lost in rounding is no drift.
+            # In the dtype of the base: what both models lost in rounding is no distance.
             anchors[parameter] = weights[key].to(parameter.dtype)
     return anchors
 
@@ -2042,8 +2043,8 @@ def attach_lipschitz(
     checkpoint: Path | None,
 ) -> tuple[LipschitzRegularizer | None, Recording | None]:
     """
-    The penalty, which pulls towards the weights as they are now, or to those of `lipschitz_anchor_model`, and what was
-    recorded of it; each where it is needed.
+    The penalty, which pulls towards the weights as they are now or towards those of `lipschitz_anchor_model`, and the
+    recording of that model; each only where it is needed.
     """
     anchor_model, recording = pipeline, None
     if args.lipschitz_anchor_model is not None:
@@ -2298,7 +2299,7 @@ def evaluating(pipeline: Pipeline) -> Iterator[None]:
 # Copied from train_dreambooth_lipschitz.py
 @contextmanager
 def drawing(accelerator: Accelerator, pipeline: Pipeline) -> Iterator[None]:
-    """The pipeline as it draws what is recorded, whatever --validation_scheduler is."""
+    """Sets the pipeline up to draw what is recorded, whatever --validation_scheduler is."""
     scheduler, pipeline.scheduler = pipeline.scheduler, probe_scheduler(pipeline)
     with evaluating(pipeline), accelerator.autocast():
         yield
@@ -2309,7 +2310,7 @@ def drawing(accelerator: Accelerator, pipeline: Pipeline) -> Iterator[None]:
 def measure_drift(
     args: argparse.Namespace, accelerator: Accelerator, pipeline: Pipeline, recording: Recording
 ) -> Drift:
-    """How far predictions have moved from the base's, on what was held out, with the embeddings of now."""
+    """How far predictions have moved from the base's, on the held-out prompts, with the present embeddings."""
     run = functools.partial(draw_held_out, pipeline, recording) if args.train_text_encoder else None
     with drawing(accelerator, pipeline):
         return recording.drift(run=run)
@@ -2343,7 +2344,7 @@ def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschit
 
     def change_at(share: float) -> float:
         nonlocal stays
-        if share == 0:  # from there no way leads back
+        if share == 0:  # there would be no way back
             return 0.0
         if share != stays:
             lipschitz.pull(1 - share / stays)
@@ -2353,10 +2354,10 @@ def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschit
 
     try:
         share, change = fit_share(change_at, args.drift_budget)
-    except ValueError as error:  # the training is not lost for that
+    except ValueError as error:  # the training is not lost because of it
         logger.warning(f"--drift_budget: {error}")
         return
-    if share != stays:  # from an anchor model that is not the base, it is too far without this training, too
+    if share != stays:  # with an anchor model that is not the base, even the base may be too far
         logger.warning(f"--drift_budget: predictions are changed by {changes[-1]:.2%}, and that cannot be taken back")
         return
     logger.info(
@@ -2557,7 +2558,7 @@ def log_state(
     validation_embeds: dict[str, torch.Tensor] | None,
     global_step: int,
 ) -> list[Image.Image]:
-    """Sends to the trackers how far the parameters are, and draws the validation images, which it returns."""
+    """Sends to the trackers how far the parameters have moved, and draws the validation images, which it returns."""
     if not accelerator.is_main_process:
         return []
     if lipschitz:
