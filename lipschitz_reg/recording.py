@@ -1,7 +1,7 @@
 """
-`record`: the base draws prompts, and what should stay as it is gets recorded: the second moments of each layer's
-inputs, by which displacements of its weights are measured, and the denoiser's calls with their answers. A `Recording`
-can be saved to a file, made once for a base. Holds no penalty (terms.py, replay.py) and no drift (drift.py).
+`record`: what a base does while it draws prompts. It keeps the second moments of each layer's inputs, by which
+displacements of its weights are measured, and the denoiser's calls with their answers. A `Recording` can be saved to a
+file, made once for a base. Holds no penalty (terms.py, replay.py) and no drift (drift.py).
 
 Layers. A layer ``y = W x + b`` whose W moves by D gives ``y + D x``. ``||D||^2`` bounds that change for the worst x;
 for the x that the layer really gets it is ``E||D x||^2 = tr(D C D^T)`` with ``C = E[x x^T]``. The inputs of a layer in
