@@ -34,7 +34,7 @@ class _Defaults(dict):
 
 class LipschitzRegularizer:
     """
-    Keeps a model near its base: ``weight * sum_i r_i * ||theta_i - anchor_i||^2`` joins the loss at each
+    Keeps a model near its base: ``weight * sum_i r_i * ||theta_i - anchor_i||^2`` is added to the loss at each
     `optimizer.step()`, whoever calls it ("Preserve and Personalize", arXiv 2505.19519, Algorithm 1). The anchors are
     the present values of the parameters.
 
