@@ -145,7 +145,7 @@ class Terms:
         lora_form: str,
         recording: Recording | None,
     ) -> None:
-        """Refuse what does not go together."""
+        """Refuse combinations that do not work."""
         recorded = [space for space in self.spaces if space != "parameters"]
         if recorded and recording is None:
             raise ValueError(f"The space of {recorded[0]} needs a `recording` of the base, from `record`.")
