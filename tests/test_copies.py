@@ -46,7 +46,7 @@ def test_what_the_scripts_share_is_the_same(copy):
         ("stop", "    sys.exit(2)\n", "    sys.exit(3)\n"),
         ("PROMPTS", '"a bowl of fruit on a table", ', ""),
         ("PARTS", 'PARTS += ["feature_extractor", "image_encoder"]', 'PARTS += ["feature_extractor"]'),
-        ("PROMPTS", "No subject is named.", "No subject is in them."),
+        ("PROMPTS", "None of them names a subject.", "None is about a subject."),
     ],
     ids=["function", "constant", "constant of two statements", "comment above it"],
 )

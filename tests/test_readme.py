@@ -41,6 +41,9 @@ def test_the_scripts_take_the_commands_of_the_readme():
     last_two_lines = sdxl.index("--train_batch_size=1")
     assert parse_sdxl([*sdxl[3:last_two_lines], *bf16]).full_bf16
     for flags in re.findall(r"`(--[^`]+(?<!=\.\.\.))`", README):
+        if re.fullmatch(r"--\w+", flags):  # named, without its value
+            assert hasattr(args, flags[2:]), flags
+            continue
         replaced = "--instance_data_dir" if "--dataset_name" in flags else None
         parse_sd([flag for flag in sd[3:] if flag.partition("=")[0] != replaced] + shlex.split(flags))
 
