@@ -194,25 +194,22 @@ Image.MAX_IMAGE_PIXELS = 1 << 28
 # Photos from phones. Pillow needs another package to read them.
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 # Copied from train_dreambooth_lipschitz.py
+THINGS = [
+    *["a dog", "a cat", "a horse", "a bird", "a woman with grey hair", "a man with a beard", "a child", "an old car"],
+    *["a bicycle", "a boat", "a house", "a castle", "a bowl of fruit", "a teapot", "a vase of flowers", "boots"],
+]
+# Copied from train_dreambooth_lipschitz.py
+PLACES = [
+    *["on the grass", "in the snow", "at night", "by the sea", "in a busy street", "in front of a brick wall"],
+    *["in a forest", "at sunset"],
+]
+# Copied from train_dreambooth_lipschitz.py
 # What should stay as it is, unless --lipschitz_prompts_file says otherwise. None of them names a subject. Every second
 # one is held out, and only measures drift.
 PROMPTS = [
-    *["a photo of a dog", "a photo of a horse in a field"],
-    *["a portrait of a woman with grey hair", "a man playing the guitar on a stage"],
-    *["two bicycles leaning on a fence", "an old car in front of a garage"],
-    *["a bowl of fruit on a table", "a slice of cake on a white plate"],
-    *["a harbour at sunset", "a beach with palm trees"],
-    *["a busy street in the rain", "a narrow lane in an old town at night"],
-    *["a watercolor of a mountain village", "an oil painting of a sailing ship"],
-    *["a photo of a cat asleep on a sofa", "a bird on a branch in the snow"],
-    *["a red backpack on the grass", "a pair of boots by the door"],
-    *["a teapot and two cups", "a vase with yellow flowers"],
-    *["children playing football in a park", "a crowd in front of a church"],
-    *["a wooden cabin in a forest", "a castle on a hill"],
-    *["a pencil drawing of a hand", "a poster of a city in bright colours"],
-    *["a desk with a computer and books", "a kitchen with green walls"],
-    *["a toy robot on a shelf", "a plush bear on a bed"],
-    *["the moon over a desert", "a waterfall between rocks"],
+    f"{kind} {thing} {PLACES[(index + 2 * number) % len(PLACES)]}"
+    for index, thing in enumerate(THINGS)
+    for number, kind in enumerate(["a photo of", "a photo of", "a painting of", "a drawing of"])
 ]
 # Copied from train_dreambooth_lipschitz.py
 # Enough to meet all noise levels.

@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> None:
     if args.table:
         return table([line for path in args.table for line in read_lines(path)])
     setup = SDXL if args.sdxl else SD
-    settings = {"base": hash_of(setup.base), "others": 16, "per_scene": 2}
+    settings = {"base": hash_of(setup.base), "others": 32, "per_scene": 4}
     name = args.shard.replace("/", "-of-") + ("-sdxl" if args.sdxl else "")
     path, work = args.output_dir / f"{name}.jsonl", args.output_dir / f"work-{name}"
     work.mkdir(parents=True, exist_ok=True)

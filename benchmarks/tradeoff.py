@@ -25,8 +25,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from lipschitz_reg import record
-from lipschitz_reg.pipelines import record_pipeline
+from lipschitz_reg import record_pipeline
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +62,7 @@ PENALTY, PRIOR = "--lipschitz_weight={}", "--lipschitz_weight=0 --with_prior_pre
 WORD = "<new1>"  # of Custom Diffusion, which begins as the token of the other methods
 PROJECTED = "--lipschitz_weight=1 --lipschitz_mode=projected --lipschitz_radius={}"
 FACTORS = PENALTY + " --lipschitz_lora=factors --lipschitz_reduction=sum"
-# Of sixteen captions of things, and sixteen more to measure a budget by; none of them is measured here.
+# Of 32 captions of things, and 32 more to measure a budget by; none of them is measured here.
 RECORDING = " --lipschitz_recording={recording}"
 LAYERS, PREDICTIONS = "--lipschitz_layers={}" + RECORDING, "--lipschitz_predictions={}" + RECORDING
 BOTH = LAYERS + " --lipschitz_predictions=3"
@@ -355,11 +354,8 @@ class Ruler:
         self.base = {name: weight.cpu().clone() for name, weight in self.pipeline.unet.state_dict().items()}
         self.examiner = Examiner(settings["others"], settings["per_scene"], seed)
         self.examiner.base = self.examiner.draw_others(self.pipeline)
-        options = {"num_inference_steps": 10, "guidance_scale": GUIDANCE, "output_type": "latent"}
-        with record(self.pipeline.unet, layers=False, guidance_scale=GUIDANCE) as self.recording:
-            with self.recording.held_out():
-                for number, prompt in enumerate(self.examiner.other_prompts):
-                    self.pipeline(prompt, generator=torch.Generator().manual_seed(1000 * seed + number), **options)
+        options = {"guidance_scale": GUIDANCE, "seed": 1000 * seed, "progress": False}
+        self.recording = record_pipeline(self.pipeline, None, self.examiner.other_prompts, layers=False, **options)
 
     def measure(
         self, unet: dict[str, torch.Tensor], subject: str, training: Training, folder: Path, pictures: bool = True

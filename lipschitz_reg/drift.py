@@ -11,6 +11,7 @@ paths; by the data processing inequality it is at least the KL divergence of the
 Personalize" (arXiv 2505.19519) bounds a term of this sum by ``||theta - theta_base||^2``.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,8 @@ class Drift(NamedTuple):
             The same for the guided prediction; `None` where calls are not made both with and without a prompt.
         by_timestep (`dict[float, float]`): `prediction` at each timestep.
         guided_by_timestep (`dict[float, float]`): `guided_prediction` at each timestep.
+        standard_error (`float`):
+            Of the mean over the prompts of `guided_prediction`, or of `prediction` where that is `None`; 0 with one.
         largest_change (`float`): The largest ``||f - f_base||`` of a prediction.
         kl_bound (`float`, *optional*): What `kl_bound` returns, if a scheduler was given.
     """
@@ -45,13 +48,17 @@ class Drift(NamedTuple):
     guided_prediction: float | None
     by_timestep: dict[float, float]
     guided_by_timestep: dict[float, float]
+    standard_error: float
     largest_change: float
     kl_bound: float | None = None
 
     @property
     def dial(self) -> float:
-        """What a budget limits: `guided_prediction`, which the sampler gets, or else `prediction`."""
-        return self.prediction if self.guided_prediction is None else self.guided_prediction
+        """
+        What a budget is about: the change of what the sampler gets, the guided prediction where there is one, plus its
+        standard error. What few prompts know badly is held more tightly.
+        """
+        return (self.prediction if self.guided_prediction is None else self.guided_prediction) + self.standard_error
 
 
 class _Answer(NamedTuple):
@@ -84,6 +91,7 @@ def average(answers: Sequence[_Answer], guidance_scale: float) -> Drift:
         guided_prediction=_mean(guided_drifts) if guided else None,
         by_timestep=by_timestep,
         guided_by_timestep=guided_by_timestep,
+        standard_error=_standard_error([_mean(_drifts(chain, guidance_scale)) for chain in _chains(answers)]),
         largest_change=max((now - base).norm().item() for _, now, base in plain),
     )
 
@@ -114,16 +122,10 @@ def _bound(answers: Sequence[_Answer], guidance_scale: float, scheduler: Any) ->
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"The bound is for models that predict noise or velocity, not {prediction_type}.")
-    chains, last = [], None
-    for answer in answers:
-        if answer.timestep is None:
-            raise ValueError("The recorded calls have no timesteps.")
-        if last is None or answer.timestep >= last:
-            chains.append([])
-        last = answer.timestep
-        chains[-1].append(answer)
+    if any(answer.timestep is None for answer in answers):
+        raise ValueError("The recorded calls have no timesteps.")
     total, pictures = 0.0, 0
-    for chain in chains:
+    for chain in _chains(answers):
         if len(chain) < 2:
             raise ValueError("The recorded calls are not those of ancestral sampling: in a chain the timesteps fall.")
         timesteps = [int(answer.timestep) for answer in chain]
@@ -223,6 +225,27 @@ def _guided(answer: _Answer, scale: float) -> list[tuple[Tensor, Tensor]]:
         return []
     now, base = (rows[:half] + scale * (rows[half:] - rows[:half]) for rows in (answer.now, answer.base))
     return list(zip(now, base, strict=True))
+
+
+def _chains(answers: Sequence[_Answer]) -> list[list[_Answer]]:
+    """The calls of each prompt, whose timesteps fall; a call without a timestep is one of its own."""
+    chains: list[list[_Answer]] = []
+    for answer in answers:
+        last = chains[-1][-1].timestep if chains else None
+        if last is None or answer.timestep is None or answer.timestep >= last:
+            chains.append([])
+        chains[-1].append(answer)
+    return chains
+
+
+def _drifts(chain: Sequence[_Answer], guidance_scale: float) -> list[float]:
+    """The relative changes of a chain: of the guided predictions, where there are any."""
+    guided = [(a.timestep, *pair) for a in chain for pair in _guided(a, guidance_scale)]
+    return _relative(guided or [(a.timestep, *rows) for a in chain for rows in zip(a.now, a.base, strict=True)])[0]
+
+
+def _standard_error(numbers: Sequence[float]) -> float:
+    return statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else 0.0
 
 
 def _relative(rows: Sequence[tuple[float | None, Tensor, Tensor]]) -> tuple[list[float], dict[float, float]]:

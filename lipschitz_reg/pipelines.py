@@ -16,6 +16,10 @@ from .calls import evaluating
 from .recording import Recording, record
 
 
+# Drift differs from prompt to prompt, and hardly from step to step (a correlation of 0.9 in the drawn world).
+_HELD_OUT_STEPS = 4
+
+
 def denoiser_of(pipeline: Any) -> nn.Module:
     """
     The U-Net or transformer of a pipeline.
@@ -67,7 +71,8 @@ def record_pipeline(
             With `None`, the recording only measures.
         held_out_prompts (`Sequence[str]`):
             Drift is measured by these alone. None of them may be in `prompts`. With `None`, it cannot be measured.
-        num_inference_steps (`int`, *optional*, defaults to 10): Steps a prompt, with the pipeline's own scheduler.
+        num_inference_steps (`int`, *optional*, defaults to 10):
+            Steps a prompt, with the pipeline's own scheduler; of a held-out prompt 4 at most.
         guidance_scale (`float`, *optional*): By default, that of the pipeline's call.
         rank, layers, device: As in `record`.
         seed (`int`, *optional*, defaults to 0): Of the noise.
@@ -98,6 +103,7 @@ def record_pipeline(
         "held_out_prompts": held_out_prompts,
         "seed": seed,
         "options": {"num_inference_steps": num_inference_steps, **options},
+        "held_out_options": {"num_inference_steps": min(num_inference_steps, _HELD_OUT_STEPS), **options},
         "scheduler": type(getattr(pipeline, "scheduler", None)).__name__,
     }
     with record(denoiser, rank=rank, layers=layers, guidance_scale=guidance, device=device, **others) as recording:
@@ -108,7 +114,7 @@ def record_pipeline(
                     _draw(pipeline, prompt, seed + number, drawn["options"])
                 else:
                     with recording.held_out():
-                        _draw(pipeline, prompt, seed + number, drawn["options"])
+                        _draw(pipeline, prompt, seed + number, drawn["held_out_options"])
     return recording
 
 
@@ -127,7 +133,7 @@ def draw_held_out(pipeline: Any, recording: Recording) -> None:
     pipeline.scheduler = _scheduler_of(scheduler, recording.drawn["scheduler"])
     try:
         for number, prompt in enumerate(recording.drawn["held_out_prompts"]):
-            _draw(pipeline, prompt, first + number, recording.drawn["options"])
+            _draw(pipeline, prompt, first + number, recording.drawn["held_out_options"])
     finally:
         pipeline.scheduler = scheduler
 
