@@ -142,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
     name = args.shard.replace("/", "-of-") + ("-sdxl" if args.sdxl else "")
     path, work = args.output_dir / f"{name}.jsonl", args.output_dir / f"work-{name}"
     work.mkdir(parents=True, exist_ok=True)
-    recording = record_base(setup, args.output_dir)
+    recording = record_base(setup, work)
     keys = ("base", "subject", "method", "rate", "steps", "budget")
     done = [[line[key] for key in keys] for file in args.output_dir.glob("*.jsonl") for line in read_lines(file)]
     runs = [
@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
         ruler = ruler or Ruler(setup, settings, seed=0)
         folder = work / "model"
         shutil.rmtree(folder, ignore_errors=True)
-        seconds = train(setup, training, subject, 0, folder, recording)["seconds"]
+        seconds = train(setup, training, subject, 0, folder)["seconds"]
         unet = trained_unet(setup, training, folder)
         for line in measure(ruler, unet, training, subject, folder, recording, missing, args.pictures):
             append_line(path, {**what, "seconds": seconds, **line})

@@ -26,7 +26,6 @@ from tradeoff import (
     append_line,
     load_script,
     read_lines,
-    record_base,
     shard,
     shard_of,
     train,
@@ -69,7 +68,7 @@ def chosen_trainings() -> list[Training]:
     return [trainings[key] for key in CHOSEN]
 
 
-def evaluate(training: Training, subject: str, seed: int, work: Path, recording: Path) -> dict[str, dict]:
+def evaluate(training: Training, subject: str, seed: int, work: Path) -> dict[str, dict]:
     """
     Trains, and returns the numbers of `metrics.json` as "metrics"; as "prompts", by prompt, the drift in pixels of
     those that do not name the subject and CLIP-T of those that do, means over the personalized model's pictures.
@@ -77,7 +76,7 @@ def evaluate(training: Training, subject: str, seed: int, work: Path, recording:
     model, evaluation = work / "model", work / "evaluation"
     for folder in (model, evaluation):
         shutil.rmtree(folder, ignore_errors=True)
-    train(SD, training, subject, seed, model, recording)
+    train(SD, training, subject, seed, model)
     script = load_script("evaluate_dreambooth")
     flags = [f"--pretrained_model_name_or_path={model}", f"--base_model_name_or_path={SD.base}"]
     flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / subject}", "--instance_token=sks"]
@@ -164,7 +163,6 @@ def main(args: argparse.Namespace) -> None:
         name = args.shard.replace("/", "-of-")
         path, work = args.output_dir / f"{name}.jsonl", args.output_dir / f"work-{name}"
         work.mkdir(parents=True, exist_ok=True)
-        recording = record_base(SD, args.output_dir)
         pairs = shard_of([(seed, subject) for seed in args.seeds for subject in args.subjects], args.shard)
         todo = [(training, *pair) for pair in pairs for training in chosen_trainings()]
         for training, seed, subject in tqdm(todo, desc="trainings"):
@@ -172,7 +170,7 @@ def main(args: argparse.Namespace) -> None:
             row = {name: row[name] for name in ("subject", "seed", "method", "rate", "weight")}
             done = [line for file in args.output_dir.glob("*.jsonl") for line in read_lines(file)]
             if row not in [{name: line[name] for name in row} for line in done]:
-                append_line(path, row | evaluate(training, subject, seed, work, recording))
+                append_line(path, row | evaluate(training, subject, seed, work))
         shutil.rmtree(work)
     files = args.files or sorted(args.output_dir.glob("*.jsonl"))
     print_results([line for file in files for line in read_lines(file)])

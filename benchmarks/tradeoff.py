@@ -294,16 +294,17 @@ def token_of(training: Training) -> str:
     return WORD if f"--modifier_token={WORD}" in training.flags else "sks"
 
 
-def train(
-    setup: Setup, training: Training, subject: str, seed: int, folder: Path, recording: Path
-) -> dict[str, float]:
+def train(setup: Setup, training: Training, subject: str, seed: int, folder: Path) -> dict[str, float]:
     """
     Personalizes the base, into `folder`, with checkpoints where it is to be measured. Returns the seconds, without
     those of the recording, which all trainings share.
     """
     script, kind = load_script(setup.script.stem), SUBJECTS[subject].kind
     # Results say nothing of the folder that they were made in.
-    flags = [flag.format(recording=recording) for flag in training.flags]
+    flags = list(training.flags)
+    if RECORDING.strip() in flags:
+        recording = record_base(setup, folder.parent)
+        flags = [flag.format(recording=recording) for flag in flags]
     flags += [f"--pretrained_model_name_or_path={setup.base}"]
     flags += [f"--seed={seed}", f"--output_dir={folder}"]
     flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / subject}"]
@@ -383,9 +384,7 @@ class Ruler:
         return {**self.examiner.examine(pipeline, subject, token), **measured}
 
 
-def draw(
-    setup: Setup, trainings: list[Training], subject: str, seed: int, work: Path, path: Path, recording: Path
-) -> None:
+def draw(setup: Setup, trainings: list[Training], subject: str, seed: int, work: Path, path: Path) -> None:
     """The demo's picture with a row for each of these trainings, which have to be of all weights."""
     models = {BASE_NAME: setup.base}
     several = {field for field in ("schedule", "steps") if len({getattr(t, field) for t in trainings}) > 1}
@@ -395,7 +394,7 @@ def draw(
         name += f", {training.schedule}" if "schedule" in several else ""
         name += f", {training.steps} steps" if "steps" in several else ""
         models[name] = work / name
-        train(setup, training, subject, seed, models[name], recording)
+        train(setup, training, subject, seed, models[name])
     save_picture(subject, seed, models, path)
 
 
@@ -440,11 +439,10 @@ def main(args: argparse.Namespace) -> None:
     settings = {"base": hash_of(setup.base), "others": args.others, "per_scene": args.per_scene}
     # Another number of shards, or a file from elsewhere: what is done is done.
     done = {identity(result) for file in args.output_dir.glob("*.jsonl") for result in read_lines(file)}
-    recording = record_base(setup, args.output_dir)
     if args.draw:
         for seed, subject in itertools.product(args.seeds, args.subjects):
             path = args.output_dir / f"{subject}-{seed}.png"
-            draw(setup, trainings_of(args.grid)[1:], subject, seed, work, path, recording)
+            draw(setup, trainings_of(args.grid)[1:], subject, seed, work, path)
         shutil.rmtree(work)
         return
     # All subjects of a training in turn, so that every shard gets some of each training.
@@ -467,7 +465,7 @@ def main(args: argparse.Namespace) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         seconds = {"seconds": 0.0, "class seconds": 0.0}
         if training != NO_TRAINING:
-            seconds = train(setup, training, subject, seed, folder, recording)
+            seconds = train(setup, training, subject, seed, folder)
         for row in rows:
             trained = folder if row["stop"] == training.steps else folder / f"checkpoint-{row['stop']}"
             unet = ruler.base if training == NO_TRAINING else trained_unet(setup, training, trained)

@@ -161,7 +161,7 @@ class LoraModel:
         if None in found.values() or len(set(found.values())) < len(found):
             raise ValueError(
                 f"PERSONALIZED: the layers of {self.file} are not those of diffusers, which the repair needs: convert "
-                "it, or leave --subject_prompt out."
+                "it, or do without the repair."
             )
         return found
 

@@ -44,7 +44,7 @@ def test_what_the_scripts_share_is_the_same(copy):
     "name, old, new",
     [
         ("stop", "    sys.exit(2)\n", "    sys.exit(3)\n"),
-        ("PROMPTS", '"a bowl of fruit on a table", ', ""),
+        ("THINGS", '"a bowl of fruit", ', ""),
         ("PARTS", 'PARTS += ["feature_extractor", "image_encoder"]', 'PARTS += ["feature_extractor"]'),
         ("PROMPTS", "None of them names a subject.", "None is about a subject."),
     ],

@@ -437,6 +437,7 @@ def test_the_table_of_the_evaluation_is_measured_once_and_is_that_of_the_evaluat
     monkeypatch.setattr(paper_table, "CHOSEN", paper_table.CHOSEN[:2])
     monkeypatch.setattr(paper_table, "chosen_trainings", lambda: chosen)
     quick = ["--num_inference_steps=1", "--guidance_scale=1", "--num_images_per_prompt=2", "--batch_size=30"]
+    quick += ["--probes=1", "--probe_timesteps=2"]
     monkeypatch.setattr(paper_table, "DRAWING", quick)
     args = paper_table.parse_args(["--subjects", "mug", f"--output_dir={tmp_path}"])
     paper_table.main(args)
