@@ -11,7 +11,6 @@ paths; by the data processing inequality it is at least the KL divergence of the
 Personalize" (arXiv 2505.19519) bounds a term of this sum by ``||theta - theta_base||^2``.
 """
 
-import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -245,7 +244,10 @@ def _drifts(chain: Sequence[_Answer], guidance_scale: float) -> list[float]:
 
 
 def _standard_error(numbers: Sequence[float]) -> float:
-    return statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else 0.0
+    if len(numbers) < 2:
+        return 0.0
+    mean = _mean(numbers)
+    return (sum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1) / len(numbers)) ** 0.5
 
 
 def _relative(rows: Sequence[tuple[float | None, Tensor, Tensor]]) -> tuple[list[float], dict[float, float]]:

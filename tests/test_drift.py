@@ -58,12 +58,13 @@ def test_drift_equals_its_formula(kind, scale):
     model = make_denoiser(kind)
     recording = record_denoiser(model, guidance_scale=scale)
     rows = list(changes(recording, moved(model)))
-    plain, guided, largest = {}, {}, 0.0
+    plain, guided, of_calls, largest = {}, {}, [], 0.0
     for timestep, now, base in rows:
         plain.setdefault(timestep, []).extend(relative(now, base))
         without, with_prompt = zip(now.chunk(2), base.chunk(2), strict=True)
         pair = [u + scale * (c - u) for u, c in zip(without, with_prompt, strict=True)]
         guided.setdefault(timestep, []).extend(relative(*pair))
+        of_calls.append(mean(relative(*pair)))
         largest = max(largest, (now - base).flatten(1).norm(dim=1).max().item())
     assert len(rows) == 6 and set(plain) == set(TIMESTEPS)
     drift = recording.drift()
@@ -73,7 +74,12 @@ def test_drift_equals_its_formula(kind, scale):
     assert drift.by_timestep == pytest.approx({t: mean(numbers) for t, numbers in plain.items()}, rel=1e-9)
     assert drift.guided_by_timestep == pytest.approx({t: mean(numbers) for t, numbers in guided.items()}, rel=1e-9)
     assert drift.largest_change == pytest.approx(largest, rel=1e-9)
-    assert drift.dial == drift.guided_prediction
+    of_prompts = [mean(of_calls[:3]), mean(of_calls[3:])]
+    assert (
+        drift.standard_error == pytest.approx(abs(of_prompts[0] - of_prompts[1]) / 2, rel=1e-9)
+        and drift.standard_error > 0
+    )
+    assert drift.dial == drift.guided_prediction + drift.standard_error
     with_one_scale = max(abs(drift.by_timestep[t] - drift.guided_by_timestep[t]) for t in TIMESTEPS)
     assert with_one_scale > 0
 
@@ -85,6 +91,7 @@ def test_without_pairs_there_is_no_guided_prediction():
             model(torch.randn(2, 4, 3).double(), torch.tensor(timestep), torch.randn(2, 2, 5).double())
     drift = recording.drift(moved(model))
     assert drift.guided_prediction is None and drift.guided_by_timestep == {}
+    assert drift.standard_error == 0  # of one prompt it is not known
     assert drift.dial == drift.prediction > 0
 
 
