@@ -54,10 +54,11 @@ class Drift(NamedTuple):
     @property
     def dial(self) -> float:
         """
-        What a budget is about: the change of what the sampler gets, the guided prediction where there is one, plus its
-        standard error. What few prompts know badly is held more tightly.
+        What a budget is about: the change of what the sampler gets, the guided prediction where there is one, plus
+        twice its standard error: on other prompts it is rarely more than that.
         """
-        return (self.prediction if self.guided_prediction is None else self.guided_prediction) + self.standard_error
+        change = self.prediction if self.guided_prediction is None else self.guided_prediction
+        return change + 2 * self.standard_error
 
 
 class _Answer(NamedTuple):
