@@ -251,9 +251,9 @@ def test_frechet_distance_is_that_of_torchmetrics(script, counts):
 
 def test_prediction_drift_is_averaged_over_pictures_by_kind_and_timestep(script):
     measured = [
-        ("other", 3, Drift(0.1, 0.2, {5.0: 0.1, 9.0: 0.3}, {}, 1.0, 8.0)),
-        ("other", 1, Drift(0.5, 0.4, {5.0: 0.5, 9.0: 0.7}, {}, 1.0, 4.0)),
-        ("subject", 2, Drift(0.3, None, {-0.5: 0.3}, {}, 1.0)),
+        ("other", 3, Drift(0.1, 0.2, {5.0: 0.1, 9.0: 0.3}, {}, 0.0, 1.0, 8.0)),
+        ("other", 1, Drift(0.5, 0.4, {5.0: 0.5, 9.0: 0.7}, {}, 0.0, 1.0, 4.0)),
+        ("subject", 2, Drift(0.3, None, {-0.5: 0.3}, {}, 0.0, 1.0)),
     ]
     curve = {5: pytest.approx(0.2), 9: pytest.approx(0.4)}
     other = {"mean": pytest.approx(0.2), "guided": pytest.approx(0.25), "by_timestep": curve, "kl_bound": 7.0}

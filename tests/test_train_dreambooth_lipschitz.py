@@ -412,7 +412,7 @@ def test_penalty_of_layers_is_what_the_plugin_gives_for_the_recording(train, pro
         square = move.square().sum() if moment is None else moment.squared_norm(move)
         expected += 50 * square.item() / parameter.numel()
     assert scalars(tmp_path)[0]["lipschitz/penalty"][2] == pytest.approx(expected, rel=1e-3)
-    assert len(recording.layers) > 50 and [call.held_out for call in recording.calls] == [False] * 10 + [True] * 10
+    assert len(recording.layers) > 50 and [call.held_out for call in recording.calls] == [False] * 10 + [True] * 4
 
 
 def test_weight_decay_towards_zero_is_for_plain_dreambooth(script):
@@ -870,9 +870,8 @@ def test_finished_model_has_drifted_by_the_budget(method, budgeted, tiny_sd, rec
     drift = recording.drift(loaded.unet, lambda: draw_held_out(loaded, recording))
     logged = scalars(folder)[0]
     assert 0.95 * BUDGET <= drift.dial <= 1.001 * BUDGET
-    assert logged["drift/guided_prediction"] == {4: pytest.approx(drift.dial, rel=1e-3)}
+    assert logged["drift/guided_prediction"] == {4: pytest.approx(drift.guided_prediction, rel=1e-3)}
     assert logged["drift/prediction"] == {4: pytest.approx(drift.prediction, rel=1e-3)}
-    assert 0.95 * BUDGET <= logged["drift/guided_prediction"][4] <= BUDGET
     if "--train_text_encoder" in flags:  # which took its part
         assert recording.drift(loaded.unet).dial != pytest.approx(drift.dial, rel=1e-3)
 
