@@ -180,7 +180,7 @@ RECORDED_STEPS = 10
 # Weights of the other spaces, which were found in the drawn world.
 SPACE_WEIGHTS = {
     "layers": {"full": 5.0, "lora": 0.2, "custom_diffusion": 0.08},
-    "predictions": {"full": 3.0, "lora": 3.0, "custom_diffusion": 3.0},
+    "predictions": {"full": 1.0, "lora": 1.0, "custom_diffusion": 1.0},
 }
 
 

@@ -217,7 +217,7 @@ def test_model_card_has_the_flags_of_the_penalty_that_were_given(script, tmp_pat
         "--drift_budget=0.05 --method=lora": {
             "lipschitz_weight": 0.0,
             "lipschitz_layers": 0.2,
-            "lipschitz_predictions": 3.0,
+            "lipschitz_predictions": 1.0,
             "lipschitz_lora": "delta",
             "drift_budget": 0.05,
         },
@@ -888,7 +888,7 @@ def test_checkpoint_of_a_run_with_a_budget_leads_to_the_same_result(method, budg
     assert [path.name for path in tmp_path.glob("recording-*")] == names and len(names) == (method == "full")
     settings = json.loads((tmp_path / "checkpoint-3" / "settings.json").read_text())
     assert settings == json.loads((folder / "checkpoint-2" / "settings.json").read_text())
-    assert settings["lipschitz_weight"] == 0 and settings["lipschitz_predictions"] == 3
+    assert settings["lipschitz_weight"] == 0 and settings["lipschitz_predictions"] == 1
     assert settings["recording"].startswith(names[0][10:26] if names else "")
 
 

@@ -519,7 +519,7 @@ def test_defaults_are_those_of_the_method(sdxl_script):
         ("--method=full", "--lipschitz_layers"): [1e-6, 1e-6, 0, 0, full, 5, None],
         ("--lipschitz_layers", "--lipschitz_weight=2"): [1e-4, 5e-6, 2, 0, lora, 0.2, None],
         ("--lipschitz_predictions=0",): [1e-4, 5e-6, 1, 0, lora, None, 0],
-        ("--drift_budget=0.05",): [1e-4, 5e-6, 0, 0, lora, 0.2, 3],
+        ("--drift_budget=0.05",): [1e-4, 5e-6, 0, 0, lora, 0.2, 1],
         ("--drift_budget=0.05", "--lipschitz_predictions=1"): [1e-4, 5e-6, 0, 0, lora, None, 1],
         ("--drift_budget=0.05", "--lipschitz_weight=2"): [1e-4, 5e-6, 2, 0, lora, None, None],
     }
