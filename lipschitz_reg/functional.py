@@ -65,6 +65,19 @@ class Moment(NamedTuple):
         with torch.autocast(displacement.device.type, enabled=False):
             return square + squared_norm(displacement.flatten(1) @ self.root.to(displacement))
 
+    def gradient(self, displacement: Tensor, c: Coefficient) -> tuple[Tensor, Tensor]:
+        """``2 c D M`` and ``c tr(D M D^T)`` of a displacement D that is not needed afterwards, in few passes."""
+        rest = self.rest.to(displacement)
+        square = squared_norm(displacement) * rest
+        if not self.root.numel():
+            return displacement.mul_(rest * (2 * c)), c * square
+        rows, root = displacement.flatten(1), self.root.to(displacement)
+        with torch.autocast(displacement.device.type, enabled=False):
+            product = rows @ root
+            square = square + squared_norm(product)
+            change = rows.mul_(rest * (2 * c)).addmm_(product.mul_(2 * c), root.T)
+        return change.view_as(displacement), c * square
+
     def to(self, device: torch.device) -> "Moment":
         return Moment(self.root.to(device), self.rest.to(device))
 
@@ -155,9 +168,9 @@ def add_penalty_gradient_(
         c = _on_device(c, parameter.device)
         if moment is not None:
             difference = _difference(parameter, anchor.to(parameter.device, non_blocking=True))
-            measured = moment.apply(difference).mul_(c)
-            terms.append((difference * measured).sum())
-            saturating_add_(gradient, measured.mul_(2))
+            change, term = moment.gradient(difference, c)
+            terms.append(term)
+            saturating_add_(gradient, change)
             continue
         add_piece = _fused_add_piece(parameter.device) if parameter.is_cuda else _add_piece
         pieces = _pieces(parameter, anchor, gradient, cut=_is_scalar(c))
