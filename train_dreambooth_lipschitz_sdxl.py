@@ -167,15 +167,8 @@ FREE_TO_CHANGE = {
     *["pretrained_model_name_or_path", "revision", "variant", "pretrained_config", "tokenizer_name"],
     *["pretrained_vae_model_name_or_path", "lipschitz_anchor_model", "instance_data_dir", "dataset_name"],
     *["dataset_config_name", "image_column", "caption_column", "cache_dir", "concepts_list", "class_data_dir"],
-    *[
-        "lipschitz_recording",
-        "lipschitz_prompts_file",
-        "drift_budget",
-        "output_dir",
-        "resume_from_checkpoint",
-        "dataloader_num_workers",
-        "sample_batch_size",
-    ],
+    *["lipschitz_recording", "lipschitz_prompts_file", "drift_budget", "output_dir", "resume_from_checkpoint"],
+    *["dataloader_num_workers", "sample_batch_size"],
     *["prior_generation_precision", "num_train_epochs", "max_train_steps", "lr_warmup_steps", "checkpointing_steps"],
     *["checkpoints_total_limit", "lipschitz_anchor_device", "set_grads_to_none", "gradient_checkpointing"],
     *["enable_xformers_memory_efficient_attention", "allow_tf32", "validation_prompt"],
@@ -476,8 +469,8 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
         "--lipschitz_prompts_file",
         type=user_path,
         help="Prompts whose pictures should stay as they are, one a line; none of them should name the subject. Every"
-        f" second one only measures drift. Default: {len(PROMPTS)} prompts of everyday things. Each is drawn in"
-        f" {RECORDED_STEPS} steps.",
+        f" second one only measures drift. Default: {len(PROMPTS)} prompts of everyday things. Those that are held are"
+        f" drawn in {RECORDED_STEPS} steps, those that measure in fewer.",
     )
     return add
 
@@ -597,8 +590,8 @@ def add_logging_arguments(parser: argparse.ArgumentParser) -> Callable:
         help="Optimizer steps from one measurement of drift to the next; default: never. It logs drift/prediction,"
         " the mean relative change of predictions on held-out prompts; drift/guided_prediction, the same for what the"
         " sampler gets; with the penalty, drift/lipschitz_constant, the largest change divided by lipschitz/distance;"
-        " and drift/seconds. If --lipschitz_anchor_model is given, it is the base. Measuring does"
-        " not change training.",
+        " and drift/seconds. If --lipschitz_anchor_model is given, it is the base. Measuring does not change"
+        " training.",
     )
     add(
         "--report_to",
@@ -721,7 +714,9 @@ def check_arguments(args: argparse.Namespace, error: Callable[[str], NoReturn]) 
             error(f"--{flag} is about a data set: add --dataset_name")
     for flag in ("lipschitz_prompts_file", "lipschitz_recording"):
         if getattr(args, flag) is not None and not needs_recording(args):
-            error(f"--{flag} does nothing without --lipschitz_layers, --lipschitz_predictions or --drift_every")
+            error(
+                f"--{flag} does nothing without --drift_budget, --lipschitz_layers, --lipschitz_predictions or --drift_every"
+            )
     if args.lipschitz_prompts_file is not None and args.lipschitz_recording is not None:
         error("--lipschitz_recording has its prompts already: leave out --lipschitz_prompts_file")
     if args.drift_budget is not None and not is_penalized(args):

@@ -110,6 +110,7 @@ GRIDS = {
         Row("penalty on layers", (1e-3,), (4,), LAYERS, steps=(120,)),
         Row("penalty on predictions", (1e-3,), (3,), PREDICTIONS, steps=(120,)),
         Row("layers and predictions", (1e-3,), (4,), BOTH, steps=(120,)),
+        Row("layers and predictions, weight 1", (1e-3,), (4,), LAYERS + " --lipschitz_predictions=1", steps=(120,)),
     ],
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR, steps=(120,))],
     # Claim 6, for --draw: no penalty, the weight that is about right, and too much.

@@ -1036,7 +1036,7 @@ MISTAKES = {
     ),
     "prompts for nothing": (
         "--lipschitz_prompts_file={world}/one.txt",
-        "--lipschitz_prompts_file does nothing without --lipschitz_layers, --lipschitz_predictions or --drift_every",
+        "--lipschitz_prompts_file does nothing without --drift_budget, --lipschitz_layers, --lipschitz_predictions or --drift_every",
     ),
     "recording for nothing": (
         "--lipschitz_recording={world}/absent",
