@@ -714,9 +714,7 @@ def check_arguments(args: argparse.Namespace, error: Callable[[str], NoReturn]) 
             error(f"--{flag} is about a data set: add --dataset_name")
     for flag in ("lipschitz_prompts_file", "lipschitz_recording"):
         if getattr(args, flag) is not None and not needs_recording(args):
-            error(
-                f"--{flag} does nothing without --drift_budget, --lipschitz_layers, --lipschitz_predictions or --drift_every"
-            )
+            error(f"--{flag} needs --drift_budget, --lipschitz_layers, --lipschitz_predictions or --drift_every")
     if args.lipschitz_prompts_file is not None and args.lipschitz_recording is not None:
         error("--lipschitz_recording has its prompts already: leave out --lipschitz_prompts_file")
     if args.drift_budget is not None and not is_penalized(args):

@@ -1036,11 +1036,11 @@ MISTAKES = {
     ),
     "prompts for nothing": (
         "--lipschitz_prompts_file={world}/one.txt",
-        "--lipschitz_prompts_file does nothing without --drift_budget, --lipschitz_layers, --lipschitz_predictions or --drift_every",
+        "--lipschitz_prompts_file needs --drift_budget, --lipschitz_layers, --lipschitz_predictions or --drift_every",
     ),
     "recording for nothing": (
         "--lipschitz_recording={world}/absent",
-        "--lipschitz_recording does nothing without --lipschitz_layers",
+        "--lipschitz_recording needs --drift_budget, --lipschitz_layers",
     ),
     "recording and prompts": (
         "--drift_every=1 --lipschitz_recording={world}/absent --lipschitz_prompts_file={world}/one.txt",
