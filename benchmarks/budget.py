@@ -38,7 +38,7 @@ from tradeoff import (
     trained_unet,
 )
 
-from lipschitz_reg import Recording
+from lipschitz_reg import Drift, Recording
 from lipschitz_reg.budget import fit_share
 
 
@@ -76,16 +76,18 @@ def measure(
     recording = Recording.load(path, model)
 
     @functools.cache  # all budgets begin with the whole displacement
-    def change_at(share: float) -> float:
+    def drift_at(share: float) -> Drift:
         model.load_state_dict({name: torch.lerp(weight, unet[name], share) for name, weight in base.items()})
-        return recording.drift().dial
+        return recording.drift()
 
     lines = []
     for budget in [None, *budgets]:
-        share, change = (1.0, change_at(1.0)) if budget is None else fit_share(change_at, budget)
+        share = 1.0 if budget is None else fit_share(lambda share: drift_at(share).dial, budget)[0]
         left = {name: torch.lerp(weight, unet[name], share) for name, weight in base.items()}
+        held_out = drift_at(share)
         measured = ruler.measure(left, subject, training, folder, pictures)
-        lines.append({"budget": budget, "share": share, "held out": change, **measured})
+        errors = {"held out": held_out.guided_prediction, "held out standard error": held_out.standard_error}
+        lines.append({"budget": budget, "share": share, **errors, **measured})
     return lines
 
 
@@ -138,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
     if args.table:
         return table([line for path in args.table for line in read_lines(path)])
     setup = SDXL if args.sdxl else SD
-    settings = {"base": hash_of(setup.base), "others": 32, "per_scene": 4}
+    settings = {"base": hash_of(setup.base), "others": 53, "per_scene": 4}  # 53 captions that are not recorded
     name = args.shard.replace("/", "-of-") + ("-sdxl" if args.sdxl else "")
     path, work = args.output_dir / f"{name}.jsonl", args.output_dir / f"work-{name}"
     work.mkdir(parents=True, exist_ok=True)
