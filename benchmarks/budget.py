@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from tradeoff import (
     COMMON,
     CUSTOM,
+    LOOKS,
     LORA,
     RECORDING,
     SD,
     SDXL,
-    SUBJECTS,
     Ruler,
     Training,
     append_line,
@@ -125,7 +125,7 @@ def table(lines: list[dict]) -> None:
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Does a drift budget hold on captions that nothing has used?")
     parser.add_argument("--sdxl", action="store_true", help="Personalize the tiny SDXL.")
-    parser.add_argument("--subjects", nargs="+", default=["mug", "star", "heart"], choices=SUBJECTS)
+    parser.add_argument("--subjects", nargs="+", default=["mug", "star", "heart"], choices=LOOKS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS)[:3], choices=METHODS)
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.03, 0.05, 0.08])
     parser.add_argument("--steps", nargs="+", type=int, default=[120])

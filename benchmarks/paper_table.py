@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from plot_tradeoff import bootstrap, interval, print_table, show
 from tqdm.auto import tqdm
 from tradeoff import (
+    LOOKS,
     SD,
     SUBJECTS,
     TINYWORLD,
@@ -80,7 +81,7 @@ def evaluate(training: Training, subject: str, seed: int, work: Path) -> dict[st
     script = load_script("evaluate_dreambooth")
     flags = [f"--pretrained_model_name_or_path={model}", f"--base_model_name_or_path={SD.base}"]
     flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / subject}", "--instance_token=sks"]
-    flags += [f"--class_name={SUBJECTS[subject].kind}", f"--seed={seed}"]
+    flags += [f"--class_name={LOOKS[subject].kind}", f"--seed={seed}"]
     flags += [f"--{kind}_file={TINYWORLD / kind}.txt" for kind in ("prompts", "other_prompts")]
     flags += [f"--clip_model={TINYWORLD / 'clip'}", f"--dino_model={TINYWORLD / 'vit'}"]
     flags += [*PROBES, *DRAWING, f"--base_images_dir={work / f'base-{subject}-{seed}'}", f"--output_dir={evaluation}"]
@@ -91,8 +92,8 @@ def evaluate(training: Training, subject: str, seed: int, work: Path) -> dict[st
     with (evaluation / "images.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             if row["model"] == "personalized":
-                text = row["prompt"].replace(f"sks {SUBJECTS[subject].kind}", "{subject}")
-                text = text.replace(f"a photo of a {SUBJECTS[subject].kind}", "a photo of a {class}")
+                text = row["prompt"].replace(f"sks {LOOKS[subject].kind}", "{subject}")
+                text = text.replace(f"a photo of a {LOOKS[subject].kind}", "a photo of a {class}")
                 measured = float(row["clip_t" if row["kind"] == "subject" else "pixel_rms"])
                 prompts.setdefault(row["kind"], {}).setdefault(text, []).append(measured)
     return {
@@ -150,7 +151,7 @@ def print_results(lines: list[dict]) -> None:
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train methods on the drawn world and evaluate them as users do.")
-    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=SUBJECTS, help="All.")
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=LOOKS, help="All.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Of trainings and pictures.")
     parser.add_argument("--shard", type=shard, default="1/1", help="i/n: part i of n, for n machines or cores.")
     parser.add_argument("--output_dir", type=Path, default=Path("paper_table"), help="A file for each shard.")

@@ -35,7 +35,8 @@ GUIDANCE = 4.0  # of the pictures that are judged
 
 from demo import BASE_NAME, SD, SDXL, Setup, hash_of, save_picture  # noqa: E402
 from examine import Examiner, load, subject_prompt  # noqa: E402
-from world import SUBJECTS  # noqa: E402
+from rivals import RIVALS  # noqa: E402
+from world import LOOKS, SUBJECTS  # noqa: E402
 
 
 class Row(NamedTuple):
@@ -57,8 +58,8 @@ class Row(NamedTuple):
     shares: tuple[float, ...] = ()
 
 
-SELECTIVE = "selective projection decay"
-PENALTY, PRIOR = "--lipschitz_weight={}", "--lipschitz_weight=0 --with_prior_preservation"
+NONE = "--lipschitz_weight=0"
+PENALTY, PRIOR = "--lipschitz_weight={}", NONE + " --with_prior_preservation"
 WORD = "<new1>"  # of Custom Diffusion, which begins as the token of the other methods
 PROJECTED = "--lipschitz_weight=1 --lipschitz_mode=projected --lipschitz_radius={}"
 FACTORS = PENALTY + " --lipschitz_lora=factors --lipschitz_reduction=sum"
@@ -125,7 +126,7 @@ GRIDS = {
         Row("proximal", (1e-3,), (3e5, 1e6), PENALTY + " --lipschitz_mode=proximal", steps=(120,)),
         Row("projected", (1e-3,), (4, 6), PROJECTED, steps=(120,)),
         Row("sum", (1e-3,), (3e-3, 1e-2), PENALTY + " --lipschitz_reduction=sum", steps=(120,)),
-        Row(SELECTIVE, (1e-3,), (1, 2, 4), "--lipschitz_weight=0", steps=(120,)),
+        Row("selective projection decay", (1e-3,), (1, 2, 4), NONE, steps=(120,)),
         Row("penalty, constant rate", (5e-4,), (300,), schedule="constant", steps=(120,)),
     ],
     "lora": [
@@ -240,35 +241,6 @@ def clock() -> float:
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
-class SelectiveDecay:
-    """
-    Selective Projection Decay (Tian et al. 2024, arXiv 2411.01713), a rival: a tensor is pulled back only if its
-    gradient asks for that, pointing the same way as its displacement from where it began. The pull undoes, times
-    `strength`, that by which the step has made the displacement longer; at 1 it is a projection.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, strength: float):
-        self.strength = strength
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.anchors = {parameter: parameter.detach().clone() for parameter in parameters}
-        optimizer.register_step_pre_hook(self.before_step)
-        optimizer.register_step_post_hook(self.after_step)
-
-    @torch.no_grad()
-    def before_step(self, *_) -> None:
-        self.lengths = {}
-        for parameter, anchor in self.anchors.items():
-            displacement = parameter - anchor
-            if parameter.grad is not None and (parameter.grad * displacement).sum() > 0:
-                self.lengths[parameter] = displacement.norm()
-
-    @torch.no_grad()
-    def after_step(self, *_) -> None:
-        for parameter, length in self.lengths.items():
-            growth = (1 - length / (parameter - self.anchors[parameter]).norm()).clamp(min=0)
-            parameter.lerp_(self.anchors[parameter], (self.strength * growth).clamp(max=1))
-
-
 def draw_class_images(script: ModuleType, args: argparse.Namespace) -> float:
     """Lets the script draw its class images, once for all trainings on a subject. Returns the seconds."""
     record = Path(f"{args.class_data_dir}.seconds")
@@ -300,31 +272,22 @@ def train(setup: Setup, training: Training, subject: str, seed: int, folder: Pat
     Personalizes the base, into `folder`, with checkpoints where it is to be measured. Returns the seconds, without
     those of the recording, which all trainings share.
     """
-    script, kind = load_script(setup.script.stem), SUBJECTS[subject].kind
+    script, kind = load_script(setup.script.stem), LOOKS[subject].kind
     # Results say nothing of the folder that they were made in.
-    flags = list(training.flags)
-    if RECORDING.strip() in flags:
-        recording = record_base(setup, folder.parent)
-        flags = [flag.format(recording=recording) for flag in flags]
+    recording = record_base(setup, folder.parent)
+    flags = [flag.format(recording=recording) for flag in training.flags]
     flags += [f"--pretrained_model_name_or_path={setup.base}"]
     flags += [f"--seed={seed}", f"--output_dir={folder}"]
     flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / subject}"]
-    flags += [f"--instance_prompt={subject_prompt(SUBJECTS[subject], '', token_of(training))}"]
+    flags += [f"--instance_prompt={subject_prompt(LOOKS[subject], '', token_of(training))}"]
     if training.stops:
         flags += [f"--checkpointing_steps={math.gcd(*training.stops)}"]
     if "--with_prior_preservation" in flags:
         class_images = folder.with_name(f"class-{subject}")
         flags += [f"--class_prompt=a photo of a {kind}", f"--class_data_dir={class_images}"]
     args = script.parse_args(flags)
-    if training.method == SELECTIVE:
-        build_optimizer = script.build_optimizer
-
-        def build_selective(*arguments):
-            optimizer = build_optimizer(*arguments)
-            SelectiveDecay(optimizer, training.weight)
-            return optimizer
-
-        script.build_optimizer = build_selective
+    if rival := RIVALS.get(training.method.rpartition(", ")[2]):
+        rival(script, training.weight, class_prompt=f"a photo of a {kind}", recording=recording)
     class_seconds = draw_class_images(script, args) if args.with_prior_preservation else 0.0
     began = clock()
     script.main(args)
@@ -416,7 +379,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train and measure a grid of methods on the drawn world.")
     parser.add_argument("--sdxl", action="store_true", help="Personalize the tiny SDXL.")
     parser.add_argument("--grid", nargs="+", default=list(GRIDS), choices=GRIDS, help="Parts of the grid; all.")
-    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=SUBJECTS, help="All.")
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=LOOKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of trainings and pictures.")
     parser.add_argument("--others", type=positive, default=16, help="Pictures that do not show the subject.")
     parser.add_argument("--per_scene", type=positive, default=2, help="Pictures of it in each of five new scenes.")

@@ -24,7 +24,7 @@ import matplotlib
 import numpy as np
 from examine import BASE, NEW_SCENES, Examiner, generate, load, other_things, subject_prompt
 from tqdm.auto import tqdm
-from world import SUBJECTS, Look, caption_of, subject_photos
+from world import LOOKS, SUBJECTS, Look, caption_of, subject_photos
 
 
 matplotlib.use("Agg")
@@ -66,10 +66,10 @@ def train(setup: Setup, subject: str, method: str, seed: int, folder: Path, bar:
     photos.mkdir(parents=True, exist_ok=True)
     for i, photo in enumerate(subject_photos(subject)):
         photo.save(photos / f"{i}.png")
-    kind = SUBJECTS[subject].kind
+    kind = LOOKS[subject].kind
     command = [sys.executable, str(setup.script)]
     command += [f"--pretrained_model_name_or_path={setup.base}", f"--instance_data_dir={photos}", f"--seed={seed}"]
-    command += [f"--instance_prompt={subject_prompt(SUBJECTS[subject], '')}", f"--output_dir={folder / method}"]
+    command += [f"--instance_prompt={subject_prompt(LOOKS[subject], '')}", f"--output_dir={folder / method}"]
     command += [f"--class_prompt=a photo of a {kind}", f"--class_data_dir={folder / 'class pictures'}"]
     command += [*setup.common, *setup.methods[method]]
     started = time.time()
@@ -94,7 +94,7 @@ def hash_of(base: Path) -> str:
 
 def save_picture(subject: str, seed: int, models: dict[str, Path], path: Path) -> None:
     """Rows: the photos, the base and each model; columns: the subject in four scenes and three other things."""
-    look = SUBJECTS[subject]
+    look = LOOKS[subject]
     another = Look(look.kind, "blue" if look.colour != "blue" else "red", "dotted", "white", "none")
     strangers = [other for other in other_things(48) if other[0].kind != look.kind][:2]
     prompts = [subject_prompt(look, scene) for scene in NEW_SCENES[:4]]
@@ -154,7 +154,7 @@ def main() -> None:
         description="Train with and without the penalty; draw and measure the difference."
     )
     parser.add_argument("--sdxl", action="store_true", help="Personalize the tiny SDXL.")
-    parser.add_argument("--subjects", nargs="+", default=["mug"], choices=[*SUBJECTS, "all"], metavar="NAME")
+    parser.add_argument("--subjects", nargs="+", default=["mug"], choices=[*LOOKS, "all"], metavar="NAME")
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="Seeds of the trainings and of the pictures."
     )

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from judge import SUBJECT_TRAITS, Judge, traits_of
 from PIL import Image
 from tqdm.auto import tqdm
-from world import CLASSES, COLOURS, PATTERNS, SCENES, SUBJECT_SCENES, SUBJECTS, Look, caption_of
+from world import CLASSES, COLOURS, LOOKS, PATTERNS, SCENES, SUBJECT_SCENES, Look, caption_of
 
 
 BASE = Path(__file__).resolve().parent / "sd"
@@ -91,7 +91,7 @@ class Examiner:
             self.base = pictures
         read, truths = self.judge.read(pictures), [traits_of(*other) for other in self.others]
         pixels, base_pixels = (np.stack([np.asarray(p, float) for p in many]) for many in (pictures, self.base))
-        look = SUBJECTS[subject]
+        look = LOOKS[subject]
         scenes = [scene for scene in NEW_SCENES for _ in range(self.per_scene)]
         prompts = [subject_prompt(look, scene, token) for scene in scenes]
         mine = generate(pipeline, prompts, [1000 * self.seed + 500 + i for i in range(len(scenes))])

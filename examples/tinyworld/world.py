@@ -76,6 +76,18 @@ SUBJECTS = {
     "mug": Look("mug", "red", "zigzag", "green", "face"),
     "boat": Look("boat", "grey", "halves", "orange", "face"),
 }
+# Eight more, drawn by lot: claims are measured on these, settings were chosen on the ones above.
+NEW_SUBJECTS = {
+    "new-ball": Look("ball", "yellow", "rings", "pink", "band"),
+    "new-box": Look("box", "green", "zigzag", "white", "cross"),
+    "new-star": Look("star", "red", "halves", "green", "cross"),
+    "new-heart": Look("heart", "orange", "halves", "green", "cross"),
+    "new-house": Look("house", "blue", "zigzag", "red", "face"),
+    "new-fish": Look("fish", "grey", "rings", "blue", "face"),
+    "new-mug": Look("mug", "pink", "halves", "grey", "cross"),
+    "new-boat": Look("boat", "purple", "halves", "pink", "band"),
+}
+LOOKS = SUBJECTS | NEW_SUBJECTS
 SUBJECT_SCENES = ("on a wooden floor", "on the grass", "in front of a brick wall")
 PHOTOS_PER_SUBJECT = 5
 
@@ -134,7 +146,7 @@ def random_picture(rng: Random) -> tuple[Image.Image, Look, str, str]:
 def subject_photos(name: str) -> list[Image.Image]:
     """The `PHOTOS_PER_SUBJECT` photos of a subject: the same pictures at every call."""
     rng = Random(f"photos of {name}")
-    return [draw(SUBJECTS[name], SUBJECT_SCENES[i % len(SUBJECT_SCENES)], rng) for i in range(PHOTOS_PER_SUBJECT)]
+    return [draw(LOOKS[name], SUBJECT_SCENES[i % len(SUBJECT_SCENES)], rng) for i in range(PHOTOS_PER_SUBJECT)]
 
 
 # --- scenes ---
@@ -359,7 +371,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the photos of the subjects of the drawn world.")
     parser.add_argument("--output_dir", default=Path(__file__).parent / "subjects", type=Path)
     args = parser.parse_args()
-    for name in SUBJECTS:
+    for name in LOOKS:
         folder = args.output_dir / name
         folder.mkdir(parents=True, exist_ok=True)
         for i, photo in enumerate(subject_photos(name)):
