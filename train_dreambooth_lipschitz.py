@@ -3,14 +3,16 @@
 # words as in train_custom_diffusion.py, photos and captions as in train_dreambooth_lora_sdxl.py. Holds no SDXL.
 # `make style` copies what it shares to train_dreambooth_lipschitz_sdxl.py and evaluate_dreambooth.py.
 """
-Teaches Stable Diffusion a subject from 3-6 photos, and keeps the rest of the model where it was, by the penalty of
-"Preserve and Personalize" (arXiv 2505.19519, Algorithm 1):
+Teaches Stable Diffusion a subject from 3-6 photos, and keeps the rest of the model where it was, by a penalty that
+began with "Preserve and Personalize" (arXiv 2505.19519, Algorithm 1):
 
     accelerate launch train_dreambooth_lipschitz.py \
         --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --instance_data_dir=photos --instance_prompt="a photo of sks dog" --output_dir=sks-dog \
-        --train_batch_size=1 --learning_rate=2e-6 --lipschitz_weight=500 --max_train_steps=1000
+        --train_batch_size=1 --learning_rate=2e-6 --max_train_steps=1000
 
+The base first draws prompts of other things, and what its layers and predictions do there is held during training.
+`--lipschitz_weight` alone holds its weights instead, as the paper does.
 `--method` says which parameters train, what they are anchored to and what is saved: `full` all of the U-Net, `lora`
 small matrices added to its attention, `custom_diffusion` its cross-attention's keys and values and new words.
 With `--lipschitz_weight=0` it is plain DreamBooth; with `--with_prior_preservation` besides, the classic alternative.
@@ -100,12 +102,18 @@ FAMILY, TAG = "Stable Diffusion", "stable-diffusion"
 SIBLINGS = {"StableDiffusionXLPipeline": "train_dreambooth_lipschitz_sdxl.py"}
 TEXT_ENCODERS = ["text_encoder"]
 RESOLUTION = 512
-# Learning rates and folders of diffusers' scripts; weights of the paper's authors, and for LoRA one that was found in
-# the drawn world (docs/methods.md). The first method is the default.
+# Of diffusers' scripts. The first method is the default.
 DEFAULTS = {
-    "full": {"learning_rate": 5e-6, "lipschitz_weight": 500.0, "output_dir": "dreambooth-model"},
-    "lora": {"learning_rate": 5e-4, "lipschitz_weight": 1.0, "output_dir": "lora-dreambooth-model"},
-    "custom_diffusion": {"learning_rate": 1e-5, "lipschitz_weight": 175.0, "output_dir": "custom-diffusion-model"},
+    "full": {"learning_rate": 5e-6, "output_dir": "dreambooth-model"},
+    "lora": {"learning_rate": 5e-4, "output_dir": "lora-dreambooth-model"},
+    "custom_diffusion": {"learning_rate": 1e-5, "output_dir": "custom-diffusion-model"},
+}
+# Weights of the flags that are given without a number. For the distance of parameters they are the authors', but that
+# for LoRA; all others were found on the toy benchmark (docs/methods.md).
+WEIGHTS = {
+    "full": {"lipschitz_weight": 500.0, "lipschitz_layers": 5.0, "lipschitz_predictions": 1.0},
+    "lora": {"lipschitz_weight": 1.0, "lipschitz_layers": 0.2, "lipschitz_predictions": 1.0},
+    "custom_diffusion": {"lipschitz_weight": 175.0, "lipschitz_layers": 0.08, "lipschitz_predictions": 1.0},
 }
 # Of AdamW where there is no penalty.
 WEIGHT_DECAY = 1e-2
@@ -170,11 +178,6 @@ PROMPTS = [
 ]
 # Enough to meet all noise levels.
 RECORDED_STEPS = 10
-# Weights of the other spaces, which were found in the drawn world.
-SPACE_WEIGHTS = {
-    "layers": {"full": 5.0, "lora": 0.2, "custom_diffusion": 0.08},
-    "predictions": {"full": 1.0, "lora": 1.0, "custom_diffusion": 1.0},
-}
 
 
 def stop(message: str | Exception) -> NoReturn:
@@ -238,7 +241,8 @@ user_path = os.path.expanduser  # bash leaves the ~ of --flag=~/folder as it is
 
 def defaults_of(name: str) -> str:
     """The default of a flag for each method, for its help."""
-    return ", ".join(f"{values[name]:g} for {method}" for method, values in DEFAULTS.items())
+    defaults = DEFAULTS if name in next(iter(DEFAULTS.values())) else WEIGHTS
+    return ", ".join(f"{values[name]:g} for {method}" for method, values in defaults.items())
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> Callable:
@@ -340,14 +344,23 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> Callable:
 
 
 def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
-    add = parser.add_argument_group("Lipschitz penalty").add_argument
-    add(
-        "--lipschitz_weight",
-        type=non_negative,
-        help="Strength of the pull towards the pretrained weights, lambda in the paper. Too small: other prompts start"
-        " to show the subject; too large: the subject is not learned. 0 attaches nothing: plain DreamBooth. Default:"
-        f" {defaults_of('lipschitz_weight')}; 0 with --lipschitz_layers or --lipschitz_predictions.",
-    )
+    add = parser.add_argument_group(
+        "Lipschitz penalty",
+        "If none of --lipschitz_weight, --lipschitz_layers and --lipschitz_predictions is given, the last two are on.",
+    ).add_argument
+    for name, what in {
+        "weight": "how far weights have moved, as in the paper (its lambda). 0: plain DreamBooth",
+        "layers": "how much the outputs of layers change, on recorded inputs",
+        "predictions": "how much the denoiser's predictions change, on recorded calls; each step repeats one",
+    }.items():
+        add(
+            f"--lipschitz_{name}",
+            type=non_negative,
+            nargs="?",
+            const=True,
+            metavar="WEIGHT",
+            help=f"Penalize {what}. Without a number the weight is {defaults_of(f'lipschitz_{name}')}.",
+        )
     add(
         "--lipschitz_reduction",
         choices=["sum", "tensor_mean", "mean"],
@@ -382,25 +395,11 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
         help="lora: penalize what is added to the weights (delta, the default), or its two factors one by one"
         " (factors: the authors' way, with their weight of 1e-7 and --lipschitz_reduction sum).",
     )
-    for space, what in {
-        "layers": "penalize how much the outputs of layers change, on recorded inputs",
-        "predictions": "penalize how much the denoiser's predictions change, on recorded calls; each step repeats one",
-    }.items():
-        add(
-            f"--lipschitz_{space}",
-            type=non_negative,
-            nargs="?",
-            const=True,
-            metavar="WEIGHT",
-            help=f"Instead of --lipschitz_weight, or in addition: {what}. Without a number the weight is"
-            f" {', '.join(f'{weight:g} for {method}' for method, weight in SPACE_WEIGHTS[space].items())}.",
-        )
     add(
         "--drift_budget",
         type=positive,
         help="The largest change of predictions that you accept, such as 0.05 for 5%%, on prompts that do not name the"
-        " subject. What training changes beyond it is taken back at the end. Turns on --lipschitz_layers and"
-        " --lipschitz_predictions if no weight is given.",
+        " subject. What training changes beyond it is taken back at the end.",
     )
     add(
         "--lipschitz_recording",
@@ -669,25 +668,26 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
 
 def check_spaces(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
     """Fills in the weights of spaces, and refuses what they do not go with."""
-    if args.drift_budget is not None and args.lipschitz_weight is None:
-        if args.lipschitz_layers is None and args.lipschitz_predictions is None:
-            args.lipschitz_layers = args.lipschitz_predictions = True
-    for space, defaults in SPACE_WEIGHTS.items():
-        name, usual = f"lipschitz_{space}", defaults[args.method]
-        if getattr(args, name) is True:
-            if space == "layers" and args.lipschitz_reduction != "tensor_mean":
-                error(f"--{name} has a default weight only for --lipschitz_reduction tensor_mean: give it a number")
-            setattr(args, name, usual)
+    names = list(WEIGHTS[args.method])
+    if all(getattr(args, name) is None for name in names):
+        # What only the paper's form has asks for it.
+        papers = args.lipschitz_mode != "coupled" or args.lipschitz_lora == "factors"
+        papers = papers or args.lipschitz_reduction != "tensor_mean"
+        for name in names:
+            setattr(args, name, papers == (name == "lipschitz_weight"))
+    for name in names:
+        weight = getattr(args, name) or 0.0
+        if weight is True and name != "lipschitz_predictions" and args.lipschitz_reduction != "tensor_mean":
+            error(f"--{name} has a default weight only for --lipschitz_reduction tensor_mean: give it a number")
+        setattr(args, name, WEIGHTS[args.method][name] if weight is True else weight)
     if args.lipschitz_layers and (args.lipschitz_mode != "coupled" or args.lipschitz_lora == "factors"):
         error("--lipschitz_layers needs --lipschitz_mode coupled, and --lipschitz_lora delta")
-    usual = SPACE_WEIGHTS["layers"][args.method]
-    if args.lipschitz_reduction == "tensor_mean" and (args.lipschitz_layers or 0) >= 20 * usual:
+    usual = WEIGHTS[args.method]["lipschitz_layers"]
+    if args.lipschitz_reduction == "tensor_mean" and args.lipschitz_layers >= 20 * usual:
         warn(
             f"--lipschitz_layers {args.lipschitz_layers:g} is {args.lipschitz_layers / usual:.0f} times the default:"
             " its weights are on another scale than those of --lipschitz_weight"
         )
-    if args.lipschitz_weight is None and (args.lipschitz_layers or args.lipschitz_predictions):
-        args.lipschitz_weight = 0.0
 
 
 def is_penalized(args: argparse.Namespace) -> bool:
@@ -1829,7 +1829,7 @@ def attach_lipschitz(
         recording = record_base(args, accelerator, pipeline, anchor_model, trained, prompts, checkpoint)
     if not is_penalized(args):
         return None, recording
-    layers, predictions, adapters = args.lipschitz_layers or 0.0, args.lipschitz_predictions or 0.0, []
+    layers, predictions, adapters = args.lipschitz_layers, args.lipschitz_predictions, []
     if args.method == "lora":
         adapters = [adapter for name in trained for adapter in find_lora_adapters(trained[name], prefix=name)]
     try:

@@ -34,9 +34,11 @@ def test_scripts_begin_with_their_own_words():
 def test_a_training_says_that_it_trains_and_where_the_result_is(tmp_path):
     flags = [f"--pretrained_model_name_or_path={TINYWORLD / 'sd'}", f"--output_dir={tmp_path}", "--resolution=64"]
     flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / 'mug'}", "--instance_prompt=a photo of a sks mug"]
-    flags += ["--max_train_steps=1", "--train_batch_size=1"]
+    flags += ["--max_train_steps=1", "--train_batch_size=1", f"--lipschitz_prompts_file={tmp_path / 'prompts.txt'}"]
+    (tmp_path / "prompts.txt").write_text("a photo of a blue box\na photo of a red fish\n")
     stdout, stderr = run(ROOT / "train_dreambooth_lipschitz.py", *flags)
-    start, bar, end = lines_of(stderr)
+    recording, recorded, start, bar, end = lines_of(stderr)
+    assert recording.startswith("Recording: 100%") and "10 calls" in recorded
     assert "INFO" in start and "Training from step 0 to 1 on 5 photos" in start
     assert bar.startswith("Steps: 100%")
     assert "INFO" in end and str(tmp_path) in end and stdout == ""
@@ -61,4 +63,4 @@ def test_the_demo_shows_what_it_does_one_bar_the_picture_and_the_table(tmp_path)
     first, _, picture, *table = stdout.splitlines()
     assert "on five pictures of a mug: DreamBooth" in first
     assert picture == f"the picture: {tmp_path / 'mug-0.png'}" and (tmp_path / "mug-0.png").is_file()
-    assert [line[:20].strip() for line in table[2:4]] == ["base, untrained", "DreamBooth"]
+    assert [line[:24].strip() for line in table[2:4]] == ["base, untrained", "DreamBooth"]

@@ -12,11 +12,12 @@ from packaging.specifiers import SpecifierSet
 
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "docs/train.md", "docs/methods.md")}
+README = PAGES["README.md"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
 
 
 def parser_of(name: str):
@@ -26,8 +27,9 @@ def parser_of(name: str):
     return script.parse_args
 
 
-def test_the_scripts_take_the_commands_of_the_readme():
-    sd, sdxl, bf16 = (block for block in blocks("bash") if "--lipschitz_weight" in block)
+def test_the_scripts_take_the_commands_of_readme_and_docs():
+    (sd,) = [block for block in blocks("bash") if "accelerate launch" in block]
+    sdxl, bf16, *_ = blocks("bash", "docs/train.md")
     sd, sdxl, bf16 = (
         shlex.split(block[max(0, block.find("accelerate launch")) :].replace("\\\n", "")) for block in (sd, sdxl, bf16)
     )
@@ -35,17 +37,24 @@ def test_the_scripts_take_the_commands_of_the_readme():
     assert (sd[2], sdxl[2]) == ("train_dreambooth_lipschitz.py", "train_dreambooth_lipschitz_sdxl.py")
     parse_sd, parse_sdxl = parser_of("train_dreambooth_lipschitz"), parser_of("train_dreambooth_lipschitz_sdxl")
     args = parse_sd(sd[3:])
-    assert (args.lipschitz_weight, args.learning_rate, args.train_batch_size) == (500.0, 2e-6, 1)
-    assert args.method == "full"
+    assert (args.method, args.learning_rate, args.train_batch_size) == ("full", 2e-6, 1)
+    assert (args.lipschitz_weight, args.lipschitz_layers, args.lipschitz_predictions) == (0.0, 5.0, 1.0)
     assert parse_sdxl(sdxl[3:]).method == "lora"
     last_two_lines = sdxl.index("--train_batch_size=1")
     assert parse_sdxl([*sdxl[3:last_two_lines], *bf16]).full_bf16
-    for flags in re.findall(r"`(--[^`]+(?<!=\.\.\.))`", README):
+    text = PAGES["README.md"] + PAGES["docs/train.md"]
+    inline, lines = re.findall(r"`(--[^`]+(?<!\.\.\.))`", text), re.findall(r"(?m)^    (--.+)", "".join(PAGES.values()))
+    for flags in inline + lines:
         if re.fullmatch(r"--\w+", flags):  # named, without its value
-            assert hasattr(args, flags[2:]), flags
+            assert hasattr(args, flags[2:]) or flags in ("--sdxl", "--count", "--prompts", "--help"), flags
             continue
-        replaced = "--instance_data_dir" if "--dataset_name" in flags else None
-        parse_sd([flag for flag in sd[3:] if flag.partition("=")[0] != replaced] + shlex.split(flags))
+        replaced = "--instance_data_dir" if "--dataset_name" in flags or "--concepts_list" in flags else None
+        replaced = {replaced, "--instance_prompt"} if "--concepts_list" in flags else {replaced}
+        parse_sd([flag for flag in sd[3:] if flag.partition("=")[0] not in replaced] + shlex.split(flags))
+
+
+def test_readme_fits_on_a_page():
+    assert len(README.splitlines()) <= 100
 
 
 def test_the_tested_versions_run_on_the_python_that_the_readme_names():
@@ -80,6 +89,15 @@ def test_the_three_lines_of_the_readme_run():
     assert names["regularizer"].metrics()["lipschitz/distance"] > 0
 
 
-def test_files_that_the_readme_names_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_files_that_the_pages_name_exist():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (ROOT / page).parent.joinpath(target).exists(), (page, target)
+
+
+def test_headings_that_the_pages_point_to_exist():
+    for page, text in PAGES.items():
+        for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
+            pointed = (ROOT / page).parent.joinpath(target).read_text() if target else text
+            headings = re.findall(r"^#+ (.+)$", pointed, re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}, heading

@@ -36,13 +36,14 @@ BASE_NAME = "base, untrained"
 
 # Good settings for the tiny model; what is not named is the script's own default, which for the decay of weights is
 # 0.01 without the penalty and 0 with it.
-COMMON = ["--resolution=64", "--train_batch_size=4", "--learning_rate=1.5e-3", "--max_train_steps=250"]
+COMMON = ["--resolution=64", "--train_batch_size=4", "--learning_rate=1e-3", "--max_train_steps=120"]
 # Falling to zero, so that the last steps settle where fit and penalty balance.
 COMMON += ["--lr_scheduler=linear", "--lr_warmup_steps=0"]
 METHODS = {
     "DreamBooth": ["--lipschitz_weight=0"],
     "prior preservation": ["--lipschitz_weight=0", "--with_prior_preservation", "--num_class_images=32"],
-    "with the penalty": ["--lipschitz_weight=350"],
+    "the paper's penalty": ["--lipschitz_weight=300"],
+    "layers and predictions": [f"--lipschitz_prompts_file={BASE.with_name('preserved_prompts.txt')}"],
 }
 
 
@@ -77,7 +78,7 @@ def train(setup: Setup, subject: str, method: str, seed: int, folder: Path, bar:
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
         while process.poll() is None:
             time.sleep(0.5)
-            now = re.findall(r"(?:Steps|Class images): .*?(\d+/\d+) \[", log.read_text(errors="replace")[-500:])
+            now = re.findall(r"(?:Steps|Class images|Recording): .*?(\d+/\d+) \[", log.read_text(errors="replace")[-500:])
             bar.set_postfix_str(now[-1] if now else "starting")  # and its clock goes on
     bar.set_postfix_str("")
     if process.returncode != 0:
@@ -131,7 +132,7 @@ COLUMNS = {
 
 def print_table(results: list[dict]) -> None:
     """Mean over the results of each method, and where there are several the standard deviation between them."""
-    print(f"\n{'':20s}" + "".join(f"{title:>17s}" for title in COLUMNS.values()))
+    print(f"\n{'':24s}" + "".join(f"{title:>17s}" for title in COLUMNS.values()))
     present = {result["method"] for result in results}
     for method in (name for name in (BASE_NAME, *METHODS) if name in present):
         cells = ""
@@ -140,7 +141,7 @@ def print_table(results: list[dict]) -> None:
             values = [scale * result[name] for result in results if result["method"] == method]
             spread = f" ± {np.std(values):.1f}" if len(values) > 1 else ""
             cells += f"{f'{np.mean(values):.1f}{spread}':>17s}"
-        print(f"{method:20s}{cells}")
+        print(f"{method:24s}{cells}")
     print(
         "\nsubject fidelity: % of the subject's five traits that the judge reads in pictures of it in new scenes."
         "\nits scene right: % of those pictures in which the scene is the one asked for."
