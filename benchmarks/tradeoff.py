@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from lipschitz_reg import record_pipeline
+from lipschitz_reg import record, record_pipeline
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ GUIDANCE = 4.0  # of the pictures that are judged
 from demo import BASE_NAME, SD, SDXL, Setup, hash_of, save_picture  # noqa: E402
 from examine import Examiner, load, subject_prompt  # noqa: E402
 from rivals import RIVALS  # noqa: E402
-from world import LOOKS, SUBJECTS  # noqa: E402
+from world import CLASSES, LOOKS, SUBJECTS  # noqa: E402
 
 
 class Row(NamedTuple):
@@ -311,7 +311,8 @@ def trained_unet(setup: Setup, training: Training, folder: Path) -> dict[str, to
 class Ruler:
     """
     Measures U-Nets with the judge of the drawn world, and by their predictions and parameters. Pictures of one seed
-    begin with the same noise in all models. Predictions are compared in the ten steps of drawing other things.
+    begin with the same noise in all models. Predictions are compared in the steps of drawing other things, and for
+    the bound on the KL divergence in those of ancestral sampling.
     """
 
     def __init__(self, setup: Setup, settings: dict[str, Any], seed: int):
@@ -319,8 +320,20 @@ class Ruler:
         self.base = {name: weight.cpu().clone() for name, weight in self.pipeline.unet.state_dict().items()}
         self.examiner = Examiner(settings["others"], settings["per_scene"], seed)
         self.examiner.base = self.examiner.draw_others(self.pipeline)
+        for kind in CLASSES:
+            self.examiner.base_of_class[kind] = self.examiner.draw_class(self.pipeline, kind)
+        prompts = self.examiner.other_prompts
         options = {"guidance_scale": GUIDANCE, "seed": 1000 * seed, "progress": False}
-        self.recording = record_pipeline(self.pipeline, None, self.examiner.other_prompts, layers=False, **options)
+        self.recording = record_pipeline(self.pipeline, None, prompts, layers=False, **options)
+        # The bound on the KL divergence holds for ancestral sampling.
+        scheduler, self.pipeline.scheduler = self.pipeline.scheduler, self.evaluation.probe_scheduler(self.pipeline)
+        self.ancestral_scheduler = self.pipeline.scheduler
+        generators = [torch.Generator().manual_seed(1000 * seed + number) for number in range(4)]
+        with record(self.pipeline.unet, layers=False, guidance_scale=GUIDANCE) as self.ancestral:
+            with self.ancestral.held_out():
+                steps = {"num_inference_steps": 25, "guidance_scale": GUIDANCE, "output_type": "latent"}
+                self.pipeline(prompts[:4], generator=generators, **steps)
+        self.pipeline.scheduler = scheduler
 
     def measure(
         self, unet: dict[str, torch.Tensor], subject: str, training: Training, folder: Path, pictures: bool = True
@@ -339,6 +352,7 @@ class Ruler:
         }
         if not pictures:
             return measured
+        measured["KL bound"] = self.ancestral.drift(scheduler=self.ancestral_scheduler).kl_bound
         pipeline, token = self.pipeline, token_of(training)
         if token == WORD:
             pipeline = load(self.setup.base)

@@ -43,7 +43,10 @@ def test_the_scripts_take_the_commands_of_readme_and_docs():
     last_two_lines = sdxl.index("--train_batch_size=1")
     assert parse_sdxl([*sdxl[3:last_two_lines], *bf16]).full_bf16
     text = PAGES["README.md"] + PAGES["docs/train.md"]
-    inline, lines = re.findall(r"`(--[^`]+(?<!\.\.\.))`", text), re.findall(r"(?m)^    (--.+)", "".join(PAGES.values()))
+    inline, lines = (
+        re.findall(r"`(--[^`]+(?<!\.\.\.))`", text),
+        re.findall(r"(?m)^    (--.+)", "".join(PAGES.values())),
+    )
     for flags in inline + lines:
         if re.fullmatch(r"--\w+", flags):  # named, without its value
             assert hasattr(args, flags[2:]) or flags in ("--sdxl", "--count", "--prompts", "--help"), flags

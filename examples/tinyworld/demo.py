@@ -78,7 +78,9 @@ def train(setup: Setup, subject: str, method: str, seed: int, folder: Path, bar:
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
         while process.poll() is None:
             time.sleep(0.5)
-            now = re.findall(r"(?:Steps|Class images|Recording): .*?(\d+/\d+) \[", log.read_text(errors="replace")[-500:])
+            now = re.findall(
+                r"(?:Steps|Class images|Recording): .*?(\d+/\d+) \[", log.read_text(errors="replace")[-500:]
+            )
             bar.set_postfix_str(now[-1] if now else "starting")  # and its clock goes on
     bar.set_postfix_str("")
     if process.returncode != 0:

@@ -65,6 +65,11 @@ def subject_prompt(look: Look, scene: str, token: str = "sks") -> str:
     return f"a photo of a {token} {look.kind} {scene}".strip()
 
 
+def distance(first: Image.Image, second: Image.Image) -> float:
+    """The root mean square difference of two pictures, in grey levels (0 to 255)."""
+    return float(np.sqrt(np.mean((np.asarray(first, float) - np.asarray(second, float)) ** 2)))
+
+
 class Examiner:
     """Measures a model against the truth, and against the pictures that the base makes from the same seeds.
 
@@ -78,11 +83,15 @@ class Examiner:
         self.judge, self.seed, self.per_scene = Judge.from_pretrained(), seed, per_scene
         self.others = other_things(others)
         self.other_prompts = [caption_of(look, scene) for look, scene in self.others]
-        self.base = None
+        self.base, self.base_of_class = None, {}
 
     def draw_others(self, pipeline: DiffusionPipeline) -> list[Image.Image]:
         """A picture of each other thing; `base` is what it gives for the base."""
         return generate(pipeline, self.other_prompts, [1000 * self.seed + i for i in range(len(self.others))])
+
+    def draw_class(self, pipeline: DiffusionPipeline, kind: str) -> list[Image.Image]:
+        """Pictures of the class itself, `"a photo of a mug"`; `base_of_class` has what they are for the base."""
+        return generate(pipeline, [f"a photo of a {kind}"] * 4, [1000 * self.seed + 800 + i for i in range(4)])
 
     def examine(self, pipeline: DiffusionPipeline, subject: str, token: str = "sks") -> dict[str, float]:
         """Shares (0 to 1), and drift: the root mean square difference from the base's pictures (0 to 255)."""
@@ -90,8 +99,12 @@ class Examiner:
         if self.base is None:
             self.base = pictures
         read, truths = self.judge.read(pictures), [traits_of(*other) for other in self.others]
-        pixels, base_pixels = (np.stack([np.asarray(p, float) for p in many]) for many in (pictures, self.base))
         look = LOOKS[subject]
+        drifts = [distance(*pair) for pair in zip(pictures, self.base)]
+        of_class = self.base_of_class.get(look.kind, [])
+        class_drifts = [
+            distance(*pair) for pair in zip(self.draw_class(pipeline, look.kind) if of_class else [], of_class)
+        ]
         scenes = [scene for scene in NEW_SCENES for _ in range(self.per_scene)]
         prompts = [subject_prompt(look, scene, token) for scene in scenes]
         mine = generate(pipeline, prompts, [1000 * self.seed + 500 + i for i in range(len(scenes))])
@@ -100,7 +113,9 @@ class Examiner:
             "fidelity": share_right(mine_read, mine_truths, SUBJECT_TRAITS),
             "subject scene": share_right(mine_read, mine_truths, ("scene",)),
             **{f"other {name}": share_right(read, truths, (name,)) for name in NAMED_TRAITS},
-            "drift": float(np.sqrt(((pixels - base_pixels) ** 2).mean(axis=(1, 2, 3))).mean()),
+            "drift": float(np.mean(drifts)),
+            "worst drift": max(drifts),
+            **({"class drift": float(np.mean(class_drifts))} if of_class else {}),
         }
 
 
