@@ -55,10 +55,10 @@ class Drift(NamedTuple):
     def dial(self) -> float:
         """
         What a budget is about: the change of what the sampler gets, the guided prediction where there is one, plus
-        twice its standard error: on other prompts it is rarely more than that.
+        its standard error: on other prompts it is rarely more than a tenth above that.
         """
         change = self.prediction if self.guided_prediction is None else self.guided_prediction
-        return change + 2 * self.standard_error
+        return change + self.standard_error
 
 
 class _Answer(NamedTuple):
