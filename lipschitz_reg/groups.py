@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .anchors import check_whole
 from .functional import Moment, reductions
 from .lora import LoraAdapter
 from .modes import Mode, Row
@@ -55,6 +56,8 @@ class Terms:
         trained = [
             p for group, own in zip(optimizer.param_groups, of_groups) if any(own.values()) for p in group["params"]
         ]
+        for parameter in trained:
+            check_whole(parameter)  # the factors of adapters too
         own = {p: Anchor(anchors.get(p, p).to(p.device), anchor_device) for p in trained if p not in factors}
         offsets = {adapter: build_offset(adapter, anchors.get(adapter.weight), anchor_device) for adapter in adapters}
         plain = [ParameterTerm(p, anchor) for p, anchor in own.items()]
@@ -77,7 +80,10 @@ class Terms:
         weights = {}
         for index, group in enumerate(self.optimizer.param_groups):
             weights |= dict.fromkeys(group["params"], self._group_weights(index, group)[space])
-        if any(weight > 0 and parameter not in self._anchored for parameter, weight in weights.items()):
+        weighted = [parameter for parameter, weight in weights.items() if weight > 0]
+        for parameter in weighted:
+            check_whole(parameter)  # it may have been sharded since
+        if any(parameter not in self._anchored for parameter in weighted):
             raise ValueError(
                 "A param group with a weight above 0 has a parameter without an anchor: it came into the optimizer, "
                 "or its group got the weight, after LipschitzRegularizer was built, or after remove(). Build it when "

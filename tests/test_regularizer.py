@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from test_functional import sum_error
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lipschitz_reg import LipschitzRegularizer, functional
 
@@ -807,6 +808,35 @@ def test_parameters_that_join_later_are_refused():
     LipschitzRegularizer(optimizer, weight=1.0)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     with pytest.raises(ValueError, match="without an anchor"):
+        optimizer.step()
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused(use_orig_params, one_process):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's: with one process, nothing is sharded
+        net = FullyShardedDataParallel(nn.Linear(3, 3), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="FSDP1"):
+        LipschitzRegularizer(torch.optim.SGD(net.parameters(), lr=LR), weight=1.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fsdp1_around_parameters_that_have_anchors_is_refused_in_the_first_step(mode, one_process):
+    net = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    LipschitzRegularizer(optimizer, weight=1.0, mode=mode, radius=1.0 if mode == "projected" else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
+        net(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(ValueError, match="FSDP1"):
         optimizer.step()
 
 
