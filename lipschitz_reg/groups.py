@@ -152,6 +152,17 @@ class Terms:
         recording: Recording | None,
     ) -> None:
         """Refuse combinations that do not work."""
+        groups = self.optimizer.param_groups if "parameters" in self.spaces else []
+        if not mode.uses_gradients and any("train_mode" in group for group in groups):
+            raise ValueError(
+                "Schedule-free optimizers train one point and save an average, which only mode 'coupled' holds."
+            )
+        # D-Adaptation and Prodigy keep their estimate of the step size under "d".
+        if mode.uses_rates and any(group.get("lr") is None or "d" in group for group in groups):
+            raise ValueError(
+                "mode 'proximal' reads `lr` from the param group, but this optimizer chooses its own step size: use "
+                "mode 'coupled'."
+            )
         recorded = [space for space in self.spaces if space != "parameters"]
         if recorded and recording is None:
             raise ValueError(f"The space of {recorded[0]} needs a `recording` of the base, from `record`.")

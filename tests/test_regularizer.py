@@ -8,8 +8,11 @@ import warnings
 import weakref
 
 import bitsandbytes
+import prodigyopt
 import pytest
+import schedulefree
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from test_functional import sum_error
@@ -838,6 +841,50 @@ def test_fsdp1_around_parameters_that_have_anchors_is_refused_in_the_first_step(
         net(torch.ones(1, 3)).sum().backward()
     with pytest.raises(ValueError, match="FSDP1"):
         optimizer.step()
+
+
+SCHEDULE_FREE = {
+    "AdamW": lambda p: schedulefree.AdamWScheduleFree(p, lr=LR, eps=EPS),
+    "RAdam": lambda p: schedulefree.RAdamScheduleFree(p, lr=LR, eps=EPS),
+    "SGD": lambda p: schedulefree.SGDScheduleFree(p, lr=LR),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+def test_schedule_free_optimizers_keep_what_they_save_near_the_base(name):
+    distances = []
+    for weight in (0.0, WEIGHT):
+        net = make_net()
+        start = copy.deepcopy(net)
+        optimizer = SCHEDULE_FREE[name](net.parameters())
+        LipschitzRegularizer(optimizer, weight=weight, reduction="sum")
+        optimizer.train()
+        train(net, optimizer, steps=10)
+        optimizer.eval()
+        distances.append(distance(net, start))
+    assert distances[1] < 0.5 * distances[0]
+
+
+@pytest.mark.parametrize("mode", ["proximal", "projected"])
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+def test_schedule_free_optimizers_are_refused_where_only_the_trained_point_would_move(name, mode):
+    optimizer = SCHEDULE_FREE[name](make_net().parameters())
+    with pytest.raises(ValueError, match="Schedule-free"):
+        LipschitzRegularizer(optimizer, weight=1.0, mode=mode, radius=1.0 if mode == "projected" else None)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: transformers.Adafactor(p, lr=None, relative_step=True),
+        lambda p: prodigyopt.Prodigy(p, lr=1.0),
+    ],
+)
+def test_proximal_needs_a_learning_rate(make):
+    optimizer = make(make_net().parameters())
+    with pytest.raises(ValueError, match="'proximal' reads `lr`"):
+        LipschitzRegularizer(optimizer, weight=1.0, mode="proximal")
+    LipschitzRegularizer(optimizer, weight=1.0)
 
 
 def test_sparse_gradients_are_refused_where_a_gradient_is_added():
