@@ -202,7 +202,7 @@ def _moments(recording: Recording, penalized: set[Tensor | None]) -> dict[Tensor
     if not moments:
         raise ValueError(
             "The recording holds nothing of the layers that are penalized: in the `with` block of `record` the model "
-            "that trains has to run, not yet compiled, and with its adapters in place or without any. Weights under "
+            "that trains has to run, with its adapters in place or without any. Weights under "
             "adapters other than peft's need `requires_grad` there. Quantized weights are not recorded."
         )
     return moments

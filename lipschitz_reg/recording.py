@@ -22,7 +22,7 @@ thousandth of the mean: pictures that were not recorded may need directions that
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,13 @@ class Recording:
     def model(self) -> nn.Module:
         """The denoiser."""
         return self.models[""]
+
+    def share(self) -> float:
+        """The share of the elements of what trains, and of weights under LoRA adapters, whose layers were recorded."""
+        parameters = self.parameters()
+        adapted = {adapted_weight(module) for model in self.models.values() for module in model.modules()}
+        counted = {n: p.numel() for n, p in parameters.items() if p.requires_grad or p in adapted or n in self.layers}
+        return sum(n for name, n in counted.items() if name in self.layers) / max(sum(counted.values()), 1)
 
     @contextmanager
     def held_out(self) -> Iterator[None]:
@@ -245,8 +252,9 @@ def record(
     linear layers and of 2-d convolutions (not grouped, padded with zeros); and biases, embeddings and the weights of
     norms, whose elements all count alike, by the size of the layer's output. Everything else is left out, such as
     quantized weights, the magnitudes of DoRA, and layers that do not run or whose output is all zeros. If several
-    layers share a weight, the last one counts. A model that has run compiled does not call the hooks: record first.
-    Frozen weights that adapters other than peft's add to need `requires_grad` inside the block.
+    layers share a weight, the last one counts. `Recording.share` says how much was recorded. A compiled model runs as
+    it would without `torch.compile`. Frozen weights that adapters other than peft's add to need `requires_grad`
+    inside the block.
 
     Args:
         model (`torch.nn.Module`): The denoiser as it was pretrained, with `requires_grad` as in the training.
@@ -262,7 +270,8 @@ def record(
             Other models that train, such as `text_encoder=text_encoder`: only their layers are recorded.
 
     Raises:
-        `ValueError`: If the rank is below 1; at the end of the block, if an output was not finite.
+        `ValueError`: If the rank is below 1, or the model is compiled and torch is older than 2.6; at the end of the
+            block, if an output was not finite.
     """
     if rank < 1:
         raise ValueError(f"`rank` must be at least 1, not {rank}.")
@@ -291,7 +300,8 @@ def record(
 
     handles.append(model.register_forward_hook(remember, with_kwargs=True))
     try:
-        yield recording
+        with _uncompiled(recording.models.values()):
+            yield recording
     finally:
         for handle in handles:
             handle.remove()
@@ -304,6 +314,24 @@ def record(
         recording.layers |= recorder.moments()
         recorder.sketch = None  # frees its memory
     recording.splits = rows_agree(model, recording.calls)
+
+
+@contextmanager
+def _uncompiled(models: Iterable[nn.Module]) -> Iterator[None]:
+    """What was compiled before the hooks came does not call them."""
+    if not any(_is_compiled(module) for model in models for module in model.modules()):
+        yield
+        return
+    if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
+        raise ValueError("A compiled model keeps its layers from being recorded: record it before torch.compile.")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `torch.compile(module)`, `module.compile()` or a compiled `forward`."""
+    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 class _Recorder:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_unet
 from denoiser import draw, make_denoiser, moved, record_denoiser
 from denoiser import train as train_denoiser
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
@@ -271,7 +272,67 @@ def test_what_has_no_matrix_of_inputs_or_does_not_run_is_left_out():
     with record(odd) as recording:
         odd(torch.arange(5)[None, :4])
     expected = {"words.weight", "grouped.bias", "mirrored.bias", "same.bias", "idle.bias"}
+    recorded, everything = [
+        sum(p.numel() for n, p in odd.named_parameters() if n in e or not e) for e in (expected, ())
+    ]
+    assert recording.share() == recorded / everything
     assert set(recording.layers) == expected  # what is given nothing but zeros has no moment
+
+
+def compile_forward(net):
+    net.forward = torch.compile(net.forward, backend="eager")
+    return net
+
+
+def compile_in_place(net):
+    net.compile(backend="eager")
+    return net
+
+
+def compile_layers(net):
+    for layer in net.children():
+        layer.compile(backend="eager")
+    return net
+
+
+COMPILED = {
+    "wrapped": lambda net: torch.compile(net, backend="eager"),
+    "in place": compile_in_place,
+    "layers": compile_layers,
+    "forward": compile_forward,
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_model_that_has_run_compiled_is_recorded_whole(how):
+    plain, net = record_net(make_net()), make_net()
+    compiled = COMPILED[how](net)
+    compiled(next(batches()))
+    with record(compiled) as recording, torch.no_grad():
+        for batch in batches():
+            compiled(batch)
+    assert recording.digest() == plain.digest()
+    assert recording.share() == plain.share() == 1 - 1 / sum(p.numel() for p in net.parameters())
+
+
+def test_compiled_repeated_blocks_of_diffusers_are_recorded_whole():
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    }
+    unet = make_unet(**blocks, cross_attention_dim=8)
+    unet.compile_repeated_blocks(backend="eager")
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor(5), torch.randn(1, 3, 8)
+    unet(*inputs)
+    with record(unet) as recording, torch.no_grad():
+        unet(*inputs)
+    assert recording.share() == 1
+
+
+def test_a_compiled_model_is_refused_where_torch_cannot_run_it_uncompiled(monkeypatch):
+    monkeypatch.delattr(torch.compiler, "set_stance")  # as before torch 2.6
+    with pytest.raises(ValueError, match="before torch.compile"), record(COMPILED["layers"](make_net())):
+        pass
 
 
 @pytest.mark.parametrize("weight", [0.0, {"layers": 0.0, "predictions": 0.0}], ids=["number", "by space"])
