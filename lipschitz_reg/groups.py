@@ -157,8 +157,8 @@ class Terms:
             raise ValueError(
                 "Schedule-free optimizers train one point and save an average, which only mode 'coupled' holds."
             )
-        # D-Adaptation and Prodigy keep their estimate of the step size under "d".
-        if mode.uses_rates and any(group.get("lr") is None or "d" in group for group in groups):
+        # D-Adaptation and Prodigy keep their estimate of the step size under "d", and the step under "k".
+        if mode.uses_rates and any(group.get("lr") is None or {"d", "k"} <= group.keys() for group in groups):
             raise ValueError(
                 "mode 'proximal' reads `lr` from the param group, but this optimizer chooses its own step size: use "
                 "mode 'coupled'."
