@@ -40,6 +40,7 @@ from .lora import adapted_weight, lora_factors
 _LEAST = 1e-3  # the least that a direction counts, relative to the mean
 _CUTOFF = 1e-5  # eigenvalues of the sketch below this, relative to the largest, are taken for rounding errors
 _SAMPLE = 64  # elements of each parameter by which a base is recognized
+_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask", "attention_mask")  # what models call that of text
 _FORMAT = "lipschitz_reg recording 1"
 _WRAPPERS = re.compile(r"^((module|_orig_mod|base_model\.model)\.)+")
 
@@ -294,9 +295,10 @@ def record(
     linear layers and of 2-d convolutions (not grouped, padded with zeros); and biases, embeddings and the weights of
     norms, whose elements all count alike, by the size of the layer's output. Everything else is left out, such as
     quantized weights, the magnitudes of DoRA, and layers that do not run or whose output is all zeros. If several
-    layers share a weight, the last one counts. `Recording.share` says how much was recorded. A compiled model runs as
-    it would without `torch.compile`. Frozen weights that adapters other than peft's add to need `requires_grad`
-    inside the block.
+    layers share a weight, the last one counts. Padding of text is left out where the model is given a mask of it
+    (Sana, Qwen-Image; SD3 and Flux have none, and look at padding). `Recording.share` says how much was recorded. A
+    compiled model runs as it would without `torch.compile`. Frozen weights that adapters other than peft's add to need
+    `requires_grad` inside the block.
 
     Args:
         model (`torch.nn.Module`): The denoiser as it was pretrained, with `requires_grad` as in the training.
@@ -321,6 +323,8 @@ def record(
     store, bases = Store(device=device), {}
     recorders, handles = {}, []
     for prefix, other in recording.models.items() if layers else ():
+        text = _Text()
+        handles.append(other.register_forward_pre_hook(text, with_kwargs=True))
         modules = list(other.named_modules())
         factors = {factor for _, module in modules for factor in lora_factors(module)}
         weights = {adapted_weight(module) for _, module in modules}
@@ -333,7 +337,7 @@ def record(
             if own:
                 name = canonical(f"{name}.") if name else ""
                 names = {key: f"{prefix}.{name}{key}".removeprefix(".") for key in own}
-                recorder = _Recorder(recording, module, names, rank, bases)
+                recorder = _Recorder(recording, module, names, rank, bases, text)
                 recorders[recorder] = None
                 handles.append(module.register_forward_hook(recorder, with_kwargs=True))
 
@@ -376,13 +380,40 @@ def _is_compiled(module: nn.Module) -> bool:
     return compiled or hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
+class _Text:
+    """
+    The forward pre-hook of a model: which tokens of its text are not padding, as far as the call says so. Padding is
+    thousands of equal rows that attention never looks at, and would make up most of a moment.
+    """
+
+    mask: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.mask = next((kwargs[name] for name in _MASKS if isinstance(kwargs.get(name), Tensor)), None)
+        tokens = [t for t in (*args, kwargs.get("hidden_states")) if isinstance(t, Tensor) and t.is_floating_point()]
+        if self.mask is None or self.mask.dim() != 2 or any(t.shape[1:-1] == self.mask.shape[1:] for t in tokens):
+            self.mask = None  # or tokens of the picture could be taken for those of the text, as there are as many
+
+    def without_padding(self, rows: Tensor) -> Tensor:
+        """(batch, length, n) to (tokens, n) if this is of the text; anything else as it is."""
+        if self.mask is None or rows.dim() != 3 or rows.shape[:2] != self.mask.shape:
+            return rows
+        return rows[self.mask.to(rows.device) > 0]
+
+
 class _Recorder:
     """The forward hook of one layer: sums over its inputs and outputs."""
 
     def __init__(
-        self, recording: Recording, module: nn.Module, names: dict[str, str], rank: int, bases: dict[int, Tensor]
+        self,
+        recording: Recording,
+        module: nn.Module,
+        names: dict[str, str],
+        rank: int,
+        bases: dict[int, Tensor],
+        text: _Text,
     ):
-        self.recording, self.names, self.rank, self.bases = recording, names, rank, bases
+        self.recording, self.names, self.rank, self.bases, self.text = recording, names, rank, bases, text
         matrix = _matrix(module)
         self.matrix = next((key for key in names if getattr(module, key) is matrix), None)
         self.outputs = self.squared_output = 0
@@ -394,11 +425,12 @@ class _Recorder:
             return
         # Sums that began in inference mode could not go on outside it.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            output = self.text.without_padding(output)
             self.outputs += output.numel()
             self.squared_output = self.squared_output + squared_norm(output)
             if self.matrix is None:
                 return
-            for rows in _rows(module, args[0] if args else kwargs["input"]):
+            for rows in _rows(module, self.text.without_padding(args[0] if args else kwargs["input"])):
                 rows = rows.float()
                 projected = self._project(rows)
                 if self.sketch is None:

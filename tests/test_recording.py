@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_unet
+from conftest import make_text_config, make_tokenizer, make_unet
 from denoiser import draw, make_denoiser, moved, record_denoiser
 from denoiser import train as train_denoiser
+from diffusers import SanaTransformer2DModel
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from test_lora import make_net as make_lora_net
 from test_lora import product
 from test_regularizer import LR, OPTIMIZERS, assert_identical, assert_same_training
 from torch import nn
+from transformers import CLIPTextModel
 
 from lipschitz_reg import LipschitzRegularizer, LoraAdapter, Moment, Recording, find_lora_adapters, functional, record
 from lipschitz_reg.recording import canonical
@@ -354,6 +356,57 @@ def test_hooks_are_gone_after_an_error():
     with pytest.raises(KeyError), record(net):
         raise KeyError
     assert not any(module._forward_hooks for module in net.modules())
+
+
+def record_text(model, make_call, padding):
+    """Two texts of three and five tokens, filled up by padding, in a model that is given the mask."""
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    mask = torch.cat([mask, torch.zeros(2, padding, dtype=mask.dtype)], 1)
+    with record(model.eval(), rank=4) as recording, torch.no_grad():
+        make_call(mask)
+    return recording
+
+
+@pytest.mark.parametrize("kind", ["Sana", "CLIP"])
+def test_padding_of_text_does_not_count(kind):
+    torch.manual_seed(0)
+    if kind == "Sana":
+        sizes = {"num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2, "num_cross_attention_heads": 2}
+        sizes |= {"cross_attention_head_dim": 4, "cross_attention_dim": 8, "caption_channels": 8, "sample_size": 8}
+        model = SanaTransformer2DModel(in_channels=4, out_channels=4, **sizes)
+        sample, text, timestep = torch.randn(2, 4, 8, 8), torch.randn(2, 40, 8), torch.tensor([5, 5])
+
+        def call(mask):
+            model(
+                sample, encoder_hidden_states=text[:, : mask.shape[1]], timestep=timestep, encoder_attention_mask=mask
+            )
+
+    else:
+        model = CLIPTextModel(make_text_config(make_tokenizer()))
+        ids = torch.randint(100, (2, 32))
+
+        def call(mask):
+            model(ids[:, : mask.shape[1]], attention_mask=mask)
+
+    short, long = (record_text(model, call, padding) for padding in (0, 20))
+    assert short.layers.keys() == long.layers.keys()
+    for name, moment in short.layers.items():
+        if "position_embedding" not in name:  # of as many positions as there are, padding or not
+            rows = max(len(moment.root), 1)
+            torch.testing.assert_close(dense(moment, rows), dense(long.layers[name], rows), rtol=1e-4, atol=1e-5)
+    assert (short.share() == 1) == (kind == "CLIP")  # of Sana, depthwise convolutions and bare parameters are not
+
+
+def test_tokens_of_a_picture_are_not_taken_for_those_of_a_text():
+    model = make_denoiser(dtype=torch.float32)
+    forward = model.forward
+    model.forward = lambda *args, encoder_attention_mask, **kwargs: forward(*args, **kwargs)
+    recordings = []
+    for mask in (torch.ones(2, 4), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])):  # four tokens, as the sample has
+        with record(model) as recording:
+            model(torch.ones(2, 4, 3), torch.tensor(5), torch.ones(2, 4, 5), encoder_attention_mask=mask)
+        recordings.append(recording)
+    assert all(torch.equal(recordings[0].layers[n].root, m.root) for n, m in recordings[1].layers.items())
 
 
 def test_numbers_that_are_not_finite_are_refused():
