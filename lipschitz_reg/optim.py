@@ -117,6 +117,40 @@ def _any_above_zero(weight: Any) -> bool:
     return any(value > 0 for value in (weight.values() if isinstance(weight, dict) else [weight]))
 
 
+class _Watch:
+    """
+    Ends a training that moves parameters in its backward pass, as fused backward passes do: no step would carry the
+    penalty. It looks at one parameter, until the first step that has its gradient.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameter: Tensor):
+        self.parameter, self.before = parameter, None
+        handles = [parameter.register_post_accumulate_grad_hook(self._after_backward)]
+        self.handles = [*handles, optimizer.register_step_pre_hook(self._before_step)]
+
+    def _after_backward(self, parameter: Tensor) -> None:
+        if self.before is not None and not torch.equal(self.before, parameter):
+            self._stop()
+        self.before = parameter.detach().clone()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if self.before is not None and self.parameter.grad is None:
+            self._stop()
+        self.remove()
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.before = [], None
+
+    def _stop(self) -> None:
+        self.remove()
+        raise ValueError(
+            "This training moves parameters without step() of the optimizer, so that the penalty cannot act: switch "
+            "its fused backward pass off."
+        )
+
+
 def _models_of(trained: set[Tensor]) -> list[nn.Module]:
     """The modules that hold what is trained, without wrappers before with them."""
     models = [module for module in living_modules() if any(p in trained for p in module.parameters())]
@@ -132,6 +166,9 @@ def _attach(optimizer: torch.optim.Optimizer, recording: str | None = None, **op
         loaded = Recording.load(recording, models.pop(""), **models)
     regularizer = LipschitzRegularizer(optimizer, adapters=adapters, recording=loaded, **options)
     if regularizer.spaces:
+        watched = [parameter for parameter in parameters if parameter.requires_grad]
+        if watched:
+            _Watch(optimizer, min(watched, key=Tensor.numel))
         numel = sum(parameter.numel() for parameter in parameters)
         logger.info(
             f"lipschitz_reg holds {len(parameters)} tensors with {numel:,} parameters, {len(adapters)} LoRA adapters; "

@@ -156,6 +156,38 @@ def test_a_copy_is_penalized_too(duplicate):
     assert optimizer_copy.regularizer.metrics() == optimizer.regularizer.metrics()
 
 
+@pytest.mark.parametrize("steps", [False, True], ids=["never steps", "steps without gradients"])
+def test_a_fused_backward_pass_is_refused(steps):
+    model = make_denoiser()
+    optimizer = ours("SGD", model.parameters())
+
+    def step(parameter):
+        parameter.data.sub_(0.1 * parameter.grad)
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    with pytest.raises(ValueError, match="without step\\(\\) of the optimizer"):
+        for seed in range(3):
+            backward(model, seed)
+            if steps:
+                optimizer.step()
+
+
+def test_accumulated_gradients_and_loaded_weights_are_no_fused_backward_pass():
+    model = make_denoiser()
+    optimizer = ours("SGD", model.parameters())
+    state = {name: value + 0.01 for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    for seed in range(6):
+        backward(model, seed)
+        if seed % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.regularizer.metrics()["lipschitz/distance"] > 0
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
 def test_peft_adapters_pay_for_their_product():
     model, other = make_denoiser("lora"), make_denoiser("lora")
     optimizer = ours("AdamW", trained(model))
