@@ -657,6 +657,24 @@ def test_what_cannot_be_in_a_file_is_said_when_it_is_saved(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_class_without_an_argument_that_was_none_gives_the_same_answer():
+    """kohya's U-Net has the weights of diffusers' and fewer arguments."""
+
+    class Whole(nn.Linear):
+        def forward(self, x, unused=None, flag=None):
+            return super().forward(x) * (1 if flag is None else flag)
+
+    model, other = Whole(3, 3), nn.Linear(3, 3)
+    other.load_state_dict(model.state_dict())
+    with record(model) as recording, recording.held_out():
+        model(torch.ones(1, 3), unused=None)
+        model(torch.ones(1, 3), flag=2)
+    assert torch.equal(recording.calls[0].again(other), recording.calls[0].answer)
+    assert torch.equal(recording.calls[0].again(model), recording.calls[0].answer)
+    with pytest.raises(TypeError, match="flag"):
+        recording.calls[1].again(other)
+
+
 def test_what_a_call_was_given_is_kept_though_it_is_overwritten():
     layer, given = nn.Linear(3, 2), torch.ones(1, 3)
     with record(layer) as recording, torch.no_grad():
