@@ -63,11 +63,25 @@ def penalized(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
         """`None` with a weight of 0."""
         return getattr(self.defaults, "regularizer", None)
 
+    def state_dict(self) -> dict[str, Any]:
+        """With the state of the regularizer, by which another base is known."""
+        state = base.state_dict(self)
+        return state if self.regularizer is None else {**state, "lipschitz": self.regularizer.state_dict()}
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        state = dict(state_dict)
+        own = state.pop("lipschitz", None)
+        if own is not None and self.regularizer is not None:
+            self.regularizer.load_state_dict(own)
+        return base.load_state_dict(self, state, *args, **kwargs)
+
     body = {
         "__doc__": f"{base.__name__} with the penalty attached. `penalized` says how.",
         "__module__": __name__,
         "__init__": __init__,
         "regularizer": property(regularizer),
+        "state_dict": state_dict,
+        "load_state_dict": load_state_dict,
     }
     return type(base.__name__, (base,), body)
 

@@ -1,6 +1,5 @@
 # The callbacks in the real trainers of transformers and Lightning: against a regularizer attached by hand, from
 # checkpoints, and on adapters of peft. What a regularizer does is in test_regularizer.py; accelerate is there too.
-import subprocess
 import sys
 import warnings
 
@@ -197,13 +196,6 @@ def test_options_are_those_of_the_regularizer(run, make, tmp_path):
     assert distance == pytest.approx(0.05, rel=1e-4)
 
 
-def test_packages_are_imported_when_they_are_used():
-    code = """
-import sys, lipschitz_reg.integrations as integrations
-assert not {"transformers", "lightning", "pytorch_lightning"} & set(sys.modules)
-try:
-    integrations.KerasCallback
-except AttributeError as error:
-    assert "It has: TransformersCallback, LightningCallback." in str(error)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_unknown_callbacks_are_said():
+    with pytest.raises(AttributeError, match="It has: TransformersCallback, LightningCallback."):
+        integrations.KerasCallback

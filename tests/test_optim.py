@@ -137,8 +137,8 @@ def test_unknown_names_and_missing_packages_are_said():
 
 def test_packages_are_imported_when_they_are_used():
     code = """
-import sys, lipschitz_reg.optim as optim
-heavy = {"bitsandbytes", "transformers", "prodigyopt", "schedulefree", "lion_pytorch"}
+import sys, lipschitz_reg.optim as optim, lipschitz_reg.integrations
+heavy = set("bitsandbytes transformers prodigyopt schedulefree lion_pytorch lightning pytorch_lightning".split())
 optim.AdamW, dir(optim)
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 optim.Prodigy
@@ -154,6 +154,41 @@ def test_a_copy_is_penalized_too(duplicate):
     model_copy, optimizer_copy = duplicate((model, optimizer))
     assert_equal(train(model, optimizer), train(model_copy, optimizer_copy))
     assert optimizer_copy.regularizer.metrics() == optimizer.regularizer.metrics()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Prodigy"])
+def test_resumed_training_is_bit_identical_and_another_base_is_refused(name, tmp_path):
+    record_denoiser(make_denoiser(dtype=torch.float32)).save(tmp_path / "base.safetensors")
+    options = (
+        f"lipschitz_weight={{'parameters':3.0,'predictions':1.0}} lipschitz_recording='{tmp_path}/base.safetensors'"
+    )
+    results = []
+    for stops in (False, True):
+        model = make_denoiser(dtype=torch.float32)
+        optimizer = ours(name, model.parameters(), options)
+        train(model, optimizer, steps=2)
+        if stops:
+            torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "state.pt")
+            model = make_denoiser(dtype=torch.float32)
+            optimizer = ours(name, model.parameters(), options)
+            states = torch.load(tmp_path / "state.pt", weights_only=True)
+            model.load_state_dict(states[0])
+            optimizer.load_state_dict(states[1])
+        results.append(train(model, optimizer, steps=2))
+    assert_equal(*results)
+    other = ours(name, make_denoiser(dtype=torch.float32, seed=1).parameters())
+    with pytest.raises(ValueError, match="another base model"):
+        other.load_state_dict(states[1])
+
+
+def test_the_state_of_plain_training_loads():
+    model, other = make_denoiser(dtype=torch.float32), make_denoiser(dtype=torch.float32)
+    before = plain("AdamW", other.parameters())
+    train(other, before)
+    optimizer = ours("AdamW", model.parameters())
+    optimizer.load_state_dict(before.state_dict())
+    train(model, optimizer)
+    before.load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("steps", [False, True], ids=["never steps", "steps without gradients"])
