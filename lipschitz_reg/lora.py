@@ -100,7 +100,7 @@ def living_modules() -> list[nn.Module]:
 
 
 def lora_adapters(module: nn.Module, name: str) -> list[LoraAdapter]:
-    """The active adapters of a layer: peft's, and those of kohya's scripts and LyCORIS, modules beside it."""
+    """The active adapters of a layer: peft's, or those of kohya's scripts and LyCORIS, which are modules beside it."""
     if all(hasattr(module, attribute) for attribute in ("lora_A", "lora_B", "scaling", "active_adapters")):
         layer = getattr(module, "base_layer", None)
         active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]

@@ -316,7 +316,8 @@ class LipschitzRegularizer:
         if self._uses_gradients():
             if closure is not None:
                 closure = self._penalized(closure)
-                return (args[:1], {**kwargs, "closure": closure})
+                by_name = (args, {**kwargs, "closure": closure})
+                return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else by_name
             if not self._gradient_added:
                 # Fused optimizers get the gradients of a GradScaler still multiplied by this.
                 self._add_gradient(self._steps, getattr(optimizer, "grad_scale", None))
