@@ -56,8 +56,6 @@ class Terms:
         trained = [
             p for group, own in zip(optimizer.param_groups, of_groups) if any(own.values()) for p in group["params"]
         ]
-        for parameter in trained:
-            check_whole(parameter)  # the factors of adapters too
         own = {p: Anchor(anchors.get(p, p).to(p.device), anchor_device) for p in trained if p not in factors}
         offsets = {adapter: build_offset(adapter, anchors.get(adapter.weight), anchor_device) for adapter in adapters}
         plain = [ParameterTerm(p, anchor) for p, anchor in own.items()]
@@ -72,6 +70,8 @@ class Terms:
             moments = _moments(recording, {*own, *(adapter.weight for adapter in adapters)})
             self.in_space["layers"] = [ParameterTerm(p, anchor, moments.get(p)) for p, anchor in own.items()]
             self.in_space["layers"] += [LoraTerm(a, offset, moments.get(a.weight)) for a, offset in offsets.items()]
+        for parameter in trained:
+            check_whole(parameter)  # the factors of adapters too, which have no anchor
         self._anchored = {*own, *factors}
         self._squared_anchors: dict[Term, float] = {}
 
@@ -80,10 +80,7 @@ class Terms:
         weights = {}
         for index, group in enumerate(self.optimizer.param_groups):
             weights |= dict.fromkeys(group["params"], self._group_weights(index, group)[space])
-        weighted = [parameter for parameter, weight in weights.items() if weight > 0]
-        for parameter in weighted:
-            check_whole(parameter)  # it may have been sharded since
-        if any(parameter not in self._anchored for parameter in weighted):
+        if any(weight > 0 and parameter not in self._anchored for parameter, weight in weights.items()):
             raise ValueError(
                 "A param group with a weight above 0 has a parameter without an anchor: it came into the optimizer, "
                 "or its group got the weight, after LipschitzRegularizer was built, or after remove(). Build it when "
@@ -94,6 +91,9 @@ class Terms:
                 f"A weight in the space of {space} came after LipschitzRegularizer was built without one: give it one "
                 "there."
             )
+        for parameter, weight in weights.items():
+            if weight > 0:
+                check_whole(parameter)  # it may have been sharded since
         return weights
 
     def rows(self, reduction: str) -> list[Row]:
