@@ -71,34 +71,6 @@ def find_lora_adapters(model: nn.Module, prefix: str = "") -> list[LoraAdapter]:
     return adapters
 
 
-def find_adapters(parameters: Iterable[Tensor]) -> list[LoraAdapter]:
-    """
-    The LoRA adapters whose factors are among the parameters, in the order of these, wherever in this process they are:
-    an optimizer knows parameters, but no modules. Both peft's and those that `lora_adapters` knows besides.
-    """
-    order = {parameter: index for index, parameter in enumerate(parameters)}
-    modules = living_modules()
-    children = {child for module in modules for child in vars(module)["_modules"].values()}
-    names: dict[nn.Module, str] = {}
-    for root in modules:
-        if root not in children:
-            for name, module in root.named_modules():
-                names.setdefault(module, getattr(module, "lora_name", name))
-    found = {}
-    for module, name in names.items():
-        for adapter in lora_adapters(module, name):
-            places = [order[factor] for factor in (adapter.down, adapter.up) if factor in order]
-            if places:
-                found[min(places)] = adapter
-    return [found[place] for place in sorted(found)]
-
-
-def living_modules() -> list[nn.Module]:
-    """All modules of this process. They are known by their type, so that lazy stand-ins are left asleep."""
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
-    return [module for module in modules if "_modules" in vars(module)]  # a half-built one has none
-
-
 def lora_adapters(module: nn.Module, name: str) -> list[LoraAdapter]:
     """The active adapters of a layer: peft's, or those of kohya's scripts and LyCORIS, which are modules beside it."""
     if all(hasattr(module, attribute) for attribute in ("lora_A", "lora_B", "scaling", "active_adapters")):
@@ -142,6 +114,34 @@ def lora_factors(module: nn.Module) -> Iterator[Tensor]:
 def adapted_weight(module: nn.Module) -> Tensor | None:
     """The weight to which the adapters of a layer add."""
     return getattr(getattr(module, "base_layer", None), "weight", None) if hasattr(module, "lora_A") else None
+
+
+def find_adapters(parameters: Iterable[Tensor]) -> list[LoraAdapter]:
+    """
+    The LoRA adapters whose factors are among the parameters, in the order of these, wherever in this process they are:
+    an optimizer knows parameters, but no modules. Both peft's and those that `lora_adapters` knows besides.
+    """
+    order = {parameter: index for index, parameter in enumerate(parameters)}
+    modules = living_modules()
+    children = {child for module in modules for child in vars(module)["_modules"].values()}
+    names: dict[nn.Module, str] = {}
+    for root in modules:
+        if root not in children:
+            for name, module in root.named_modules():
+                names.setdefault(module, getattr(module, "lora_name", name))
+    found = {}
+    for module, name in names.items():
+        for adapter in lora_adapters(module, name):
+            places = [order[factor] for factor in (adapter.down, adapter.up) if factor in order]
+            if places:
+                found[min(places)] = adapter
+    return [found[place] for place in sorted(found)]
+
+
+def living_modules() -> list[nn.Module]:
+    """All modules of this process. They are known by their type, so that lazy stand-ins are left asleep."""
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    return [module for module in modules if "_modules" in vars(module)]  # a half-built one has none
 
 
 def lora_penalty(
