@@ -2374,8 +2374,11 @@ def save_trained(args: argparse.Namespace, trained: dict[str, torch.nn.Module], 
         for name, model in trained.items():
             layers[f"{name}_lora_layers"] = get_peft_model_state_dict(model)
             # diffusers takes the rank for alpha where it finds none, and draws with the dropout that it finds.
-            configs[f"{name}_lora_adapter_metadata"] = {**model.peft_config["default"].to_dict(), "lora_dropout": 0.0}
+            config = {**model.peft_config["default"].to_dict(), "lora_dropout": 0.0}
+            config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+            configs[f"{name}_lora_adapter_metadata"] = config
         Pipeline.save_lora_weights(folder, weight_name=LORA_FILE, **layers, **configs)
+        sort_metadata(folder / LORA_FILE)
     else:
         weights = {name: parameter.detach() for name, parameter in trained_keys_values(trained["unet"]).items()}
         save_file(weights, folder / KEYS_VALUES_FILE, metadata={"format": "pt"})
@@ -2383,10 +2386,22 @@ def save_trained(args: argparse.Namespace, trained: dict[str, torch.nn.Module], 
             save_tokens(args, trained, folder / TOKENS_FILE)
 
 
+# Copied from train_dreambooth_lipschitz.py
+def sort_metadata(file: Path) -> None:
+    """Lets equal runs write equal files: safetensors shuffles its metadata."""
+    with open(file, "r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        stream.seek(8)
+        stream.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
+
+
 def save_tokens(args: argparse.Namespace, trained: dict[str, torch.nn.Module], file: Path) -> None:
     """A row for each token, in their order."""
     rows = {key: trained[name].get_input_embeddings().new.detach() for name, key in TOKEN_KEYS.items()}
     save_file(rows, file, metadata={"format": "pt", "tokens": args.modifier_token})
+    sort_metadata(file)
 
 
 # Copied from train_dreambooth_lipschitz.py

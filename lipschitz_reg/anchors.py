@@ -36,6 +36,15 @@ def smallest_lossless_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+def check_whole(parameter: Tensor) -> None:
+    """Raise a ValueError if the parameter is a piece of FSDP1, which looks like a whole one with `use_orig_params`."""
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise ValueError(
+            "Parameters of FullyShardedDataParallel (FSDP1) cannot be penalized, because each process has other "
+            "pieces of them: use DDP."
+        )
+
+
 @torch.no_grad()
 def make_anchor(parameter: Tensor, device: torch.device | str | None = None) -> Tensor:
     """
@@ -50,6 +59,7 @@ def make_anchor(parameter: Tensor, device: torch.device | str | None = None) -> 
     Raises:
         `ValueError`: If the parameter is of another dtype, sparse or sharded.
     """
+    check_whole(parameter)
     if parameter.dtype not in _INTEGER or parameter.layout != torch.strided or hasattr(parameter, "to_local"):
         raise ValueError(
             f"A parameter of {parameter.dtype}, {parameter.layout} and type {type(parameter).__name__} cannot be "

@@ -95,8 +95,9 @@ class Call(NamedTuple):
         def fit(tensor: Tensor) -> Tensor:
             return tensor.to(device, wanted if tensor.is_floating_point() else None)
 
+        kwargs = {name: value for name, value in self.kwargs.items() if value is not None or _takes(model, name)}
         with torch.autocast(device.type, dtype=dtype, enabled=enabled and kind == device.type):
-            return answer_of(model(*map_tensors(fit, self.args), **map_tensors(fit, self.kwargs)))
+            return answer_of(model(*map_tensors(fit, self.args), **map_tensors(fit, kwargs)))
 
     def to_json(self, store: Store) -> dict[str, Any]:
         answer, given = store.add(self.answer), [_to_json(part, store) for part in (self.args, self.kwargs)]
@@ -109,6 +110,12 @@ class Call(NamedTuple):
         kind, enabled, dtype = row["autocast"]
         given = [_from_json(part, store) for part in row["given"]]
         return cls(*given, store.tensors[row["answer"]], row["held_out"], (kind, enabled, getattr(torch, dtype)))
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """A trainer's own class for a model of diffusers may leave out what its pipelines do not use either."""
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

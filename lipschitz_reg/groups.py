@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .anchors import check_whole
 from .functional import Moment, reductions
 from .lora import LoraAdapter
 from .modes import Mode, Row
@@ -69,6 +70,8 @@ class Terms:
             moments = _moments(recording, {*own, *(adapter.weight for adapter in adapters)})
             self.in_space["layers"] = [ParameterTerm(p, anchor, moments.get(p)) for p, anchor in own.items()]
             self.in_space["layers"] += [LoraTerm(a, offset, moments.get(a.weight)) for a, offset in offsets.items()]
+        for parameter in trained:
+            check_whole(parameter)  # the factors of adapters too, which have no anchor
         self._anchored = {*own, *factors}
         self._squared_anchors: dict[Term, float] = {}
 
@@ -88,6 +91,9 @@ class Terms:
                 f"A weight in the space of {space} came after LipschitzRegularizer was built without one: give it one "
                 "there."
             )
+        for parameter, weight in weights.items():
+            if weight > 0:
+                check_whole(parameter)  # it may have been sharded since
         return weights
 
     def rows(self, reduction: str) -> list[Row]:
@@ -146,6 +152,17 @@ class Terms:
         recording: Recording | None,
     ) -> None:
         """Refuse combinations that do not work."""
+        groups = self.optimizer.param_groups if "parameters" in self.spaces else []
+        if not mode.uses_gradients and any("train_mode" in group for group in groups):
+            raise ValueError(
+                "Schedule-free optimizers train one point and save an average, which only mode 'coupled' holds."
+            )
+        # D-Adaptation and Prodigy keep their estimate of the step size under "d", and the step under "k".
+        if mode.uses_rates and any(group.get("lr") is None or {"d", "k"} <= group.keys() for group in groups):
+            raise ValueError(
+                "mode 'proximal' reads `lr` from the param group, but this optimizer chooses its own step size: use "
+                "mode 'coupled'."
+            )
         recorded = [space for space in self.spaces if space != "parameters"]
         if recorded and recording is None:
             raise ValueError(f"The space of {recorded[0]} needs a `recording` of the base, from `record`.")
@@ -185,7 +202,7 @@ def _moments(recording: Recording, penalized: set[Tensor | None]) -> dict[Tensor
     if not moments:
         raise ValueError(
             "The recording holds nothing of the layers that are penalized: in the `with` block of `record` the model "
-            "that trains has to run, not yet compiled, and with its adapters in place or without any. Weights under "
+            "that trains has to run, with its adapters in place or without any. Weights under "
             "adapters other than peft's need `requires_grad` there. Quantized weights are not recorded."
         )
     return moments

@@ -11,7 +11,8 @@ The factors of a convolution are matrices too: A, a convolution to `rank` channe
 whose kernel is 1, is out x rank.
 """
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,23 +65,43 @@ def find_lora_adapters(model: nn.Module, prefix: str = "") -> list[LoraAdapter]:
     Raises:
         `ValueError`: If there is none, or one is on a grouped convolution.
     """
-    adapters = []
-    for module_name, module in model.named_modules(prefix=prefix):
-        if not all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling", "active_adapters")):
-            continue
-        if getattr(getattr(module, "base_layer", None), "groups", 1) > 1:
-            raise ValueError(f"The LoRA adapter {module_name} is on a grouped convolution, which cannot be penalized.")
-        weight = getattr(getattr(module, "base_layer", None), "weight", None)
-        if weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize == 1):
-            weight = None  # quantized: its numbers are not those of W
-        active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
-        for adapter in active:
-            name = module_name if len(active) == 1 else f"{module_name}.{adapter}"
-            down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-            adapters.append(LoraAdapter(name, down, up, module.scaling[adapter], weight))
+    adapters = [a for name, module in model.named_modules(prefix=prefix) for a in lora_adapters(module, name)]
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no active LoRA adapter: add the adapters first.")
     return adapters
+
+
+def lora_adapters(module: nn.Module, name: str) -> list[LoraAdapter]:
+    """The active adapters of a layer: peft's, or those of kohya's scripts and LyCORIS, which are modules beside it."""
+    if all(hasattr(module, attribute) for attribute in ("lora_A", "lora_B", "scaling", "active_adapters")):
+        layer = getattr(module, "base_layer", None)
+        active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+        names = [name if len(active) == 1 else f"{name}.{adapter}" for adapter in active]
+        parts = [(module.lora_A[adapter], module.lora_B[adapter], module.scaling[adapter]) for adapter in active]
+    elif all(hasattr(module, attribute) for attribute in ("lora_down", "lora_up", "alpha", "scale")):
+        if getattr(module, "lora_mid", None) is not None or isinstance(getattr(module, "scalar", None), nn.Parameter):
+            return []  # not a product of two factors: each of its parameters has an anchor
+        scaling = float(module.scale) * float(getattr(module, "multiplier", 1.0))
+        downs, ups = ([m] if hasattr(m, "weight") else list(m) for m in (module.lora_down, module.lora_up))
+        layer = _wrapped_layer(module) if len(downs) == 1 else None
+        names = [name] if len(downs) == 1 else [f"{name}.{index}" for index in range(len(downs))]
+        parts = [(down, up, scaling) for down, up in zip(downs, ups, strict=True)]
+    else:
+        return []
+    if getattr(layer, "groups", 1) > 1:
+        raise ValueError(f"The LoRA adapter {name} is on a grouped convolution, which cannot be penalized.")
+    weight = getattr(layer, "weight", None)
+    if weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize == 1):
+        weight = None  # quantized: its numbers are not those of W
+    return [LoraAdapter(n, down.weight, up.weight, s, weight) for n, (down, up, s) in zip(names, parts, strict=True)]
+
+
+def _wrapped_layer(module: nn.Module) -> nn.Module | None:
+    """The layer whose `forward` kohya's or LyCORIS' module replaced by its own."""
+    layer = getattr(module, "org_module", None)
+    if layer is None:  # kohya's module gives it up once it has taken its place
+        layer = getattr(getattr(module, "org_forward", None), "__self__", None)
+    return layer[0] if isinstance(layer, list) else layer
 
 
 def lora_factors(module: nn.Module) -> Iterator[Tensor]:
@@ -93,6 +114,34 @@ def lora_factors(module: nn.Module) -> Iterator[Tensor]:
 def adapted_weight(module: nn.Module) -> Tensor | None:
     """The weight to which the adapters of a layer add."""
     return getattr(getattr(module, "base_layer", None), "weight", None) if hasattr(module, "lora_A") else None
+
+
+def find_adapters(parameters: Iterable[Tensor]) -> list[LoraAdapter]:
+    """
+    The LoRA adapters whose factors are among the parameters, in the order of these, wherever in this process they are:
+    an optimizer knows parameters, but no modules. Both peft's and those that `lora_adapters` knows besides.
+    """
+    order = {parameter: index for index, parameter in enumerate(parameters)}
+    modules = living_modules()
+    children = {child for module in modules for child in vars(module)["_modules"].values()}
+    names: dict[nn.Module, str] = {}
+    for root in modules:
+        if root not in children:
+            for name, module in root.named_modules():
+                names.setdefault(module, getattr(module, "lora_name", name))
+    found = {}
+    for module, name in names.items():
+        for adapter in lora_adapters(module, name):
+            places = [order[factor] for factor in (adapter.down, adapter.up) if factor in order]
+            if places:
+                found[min(places)] = adapter
+    return [found[place] for place in sorted(found)]
+
+
+def living_modules() -> list[nn.Module]:
+    """All modules of this process. They are known by their type, so that lazy stand-ins are left asleep."""
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
+    return [module for module in modules if "_modules" in vars(module)]  # a half-built one has none
 
 
 def lora_penalty(

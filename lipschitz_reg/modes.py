@@ -22,11 +22,12 @@ class Row(NamedTuple):
 
 class Mode:
     """
-    What all modes have. `uses_gradients`: whether it needs those of the loss. What it can act on: `products` of LoRA,
-    the space of `layers`, and adapters on weights that have `offsets` from their anchors.
+    What all modes have. `uses_gradients`: whether it needs those of the loss; `uses_rates`: the learning rates. What
+    it can act on: `products` of LoRA, the space of `layers`, and adapters on weights that have `offsets` from their
+    anchors.
     """
 
-    uses_gradients = products = layers = offsets = False
+    uses_gradients = uses_rates = products = layers = offsets = False
 
     def __init__(self, radius: float | None = None):
         self.radius = radius
@@ -71,6 +72,8 @@ class Coupled(Mode):
 
 class Proximal(Mode):
     """Moves parameters after the step to ``(theta + 2 c anchor) / (1 + 2 c)``, with ``c = rate * weight * r_i``."""
+
+    uses_rates = True
 
     def after_step(self, rows: Sequence[Row], taken: Tensor | float) -> list[Tensor]:
         values = []

@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         made = record_pipeline(pipeline, prompts, held_out_prompts, **options)
         made.save(args.output)
     size = args.output.stat().st_size / 1e6
-    print(f"{args.output}: {len(made.layers)} layers, {len(made.calls)} calls, {size:.1f} MB, {made.digest()}")
+    layers = f"{len(made.layers)} layers with {made.share():.0%} of the weights"
+    print(f"{args.output}: {layers}, {len(made.calls)} calls, {size:.1f} MB, {made.digest()}")
 
 
 if __name__ == "__main__":

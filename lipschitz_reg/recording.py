@@ -22,7 +22,7 @@ thousandth of the mean: pictures that were not recorded may need directions that
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from .lora import adapted_weight, lora_factors
 _LEAST = 1e-3  # the least that a direction counts, relative to the mean
 _CUTOFF = 1e-5  # eigenvalues of the sketch below this, relative to the largest, are taken for rounding errors
 _SAMPLE = 64  # elements of each parameter by which a base is recognized
+_MASKS = ("encoder_hidden_states_mask", "encoder_attention_mask", "attention_mask")  # what models call that of text
 _FORMAT = "lipschitz_reg recording 1"
 _WRAPPERS = re.compile(r"^((module|_orig_mod|base_model\.model)\.)+")
 
@@ -76,6 +77,13 @@ class Recording:
         """The denoiser."""
         return self.models[""]
 
+    def share(self) -> float:
+        """The share of the elements of what trains, and of weights under LoRA adapters, whose layers were recorded."""
+        parameters = self.parameters()
+        adapted = {adapted_weight(module) for model in self.models.values() for module in model.modules()}
+        counted = {n: p.numel() for n, p in parameters.items() if p.requires_grad or p in adapted or n in self.layers}
+        return sum(n for name, n in counted.items() if name in self.layers) / max(sum(counted.values()), 1)
+
     @contextmanager
     def held_out(self) -> Iterator[None]:
         """Calls in this block are held out: the penalty does not use them, and `drift` uses only them."""
@@ -87,13 +95,7 @@ class Recording:
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters of the models by their names in the base, whatever wraps them now; no LoRA factors."""
-        found = {}
-        for prefix, model in self.models.items():
-            factors = {factor for module in model.modules() for factor in lora_factors(module)}
-            for name, parameter in model.named_parameters():
-                if parameter not in factors:
-                    found[f"{prefix}.{canonical(name)}" if prefix else canonical(name)] = parameter
-        return found
+        return {name: p for prefix, model in self.models.items() for name, p in base_parameters(model, prefix).items()}
 
     def moments(self) -> dict[Tensor, Moment]:
         """`layers` by parameter, for the parameters that the models have."""
@@ -149,26 +151,30 @@ class Recording:
         unfinished.replace(path)
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, /, **others: nn.Module) -> "Recording":
+    def load(
+        cls,
+        path: str | Path,
+        model: nn.Module,
+        /,
+        *,
+        anchors: Mapping[Tensor, Tensor] | None = None,
+        **others: nn.Module,
+    ) -> "Recording":
         """
-        Read what `save` wrote, for a model of the base that was recorded; `others` as in `record`.
+        Read what `save` wrote, for a model of the base that was recorded; `others` as in `record`. Parameters that
+        have been trained since are recognized by their `anchors`.
 
         Raises:
             `ValueError`: If the file is not a recording, or is of another base or of other layers than the models'.
             `OSError`: If it cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = json.loads((file.metadata() or {}).get("recording", "{}"))
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{path} is not a recording: make one with python -m lipschitz_reg.record.")
-                # In memory of their own, aligned as those that were recorded: sums come out the same to the last bit.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a recording, or broken: {error}") from error
+        with _open(path) as (file, metadata):
+            # In memory of their own, aligned as those that were recorded: sums come out the same to the last bit.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         recording = cls({"": model, **others}, metadata["guidance_scale"])
+        for name, parameter in recording.parameters().items() if anchors else ():
+            if parameter in anchors:
+                recording.base[name] = _sample(anchors[parameter])
         recording.splits, recording.drawn = metadata["splits"], metadata["drawn"]
         stored = {name.removeprefix("base/"): tensor for name, tensor in tensors.items() if name.startswith("base/")}
         recording._check(path, stored, metadata["models"])
@@ -178,6 +184,28 @@ class Recording:
         store = Store({int(name[6:]): tensor for name, tensor in tensors.items() if name.startswith("calls/")})
         recording.calls = [Call.from_json(row, store) for row in metadata["calls"]]
         return recording
+
+    @staticmethod
+    def match(path: str | Path, models: Iterable[nn.Module]) -> dict[str, nn.Module]:
+        """
+        Find the recorded models among others, by the names of their parameters: the denoiser under "", as in `models`.
+
+        Raises:
+            `ValueError`: If the file is not a recording, or the denoiser is not among them.
+            `OSError`: If it cannot be read.
+        """
+        with _open(path) as (file, metadata):
+            recorded = {name.removeprefix("base/") for name in file.keys() if name.startswith("base/")}
+        found = {}
+        for prefix in sorted(metadata["models"], reverse=True):  # "" is last, and gets what is left
+            own = {name for name in recorded if name.startswith(f"{prefix}." if prefix else "")}
+            recorded -= own
+            match = next((m for m in models if base_parameters(m, prefix).keys() == own), None)
+            if match is not None:
+                found[prefix] = match
+        if "" not in found:
+            raise ValueError(f"{path} was recorded of another architecture: no model here has the same parameters.")
+        return found
 
     def attach(self, model: nn.Module, /, **others: nn.Module) -> "Recording":
         """Use it with other models that have the same layers: ones that began as this base and were trained since."""
@@ -215,6 +243,28 @@ class Recording:
         return tensors, {**metadata, "models": list(self.models), "layers": list(self.layers), "calls": calls}
 
 
+@contextmanager
+def _open(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The file and what its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("recording", "{}"))
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path} is not a recording: make one with python -m lipschitz_reg.record.")
+            yield file, metadata
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a recording, or broken: {error}") from error
+
+
+def base_parameters(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The parameters by their names in the base, whatever wraps them now, without those of LoRA."""
+    factors = {factor for module in model.modules() for factor in lora_factors(module)}
+    named = {canonical(name): p for name, p in model.named_parameters() if p not in factors}
+    return {f"{prefix}.{name}": p for name, p in named.items()} if prefix else named
+
+
 def canonical(name: str) -> str:
     """The name of a parameter before peft, DDP or torch.compile wrapped its model."""
     return _WRAPPERS.sub("", name).replace("._orig_mod.", ".").replace(".base_layer.", ".")
@@ -245,8 +295,10 @@ def record(
     linear layers and of 2-d convolutions (not grouped, padded with zeros); and biases, embeddings and the weights of
     norms, whose elements all count alike, by the size of the layer's output. Everything else is left out, such as
     quantized weights, the magnitudes of DoRA, and layers that do not run or whose output is all zeros. If several
-    layers share a weight, the last one counts. A model that has run compiled does not call the hooks: record first.
-    Frozen weights that adapters other than peft's add to need `requires_grad` inside the block.
+    layers share a weight, the last one counts. Padding of text is left out where the model is given a mask of it
+    (Sana, Qwen-Image; SD3 and Flux have none, and look at padding). `Recording.share` says how much was recorded. A
+    compiled model runs as it would without `torch.compile`. Frozen weights that adapters other than peft's add to need
+    `requires_grad` inside the block.
 
     Args:
         model (`torch.nn.Module`): The denoiser as it was pretrained, with `requires_grad` as in the training.
@@ -262,7 +314,8 @@ def record(
             Other models that train, such as `text_encoder=text_encoder`: only their layers are recorded.
 
     Raises:
-        `ValueError`: If the rank is below 1; at the end of the block, if an output was not finite.
+        `ValueError`: If the rank is below 1, or the model is compiled and torch is older than 2.6; at the end of the
+            block, if an output was not finite.
     """
     if rank < 1:
         raise ValueError(f"`rank` must be at least 1, not {rank}.")
@@ -270,6 +323,8 @@ def record(
     store, bases = Store(device=device), {}
     recorders, handles = {}, []
     for prefix, other in recording.models.items() if layers else ():
+        text = _Text()
+        handles.append(other.register_forward_pre_hook(text, with_kwargs=True))
         modules = list(other.named_modules())
         factors = {factor for _, module in modules for factor in lora_factors(module)}
         weights = {adapted_weight(module) for _, module in modules}
@@ -282,7 +337,7 @@ def record(
             if own:
                 name = canonical(f"{name}.") if name else ""
                 names = {key: f"{prefix}.{name}{key}".removeprefix(".") for key in own}
-                recorder = _Recorder(recording, module, names, rank, bases)
+                recorder = _Recorder(recording, module, names, rank, bases, text)
                 recorders[recorder] = None
                 handles.append(module.register_forward_hook(recorder, with_kwargs=True))
 
@@ -291,7 +346,8 @@ def record(
 
     handles.append(model.register_forward_hook(remember, with_kwargs=True))
     try:
-        yield recording
+        with _uncompiled(recording.models.values()):
+            yield recording
     finally:
         for handle in handles:
             handle.remove()
@@ -306,13 +362,58 @@ def record(
     recording.splits = rows_agree(model, recording.calls)
 
 
+@contextmanager
+def _uncompiled(models: Iterable[nn.Module]) -> Iterator[None]:
+    """What was compiled before the hooks came does not call them."""
+    if not any(_is_compiled(module) for model in models for module in model.modules()):
+        yield
+        return
+    if not hasattr(torch.compiler, "set_stance"):  # before torch 2.6
+        raise ValueError("A compiled model keeps its layers from being recorded: record it before torch.compile.")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `torch.compile(module)`, `module.compile()` or a compiled `forward`."""
+    compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
+class _Text:
+    """
+    The forward pre-hook of a model: which tokens of its text are not padding, as far as the call says so. Padding is
+    thousands of equal rows that attention never looks at, and would make up most of a moment.
+    """
+
+    mask: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.mask = next((kwargs[name] for name in _MASKS if isinstance(kwargs.get(name), Tensor)), None)
+        tokens = [t for t in (*args, kwargs.get("hidden_states")) if isinstance(t, Tensor) and t.is_floating_point()]
+        if self.mask is None or self.mask.dim() != 2 or any(t.shape[1:-1] == self.mask.shape[1:] for t in tokens):
+            self.mask = None  # or tokens of the picture could be taken for those of the text, as there are as many
+
+    def without_padding(self, rows: Tensor) -> Tensor:
+        """(batch, length, n) to (tokens, n) if this is of the text; anything else as it is."""
+        if self.mask is None or rows.dim() != 3 or rows.shape[:2] != self.mask.shape:
+            return rows
+        return rows[self.mask.to(rows.device) > 0]
+
+
 class _Recorder:
     """The forward hook of one layer: sums over its inputs and outputs."""
 
     def __init__(
-        self, recording: Recording, module: nn.Module, names: dict[str, str], rank: int, bases: dict[int, Tensor]
+        self,
+        recording: Recording,
+        module: nn.Module,
+        names: dict[str, str],
+        rank: int,
+        bases: dict[int, Tensor],
+        text: _Text,
     ):
-        self.recording, self.names, self.rank, self.bases = recording, names, rank, bases
+        self.recording, self.names, self.rank, self.bases, self.text = recording, names, rank, bases, text
         matrix = _matrix(module)
         self.matrix = next((key for key in names if getattr(module, key) is matrix), None)
         self.outputs = self.squared_output = 0
@@ -324,11 +425,12 @@ class _Recorder:
             return
         # Sums that began in inference mode could not go on outside it.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            output = self.text.without_padding(output)
             self.outputs += output.numel()
             self.squared_output = self.squared_output + squared_norm(output)
             if self.matrix is None:
                 return
-            for rows in _rows(module, args[0] if args else kwargs["input"]):
+            for rows in _rows(module, self.text.without_padding(args[0] if args else kwargs["input"])):
                 rows = rows.float()
                 projected = self._project(rows)
                 if self.sketch is None:

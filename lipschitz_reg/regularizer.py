@@ -6,7 +6,7 @@ no arithmetic and knows no loss or loop. What is penalized is in groups.py and t
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -310,18 +310,30 @@ class LipschitzRegularizer:
             self.optimizer.register_step_post_hook(self._after_step),
         ]
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._steps += 1
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if self._uses_gradients():
-            if any(closure is not None for closure in (*args[1:2], kwargs.get("closure"))):
-                raise ValueError(
-                    "The penalty cannot be added to gradients that a closure computes inside step(): call step() "
-                    "without a closure, after the backward pass, or use mode 'proximal' in the space of parameters."
-                )
+            if closure is not None:
+                closure = self._penalized(closure)
+                by_name = (args, {**kwargs, "closure": closure})
+                return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else by_name
             if not self._gradient_added:
                 # Fused optimizers get the gradients of a GradScaler still multiplied by this.
                 self._add_gradient(self._steps, getattr(optimizer, "grad_scale", None))
         self._gradient_added = False
+        return None
+
+    def _penalized(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure with the penalty: each time, its gradient is added to those that the closure computes."""
+
+        def penalized() -> Any:
+            loss = closure()
+            self._add_gradient(self._steps)
+            terms = (self._values if self._mode.uses_gradients else []) + self._replayed
+            return loss if loss is None else loss + sum(terms)  # what LBFGS searches along a line
+
+        return penalized
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         # Fused optimizers are stepped on overflow too, and leave the parameters as they were when this is 1.

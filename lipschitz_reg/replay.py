@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Autocast, Call, evaluating
+from .lora import living_modules
 from .recording import Recording
 
 
@@ -36,6 +37,7 @@ class Replay:
         self.loss_scale = 2.0**16  # where activations are float16, as a GradScaler begins
         self.autocast: Autocast | None = None
         self._replaying = False
+        self._outside: list[nn.Module] | None = None
         self._watch()
 
     def add_gradient(self, weight: float, parameters: Sequence[Tensor], scale: Tensor | float, step: int) -> Tensor:
@@ -64,7 +66,8 @@ class Replay:
 
         self._replaying = True
         try:
-            with _Standins(model, parameters, to_gradient), evaluating(model), torch.enable_grad():
+            whole = nn.ModuleList([model, *self._beside(model, parameters)])
+            with _Standins(whole, parameters, to_gradient), evaluating(whole), torch.enable_grad():
                 for call in self._draw(step):
                     answer = call.again(model, self.autocast)
                     answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
@@ -78,6 +81,14 @@ class Replay:
             self.loss_scale /= 2
         self._average(parameters)
         return weight * value
+
+    def _beside(self, model: nn.Module, parameters: Sequence[Tensor]) -> list[nn.Module]:
+        """Layers with parameters that are not in the model: adapters of kohya's scripts act on it from outside."""
+        if self._outside is None:
+            missing = set(parameters) - set(model.parameters())
+            modules = living_modules() if missing else []
+            self._outside = [m for m in modules if any(p in missing for p in m.parameters(recurse=False))]
+        return self._outside
 
     def _draw(self, step: int) -> list[Call]:
         rows = [call for call in self.recording.calls if not call.held_out]

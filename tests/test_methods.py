@@ -1,5 +1,6 @@
 # What the methods of train_dreambooth_lipschitz.py promise: full, LoRA and Custom Diffusion, on the model of the drawn
 # world. What they have in common is in test_train_dreambooth_lipschitz.py, the arithmetic of LoRA in test_lora.py.
+import argparse
 import json
 import re
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 from test_train_dreambooth_lipschitz import assert_one_clear_line, checkpoints, distance, same_bits, scalars, weights
 
@@ -83,6 +86,26 @@ def result(folder):
     others = re.compile(r"(checkpoint|recording)-")
     files = [path for path in Path(folder).rglob("*.safetensors") if not others.match(str(path.relative_to(folder)))]
     return {f"{path.relative_to(folder)}: {key}": value for path in files for key, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize("name", ["script", "sdxl_script"])
+def test_equal_runs_write_equal_bytes(name, request, tmp_path):
+    """safetensors and sets have an order of chance, another one in each of their instances or processes."""
+    script = request.getfixturevalue(name)
+    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet").requires_grad_(False)
+    modules = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=2, target_modules=modules))
+    args = argparse.Namespace(method="lora")
+    contents = set()
+    for _ in range(8):
+        script.save_trained(args, {"unet": unet}, tmp_path)
+        contents.add((tmp_path / script.LORA_FILE).read_bytes())
+    assert len(contents) == 1
+    with safe_open(tmp_path / script.LORA_FILE, "pt") as file:
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert config["unet.target_modules"] == sorted(modules)
+    state = load_file(tmp_path / script.LORA_FILE)
+    assert all(torch.equal(state[f"unet.{key}"], own) for key, own in get_peft_model_state_dict(unet).items())
 
 
 def loading_code(folder):

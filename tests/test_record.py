@@ -134,8 +134,8 @@ def test_the_command_records_a_pipeline_and_says_what(tiny_sd, prompts_file, tmp
     assert recording.guidance_scale == 7.5
     assert recording.layers.keys() == {name for name, _ in pipeline.unet.named_parameters()}
     assert recording.drift().dial < 1e-5
-    line = f"{file}: {len(recording.layers)} layers, 15 calls, {file.stat().st_size / 1e6:.1f} MB, "
-    assert done.stdout == f"{line}{recording.digest()}\n"
+    line = f"{file}: {len(recording.layers)} layers with 100% of the weights, 15 calls, "
+    assert done.stdout == f"{line}{file.stat().st_size / 1e6:.1f} MB, {recording.digest()}\n"
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
@@ -165,7 +165,7 @@ def test_a_transformer_that_trains_on_its_recording_drifts_less(
         transformer = load(folder).transformer
         recording = Recording.load(file, transformer)
         drifts.append(train(transformer, recording, weight))
-    assert "66 layers, 10 calls" in capsys.readouterr().out
+    assert "66 layers with 100% of the weights, 10 calls" in capsys.readouterr().out
     assert drifts[0] < 0.8 * drifts[1]
 
 

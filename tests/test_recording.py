@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_text_config, make_tokenizer, make_unet
 from denoiser import draw, make_denoiser, moved, record_denoiser
 from denoiser import train as train_denoiser
+from diffusers import SanaTransformer2DModel
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -16,6 +18,7 @@ from test_lora import make_net as make_lora_net
 from test_lora import product
 from test_regularizer import LR, OPTIMIZERS, assert_identical, assert_same_training
 from torch import nn
+from transformers import CLIPTextModel
 
 from lipschitz_reg import LipschitzRegularizer, LoraAdapter, Moment, Recording, find_lora_adapters, functional, record
 from lipschitz_reg.recording import canonical
@@ -271,7 +274,67 @@ def test_what_has_no_matrix_of_inputs_or_does_not_run_is_left_out():
     with record(odd) as recording:
         odd(torch.arange(5)[None, :4])
     expected = {"words.weight", "grouped.bias", "mirrored.bias", "same.bias", "idle.bias"}
+    recorded, everything = [
+        sum(p.numel() for n, p in odd.named_parameters() if n in e or not e) for e in (expected, ())
+    ]
+    assert recording.share() == recorded / everything
     assert set(recording.layers) == expected  # what is given nothing but zeros has no moment
+
+
+def compile_forward(net):
+    net.forward = torch.compile(net.forward, backend="eager")
+    return net
+
+
+def compile_in_place(net):
+    net.compile(backend="eager")
+    return net
+
+
+def compile_layers(net):
+    for layer in net.children():
+        layer.compile(backend="eager")
+    return net
+
+
+COMPILED = {
+    "wrapped": lambda net: torch.compile(net, backend="eager"),
+    "in place": compile_in_place,
+    "layers": compile_layers,
+    "forward": compile_forward,
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_model_that_has_run_compiled_is_recorded_whole(how):
+    plain, net = record_net(make_net()), make_net()
+    compiled = COMPILED[how](net)
+    compiled(next(batches()))
+    with record(compiled) as recording, torch.no_grad():
+        for batch in batches():
+            compiled(batch)
+    assert recording.digest() == plain.digest()
+    assert recording.share() == plain.share() == 1 - 1 / sum(p.numel() for p in net.parameters())
+
+
+def test_compiled_repeated_blocks_of_diffusers_are_recorded_whole():
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    }
+    unet = make_unet(**blocks, cross_attention_dim=8)
+    unet.compile_repeated_blocks(backend="eager")
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor(5), torch.randn(1, 3, 8)
+    unet(*inputs)
+    with record(unet) as recording, torch.no_grad():
+        unet(*inputs)
+    assert recording.share() == 1
+
+
+def test_a_compiled_model_is_refused_where_torch_cannot_run_it_uncompiled(monkeypatch):
+    monkeypatch.delattr(torch.compiler, "set_stance")  # as before torch 2.6
+    with pytest.raises(ValueError, match="before torch.compile"), record(COMPILED["layers"](make_net())):
+        pass
 
 
 @pytest.mark.parametrize("weight", [0.0, {"layers": 0.0, "predictions": 0.0}], ids=["number", "by space"])
@@ -293,6 +356,57 @@ def test_hooks_are_gone_after_an_error():
     with pytest.raises(KeyError), record(net):
         raise KeyError
     assert not any(module._forward_hooks for module in net.modules())
+
+
+def record_text(model, make_call, padding):
+    """Two texts of three and five tokens, filled up by padding, in a model that is given the mask."""
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    mask = torch.cat([mask, torch.zeros(2, padding, dtype=mask.dtype)], 1)
+    with record(model.eval(), rank=4) as recording, torch.no_grad():
+        make_call(mask)
+    return recording
+
+
+@pytest.mark.parametrize("kind", ["Sana", "CLIP"])
+def test_padding_of_text_does_not_count(kind):
+    torch.manual_seed(0)
+    if kind == "Sana":
+        sizes = {"num_layers": 1, "attention_head_dim": 4, "num_attention_heads": 2, "num_cross_attention_heads": 2}
+        sizes |= {"cross_attention_head_dim": 4, "cross_attention_dim": 8, "caption_channels": 8, "sample_size": 8}
+        model = SanaTransformer2DModel(in_channels=4, out_channels=4, **sizes)
+        sample, text, timestep = torch.randn(2, 4, 8, 8), torch.randn(2, 40, 8), torch.tensor([5, 5])
+
+        def call(mask):
+            model(
+                sample, encoder_hidden_states=text[:, : mask.shape[1]], timestep=timestep, encoder_attention_mask=mask
+            )
+
+    else:
+        model = CLIPTextModel(make_text_config(make_tokenizer()))
+        ids = torch.randint(100, (2, 32))
+
+        def call(mask):
+            model(ids[:, : mask.shape[1]], attention_mask=mask)
+
+    short, long = (record_text(model, call, padding) for padding in (0, 20))
+    assert short.layers.keys() == long.layers.keys()
+    for name, moment in short.layers.items():
+        if "position_embedding" not in name:  # of as many positions as there are, padding or not
+            rows = max(len(moment.root), 1)
+            torch.testing.assert_close(dense(moment, rows), dense(long.layers[name], rows), rtol=1e-4, atol=1e-5)
+    assert (short.share() == 1) == (kind == "CLIP")  # of Sana, depthwise convolutions and bare parameters are not
+
+
+def test_tokens_of_a_picture_are_not_taken_for_those_of_a_text():
+    model = make_denoiser(dtype=torch.float32)
+    forward = model.forward
+    model.forward = lambda *args, encoder_attention_mask, **kwargs: forward(*args, **kwargs)
+    recordings = []
+    for mask in (torch.ones(2, 4), torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])):  # four tokens, as the sample has
+        with record(model) as recording:
+            model(torch.ones(2, 4, 3), torch.tensor(5), torch.ones(2, 4, 5), encoder_attention_mask=mask)
+        recordings.append(recording)
+    assert all(torch.equal(recordings[0].layers[n].root, m.root) for n, m in recordings[1].layers.items())
 
 
 def test_numbers_that_are_not_finite_are_refused():
@@ -541,6 +655,24 @@ def test_what_cannot_be_in_a_file_is_said_when_it_is_saved(tmp_path):
         recording.save(tmp_path / "strange.safetensors")
     assert_one_line(error)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_class_without_an_argument_that_was_none_gives_the_same_answer():
+    """kohya's U-Net has the weights of diffusers' and fewer arguments."""
+
+    class Whole(nn.Linear):
+        def forward(self, x, unused=None, flag=None):
+            return super().forward(x) * (1 if flag is None else flag)
+
+    model, other = Whole(3, 3), nn.Linear(3, 3)
+    other.load_state_dict(model.state_dict())
+    with record(model) as recording, recording.held_out():
+        model(torch.ones(1, 3), unused=None)
+        model(torch.ones(1, 3), flag=2)
+    assert torch.equal(recording.calls[0].again(other), recording.calls[0].answer)
+    assert torch.equal(recording.calls[0].again(model), recording.calls[0].answer)
+    with pytest.raises(TypeError, match="flag"):
+        recording.calls[1].again(other)
 
 
 def test_what_a_call_was_given_is_kept_though_it_is_overwritten():

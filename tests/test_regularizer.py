@@ -8,12 +8,16 @@ import warnings
 import weakref
 
 import bitsandbytes
+import prodigyopt
 import pytest
+import schedulefree
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from test_functional import sum_error
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lipschitz_reg import LipschitzRegularizer, functional
 
@@ -810,6 +814,79 @@ def test_parameters_that_join_later_are_refused():
         optimizer.step()
 
 
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused(use_orig_params, one_process):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's: with one process, nothing is sharded
+        net = FullyShardedDataParallel(nn.Linear(3, 3), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match="FSDP1"):
+        LipschitzRegularizer(torch.optim.SGD(net.parameters(), lr=LR), weight=1.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fsdp1_around_parameters_that_have_anchors_is_refused_in_the_first_step(mode, one_process):
+    net = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    LipschitzRegularizer(optimizer, weight=1.0, mode=mode, radius=1.0 if mode == "projected" else None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
+        net(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(ValueError, match="FSDP1"):
+        optimizer.step()
+
+
+SCHEDULE_FREE = {
+    "AdamW": lambda p: schedulefree.AdamWScheduleFree(p, lr=LR, eps=EPS),
+    "RAdam": lambda p: schedulefree.RAdamScheduleFree(p, lr=LR, eps=EPS),
+    "SGD": lambda p: schedulefree.SGDScheduleFree(p, lr=LR),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+def test_schedule_free_optimizers_keep_what_they_save_near_the_base(name):
+    distances = []
+    for weight in (0.0, WEIGHT):
+        net = make_net()
+        start = copy.deepcopy(net)
+        optimizer = SCHEDULE_FREE[name](net.parameters())
+        LipschitzRegularizer(optimizer, weight=weight, reduction="sum")
+        optimizer.train()
+        train(net, optimizer, steps=10)
+        optimizer.eval()
+        distances.append(distance(net, start))
+    assert distances[1] < 0.5 * distances[0]
+
+
+@pytest.mark.parametrize("mode", ["proximal", "projected"])
+@pytest.mark.parametrize("name", SCHEDULE_FREE)
+def test_schedule_free_optimizers_are_refused_where_only_the_trained_point_would_move(name, mode):
+    optimizer = SCHEDULE_FREE[name](make_net().parameters())
+    with pytest.raises(ValueError, match="Schedule-free"):
+        LipschitzRegularizer(optimizer, weight=1.0, mode=mode, radius=1.0 if mode == "projected" else None)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: transformers.Adafactor(p, lr=None, relative_step=True),
+        lambda p: prodigyopt.Prodigy(p, lr=1.0),
+    ],
+)
+def test_proximal_needs_a_learning_rate(make):
+    optimizer = make(make_net().parameters())
+    with pytest.raises(ValueError, match="'proximal' reads `lr`"):
+        LipschitzRegularizer(optimizer, weight=1.0, mode="proximal")
+    LipschitzRegularizer(optimizer, weight=1.0)
+
+
 def test_sparse_gradients_are_refused_where_a_gradient_is_added():
     embedding = nn.Embedding(5, 3, sparse=True)
     optimizer = torch.optim.SparseAdam(embedding.parameters())
@@ -819,8 +896,44 @@ def test_sparse_gradients_are_refused_where_a_gradient_is_added():
         optimizer.step()
 
 
-def test_closures_are_refused_where_a_gradient_is_added():
-    optimizer = OPTIMIZERS["SGD"]([nn.Parameter(torch.ones(1))])
-    LipschitzRegularizer(optimizer, weight=1.0)
-    with pytest.raises(ValueError, match="closure"):
-        optimizer.step(lambda: 0.0)
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("mode", ["coupled", "proximal"])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_step_with_a_closure_gives_the_same_bits(make, mode, by_name):
+    def train(with_closure):
+        parameter = nn.Parameter(torch.linspace(-1, 1, 8))
+        optimizer = make([parameter])
+        regularizer = LipschitzRegularizer(optimizer, weight=1.0, mode=mode)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (parameter - 2).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if with_closure:
+                optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        return parameter.detach(), regularizer.penalty()
+
+    (with_closure, penalty), (without, same) = train(True), train(False)
+    assert torch.equal(with_closure, without) and penalty == same > 0
+
+
+def test_lbfgs_finds_the_minimum_of_loss_and_penalty():
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.LBFGS([parameter], line_search_fn="strong_wolfe")
+    LipschitzRegularizer(optimizer, weight=3.0, reduction="sum")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (parameter - 2).square().sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    torch.testing.assert_close(parameter.detach(), torch.full((4,), 0.5))  # 2 / (1 + 3)
+    assert loss.item() == 4 * 4  # at the start, where the penalty is 0
