@@ -79,7 +79,7 @@ def test_drift_equals_its_formula(kind, scale):
         drift.standard_error == pytest.approx(abs(of_prompts[0] - of_prompts[1]) / 2, rel=1e-9)
         and drift.standard_error > 0
     )
-    assert drift.dial == drift.guided_prediction + 2 * drift.standard_error
+    assert drift.dial == drift.guided_prediction + drift.standard_error
     with_one_scale = max(abs(drift.by_timestep[t] - drift.guided_by_timestep[t]) for t in TIMESTEPS)
     assert with_one_scale > 0
 
