@@ -64,23 +64,43 @@ def find_lora_adapters(model: nn.Module, prefix: str = "") -> list[LoraAdapter]:
     Raises:
         `ValueError`: If there is none, or one is on a grouped convolution.
     """
-    adapters = []
-    for module_name, module in model.named_modules(prefix=prefix):
-        if not all(hasattr(module, name) for name in ("lora_A", "lora_B", "scaling", "active_adapters")):
-            continue
-        if getattr(getattr(module, "base_layer", None), "groups", 1) > 1:
-            raise ValueError(f"The LoRA adapter {module_name} is on a grouped convolution, which cannot be penalized.")
-        weight = getattr(getattr(module, "base_layer", None), "weight", None)
-        if weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize == 1):
-            weight = None  # quantized: its numbers are not those of W
-        active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
-        for adapter in active:
-            name = module_name if len(active) == 1 else f"{module_name}.{adapter}"
-            down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-            adapters.append(LoraAdapter(name, down, up, module.scaling[adapter], weight))
+    adapters = [a for name, module in model.named_modules(prefix=prefix) for a in lora_adapters(module, name)]
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no active LoRA adapter: add the adapters first.")
     return adapters
+
+
+def lora_adapters(module: nn.Module, name: str) -> list[LoraAdapter]:
+    """The active adapters of a layer: peft's, or those of kohya's scripts and LyCORIS, which are modules beside it."""
+    if all(hasattr(module, attribute) for attribute in ("lora_A", "lora_B", "scaling", "active_adapters")):
+        layer = getattr(module, "base_layer", None)
+        active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+        names = [name if len(active) == 1 else f"{name}.{adapter}" for adapter in active]
+        parts = [(module.lora_A[adapter], module.lora_B[adapter], module.scaling[adapter]) for adapter in active]
+    elif all(hasattr(module, attribute) for attribute in ("lora_down", "lora_up", "alpha", "scale")):
+        if getattr(module, "lora_mid", None) is not None or isinstance(getattr(module, "scalar", None), nn.Parameter):
+            return []  # not a product of two factors: each of its parameters has an anchor
+        scaling = float(module.scale) * float(getattr(module, "multiplier", 1.0))
+        downs, ups = ([m] if hasattr(m, "weight") else list(m) for m in (module.lora_down, module.lora_up))
+        layer = _wrapped_layer(module) if len(downs) == 1 else None
+        names = [name] if len(downs) == 1 else [f"{name}.{index}" for index in range(len(downs))]
+        parts = [(down, up, scaling) for down, up in zip(downs, ups, strict=True)]
+    else:
+        return []
+    if getattr(layer, "groups", 1) > 1:
+        raise ValueError(f"The LoRA adapter {name} is on a grouped convolution, which cannot be penalized.")
+    weight = getattr(layer, "weight", None)
+    if weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize == 1):
+        weight = None  # quantized: its numbers are not those of W
+    return [LoraAdapter(n, down.weight, up.weight, s, weight) for n, (down, up, s) in zip(names, parts, strict=True)]
+
+
+def _wrapped_layer(module: nn.Module) -> nn.Module | None:
+    """The layer whose `forward` kohya's or LyCORIS' module replaced by its own."""
+    layer = getattr(module, "org_module", None)
+    if layer is None:  # kohya's module gives it up once it has taken its place
+        layer = getattr(getattr(module, "org_forward", None), "__self__", None)
+    return layer[0] if isinstance(layer, list) else layer
 
 
 def lora_factors(module: nn.Module) -> Iterator[Tensor]:

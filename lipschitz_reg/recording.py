@@ -22,7 +22,7 @@ thousandth of the mean: pictures that were not recorded may need directions that
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,13 +87,7 @@ class Recording:
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters of the models by their names in the base, whatever wraps them now; no LoRA factors."""
-        found = {}
-        for prefix, model in self.models.items():
-            factors = {factor for module in model.modules() for factor in lora_factors(module)}
-            for name, parameter in model.named_parameters():
-                if parameter not in factors:
-                    found[f"{prefix}.{canonical(name)}" if prefix else canonical(name)] = parameter
-        return found
+        return {name: p for prefix, model in self.models.items() for name, p in base_parameters(model, prefix).items()}
 
     def moments(self) -> dict[Tensor, Moment]:
         """`layers` by parameter, for the parameters that the models have."""
@@ -149,26 +143,30 @@ class Recording:
         unfinished.replace(path)
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, /, **others: nn.Module) -> "Recording":
+    def load(
+        cls,
+        path: str | Path,
+        model: nn.Module,
+        /,
+        *,
+        anchors: Mapping[Tensor, Tensor] | None = None,
+        **others: nn.Module,
+    ) -> "Recording":
         """
-        Read what `save` wrote, for a model of the base that was recorded; `others` as in `record`.
+        Read what `save` wrote, for a model of the base that was recorded; `others` as in `record`. Parameters that
+        have been trained since are recognized by their `anchors`.
 
         Raises:
             `ValueError`: If the file is not a recording, or is of another base or of other layers than the models'.
             `OSError`: If it cannot be read.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = json.loads((file.metadata() or {}).get("recording", "{}"))
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"{path} is not a recording: make one with python -m lipschitz_reg.record.")
-                # In memory of their own, aligned as those that were recorded: sums come out the same to the last bit.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a recording, or broken: {error}") from error
+        with _open(path) as (file, metadata):
+            # In memory of their own, aligned as those that were recorded: sums come out the same to the last bit.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         recording = cls({"": model, **others}, metadata["guidance_scale"])
+        for name, parameter in recording.parameters().items() if anchors else ():
+            if parameter in anchors:
+                recording.base[name] = _sample(anchors[parameter])
         recording.splits, recording.drawn = metadata["splits"], metadata["drawn"]
         stored = {name.removeprefix("base/"): tensor for name, tensor in tensors.items() if name.startswith("base/")}
         recording._check(path, stored, metadata["models"])
@@ -178,6 +176,28 @@ class Recording:
         store = Store({int(name[6:]): tensor for name, tensor in tensors.items() if name.startswith("calls/")})
         recording.calls = [Call.from_json(row, store) for row in metadata["calls"]]
         return recording
+
+    @staticmethod
+    def match(path: str | Path, models: Iterable[nn.Module]) -> dict[str, nn.Module]:
+        """
+        Find the recorded models among others, by the names of their parameters: the denoiser under "", as in `models`.
+
+        Raises:
+            `ValueError`: If the file is not a recording, or the denoiser is not among them.
+            `OSError`: If it cannot be read.
+        """
+        with _open(path) as (file, metadata):
+            recorded = {name.removeprefix("base/") for name in file.keys() if name.startswith("base/")}
+        found = {}
+        for prefix in sorted(metadata["models"], reverse=True):  # "" is last, and gets what is left
+            own = {name for name in recorded if name.startswith(f"{prefix}." if prefix else "")}
+            recorded -= own
+            match = next((m for m in models if base_parameters(m, prefix).keys() == own), None)
+            if match is not None:
+                found[prefix] = match
+        if "" not in found:
+            raise ValueError(f"{path} was recorded of another architecture: no model here has the same parameters.")
+        return found
 
     def attach(self, model: nn.Module, /, **others: nn.Module) -> "Recording":
         """Use it with other models that have the same layers: ones that began as this base and were trained since."""
@@ -213,6 +233,28 @@ class Recording:
         metadata = {"format": _FORMAT, "guidance_scale": self.guidance_scale, "splits": self.splits}
         metadata["drawn"] = self.drawn
         return tensors, {**metadata, "models": list(self.models), "layers": list(self.layers), "calls": calls}
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The file and what its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("recording", "{}"))
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path} is not a recording: make one with python -m lipschitz_reg.record.")
+            yield file, metadata
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a recording, or broken: {error}") from error
+
+
+def base_parameters(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """The parameters by their names in the base, whatever wraps them now, without those of LoRA."""
+    factors = {factor for module in model.modules() for factor in lora_factors(module)}
+    named = {canonical(name): p for name, p in model.named_parameters() if p not in factors}
+    return {f"{prefix}.{name}": p for name, p in named.items()} if prefix else named
 
 
 def canonical(name: str) -> str:

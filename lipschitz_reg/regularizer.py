@@ -6,7 +6,7 @@ no arithmetic and knows no loss or loop. What is penalized is in groups.py and t
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .lora import LoraAdapter
 from .modes import MODES, Row
 from .recording import Recording
 from .replay import Replay
-from .terms import LoraTerm, checked, to_floats
+from .terms import Anchor, LoraTerm, checked, to_floats
 
 
 class _Defaults(dict):
@@ -75,7 +75,8 @@ class LipschitzRegularizer:
             to which each step then copies them, one tensor at a time.
         anchors (`Mapping[torch.Tensor, torch.Tensor]`, *optional*):
             Anchors for parameters, and for weights that adapters act on, where these are not the present values: for a
-            model that was fine-tuned before and should stay near the one that it began as.
+            model that was fine-tuned before and should stay near the one that it began as. They are copied; an
+            `Anchor` (terms.py) is used as it is.
         adapters (`Sequence[LoraAdapter]`, *optional*):
             The LoRA adapters of the model, from `find_lora_adapters`. Their factors are penalized as `lora_form` says;
             every other parameter, such as the magnitudes of DoRA, has its anchor as always.
@@ -87,6 +88,8 @@ class LipschitzRegularizer:
             The base's, from `record`. The spaces of layers and predictions need it.
         replays (`int`, *optional*, defaults to 1):
             How many recorded calls each step repeats in the space of predictions. Each row of a batch counts as one.
+        parameters (`Collection[torch.Tensor]`, *optional*):
+            What to penalize of the optimizer's parameters; all of them by default. The others need no anchors.
 
     A copy of the optimizer, by `copy.deepcopy` or `pickle`, has a copy of the regularizer attached, anchors and all.
 
@@ -104,11 +107,12 @@ class LipschitzRegularizer:
         mode: str = "coupled",
         radius: float | None = None,
         anchor_device: torch.device | str | None = None,
-        anchors: Mapping[Tensor, Tensor] | None = None,
+        anchors: Mapping[Tensor, Tensor | Anchor] | None = None,
         adapters: Sequence[LoraAdapter] = (),
         lora_form: str = "delta",
         recording: Recording | None = None,
         replays: int = 1,
+        parameters: Collection[Tensor] | None = None,
     ):
         # accelerate's wrapper is an Optimizer too, but has no hooks of its own.
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -131,7 +135,7 @@ class LipschitzRegularizer:
         self.mode = mode
         self.recording = recording
         self._mode = MODES[mode](radius)
-        options = (anchor_device, anchors or {}, adapters, lora_form, recording)
+        options = (anchor_device, anchors or {}, adapters, lora_form, recording, parameters)
         self._terms = Terms(self.optimizer, weight, self._mode, *options)
         self._replay = Replay(recording, replays) if "predictions" in self.spaces else None
         self._steps = 0
@@ -288,6 +292,11 @@ class LipschitzRegularizer:
         self._terms.clear()
         self._replay, self.recording, self._values, self._replayed = None, None, None, []
 
+    @property
+    def steps(self) -> int:
+        """How many steps have carried the penalty."""
+        return self._steps
+
     def pull(self, fraction: float) -> None:
         """Move everything that is penalized this fraction of the way back to the base, or away from it if below 0."""
         for term in self._terms.all:
@@ -310,18 +319,30 @@ class LipschitzRegularizer:
             self.optimizer.register_step_post_hook(self._after_step),
         ]
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self._steps += 1
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if self._uses_gradients():
-            if any(closure is not None for closure in (*args[1:2], kwargs.get("closure"))):
-                raise ValueError(
-                    "The penalty cannot be added to gradients that a closure computes inside step(): call step() "
-                    "without a closure, after the backward pass, or use mode 'proximal' in the space of parameters."
-                )
+            if closure is not None:
+                closure = self._penalized(closure)
+                by_name = (args, {**kwargs, "closure": closure})
+                return ((args[0], closure, *args[2:]), kwargs) if len(args) > 1 else by_name
             if not self._gradient_added:
                 # Fused optimizers get the gradients of a GradScaler still multiplied by this.
                 self._add_gradient(self._steps, getattr(optimizer, "grad_scale", None))
         self._gradient_added = False
+        return None
+
+    def _penalized(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure with the penalty: each time, its gradient is added to those that the closure computes."""
+
+        def penalized() -> Any:
+            loss = closure()
+            self._add_gradient(self._steps)
+            terms = (self._values if self._mode.uses_gradients else []) + self._replayed
+            return loss if loss is None else loss + sum(terms)  # what LBFGS searches along a line
+
+        return penalized
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         # Fused optimizers are stepped on overflow too, and leave the parameters as they were when this is 1.

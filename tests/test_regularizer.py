@@ -819,8 +819,44 @@ def test_sparse_gradients_are_refused_where_a_gradient_is_added():
         optimizer.step()
 
 
-def test_closures_are_refused_where_a_gradient_is_added():
-    optimizer = OPTIMIZERS["SGD"]([nn.Parameter(torch.ones(1))])
-    LipschitzRegularizer(optimizer, weight=1.0)
-    with pytest.raises(ValueError, match="closure"):
-        optimizer.step(lambda: 0.0)
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("mode", ["coupled", "proximal"])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_step_with_a_closure_gives_the_same_bits(make, mode, by_name):
+    def train(with_closure):
+        parameter = nn.Parameter(torch.linspace(-1, 1, 8))
+        optimizer = make([parameter])
+        regularizer = LipschitzRegularizer(optimizer, weight=1.0, mode=mode)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (parameter - 2).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if with_closure:
+                optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        return parameter.detach(), regularizer.penalty()
+
+    (with_closure, penalty), (without, same) = train(True), train(False)
+    assert torch.equal(with_closure, without) and penalty == same > 0
+
+
+def test_lbfgs_finds_the_minimum_of_loss_and_penalty():
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.LBFGS([parameter], line_search_fn="strong_wolfe")
+    LipschitzRegularizer(optimizer, weight=3.0, reduction="sum")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (parameter - 2).square().sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    torch.testing.assert_close(parameter.detach(), torch.full((4,), 0.5))  # 2 / (1 + 3)
+    assert loss.item() == 4 * 4  # at the start, where the penalty is 0

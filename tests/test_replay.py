@@ -667,9 +667,24 @@ def test_recording_without_calls_to_replay_is_refused(recorded):
 
 
 @pytest.mark.parametrize("mode", ["coupled", "proximal"])
-def test_closures_are_refused(mode):
-    model = make_denoiser()
-    optimizer = make_optimizer(model)
-    attach(model, optimizer, mode=mode)
-    with pytest.raises(ValueError, match="closure"):
-        optimizer.step(lambda: 0.0)
+def test_a_step_with_a_closure_gives_the_same_bits(mode):
+    def train(with_closure):
+        model = make_denoiser()
+        optimizer = make_optimizer(model)
+        attach(model, optimizer, mode=mode)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = sum(parameter.square().sum() for parameter in model.parameters())
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            if with_closure:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(train(True), train(False), strict=True))
