@@ -345,9 +345,10 @@ class Launcher:
                 "--lipschitz_reduction mean and --lipschitz_mode projected span all parameters, but this script has "
                 "several optimizers: leave some out with --lipschitz_exclude_optimizer."
             )
-        models = find_models()
-        known = names_in(models)
         wanted = set(tracked.penalized)
+        # What trains comes before copies of it, such as a moving average.
+        models = sorted(find_models(), key=lambda model: not any(p in wanted for p in model.parameters()))
+        known = names_in(models)
         adapters = [a for a in find_adapters(models) if {a.down, a.up} & wanted]
         factors = {factor for adapter in adapters for factor in (adapter.down, adapter.up)}
         anchors = {p: self.anchors[p] for p in tracked.penalized if p in self.anchors}
@@ -415,11 +416,11 @@ class Launcher:
         if len(plain) < len(new):
             factors = sum(p.numel() for p in new if p not in self.anchors)
             parts.append(f"{len(adapters)} LoRA adapters ({factors:,} parameters)")
-        spaces = ", ".join(f"{space} {self.weight[space]:g}" for space in regularizer.spaces)
+        spaces = " and ".join(f"{self.weight[space]:g} on {space}" for space in regularizer.spaces)
         anchors = [self.anchors[p].value for p in plain]
         where = "on disk" if self.on_disk else f"on {anchors[0].device}" if anchors else ""
         memory = f"{megabytes(anchors):,.1f} MB {where}" if anchors else "none"
-        line = f"penalizes {' and '.join(parts)}; {spaces}; mode {regularizer.mode}, "
+        line = f"penalizes {' and '.join(parts)}; weight {spaces}; mode {regularizer.mode}, "
         line += f"reduction {regularizer.reduction}; anchors: {memory}"
         if any(group.get("weight_decay") for group in optimizer.param_groups):
             line += "; turn weight decay off, which pulls to 0 and not to the base"
@@ -482,7 +483,8 @@ class Launcher:
                 line += f"; drift of the predictions {metrics['drift']:.3g}"
             except Exception as error:  # the script may have left its model in any state
                 line += f"; drift could not be measured: {one_line(error)}"
-        self.log_metrics(metrics)
+        if steps % self.log_every or "drift" in metrics:
+            self.log_metrics(metrics)
         self.say(line)
 
     def say(self, line: str) -> None:
