@@ -168,12 +168,26 @@ class Launcher:
         tracked.penalized += penalized
         adapters = self.find_adapters(models or [], penalized)
         self.take_anchors([p for p in penalized if p not in adapters and p not in self.anchors], known)
-        tracked.fingerprints.append(self.fingerprint(penalized, adapters, known))
-        if tracked.fingerprints[-1] is not None:
+        if not penalized:
+            tracked.fingerprints.append(None)
+            return
+        # An optimizer that another one builds for itself may copy its groups into that one's.
+        inner = self.is_inside_another(optimizer)
+        tracked.fingerprints.append(None if inner else self.fingerprint(penalized, adapters, known))
+        if not inner:
             group[_KEY] = tracked.fingerprints[-1]
-        if penalized:
-            self.has_penalized = True
-            self.watch(penalized[0])
+        self.has_penalized = True
+        self.watch(penalized[0])
+
+    def is_inside_another(self, optimizer: Optimizer) -> bool:
+        """Whether a method of another optimizer is running."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if owner is not optimizer and issubclass(type(owner), Optimizer) and owner in self.optimizers:
+                return True
+            frame = frame.f_back
+        return False
 
     def name_optimizer(self, optimizer: Optimizer) -> str:
         kind = type(optimizer).__name__
@@ -242,10 +256,8 @@ class Launcher:
         penalized: list[Tensor],
         adapters: dict[Tensor, LoraAdapter],
         known: dict[Tensor, tuple[nn.Module, str]],
-    ) -> str | None:
+    ) -> str:
         """Of the anchors of a param group, and of the frozen weights that its adapters act on."""
-        if not penalized:
-            return None
         weights = [adapters[p].weight for p in penalized if p in adapters]
         weights = [w for w in dict.fromkeys(weights) if w is not None]
         base = self.read_base(weights, known) if self.base else {}
@@ -301,11 +313,10 @@ class Launcher:
         tells: unlike a counter it is right after a step that raised.
         """
         code, frame = frame.f_code, frame.f_back
-        own = set(tracked.penalized)
         while frame is not None:
             if frame.f_code is code:
                 outer = self.optimizers.get(frame.f_locals.get("self"))
-                if outer is not None and outer.attached and own & set(outer.penalized):
+                if outer is not None and outer.attached and not set(tracked.penalized).isdisjoint(outer.penalized):
                     return True
             frame = frame.f_back
         return False
@@ -406,7 +417,7 @@ class Launcher:
     def announce(self, optimizer: Optimizer, regularizer: LipschitzRegularizer, adapters: list[LoraAdapter]) -> None:
         """One line about what is penalized, of all optimizers that are there."""
         optimizers = [tracked for tracked in self.optimizers.values() if tracked.penalized]
-        new = [p for tracked in optimizers for p in tracked.penalized if p not in self.announced]
+        new = dict.fromkeys(p for tracked in optimizers for p in tracked.penalized if p not in self.announced)
         if not new or not self.is_main:
             return
         for parameter in new:
@@ -452,7 +463,8 @@ class Launcher:
         return dict(zip(names, values, strict=True))
 
     def log_metrics(self, metrics: dict[str, float]) -> None:
-        self.write({"step": max(regularizer.steps for regularizer in self.kept), **metrics})
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.write({"step": max(regularizer.steps for regularizer in self.kept), **finite})
         run = getattr(sys.modules.get("wandb"), "run", None)
         if run and self.is_main:
             run.log(metrics, commit=False)  # joins the script's next line: wandb drops steps that go back
