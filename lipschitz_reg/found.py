@@ -4,7 +4,6 @@ weights of a base in safetensors files, by those names. Holds no optimizers (lau
 """
 
 import gc
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,3 @@ def _key(keys: Mapping[str, Any], name: str, shape: tuple[int, ...], by_ending: 
         names = [key for key in keys if key.endswith(f".{name}") or name.endswith(f".{key}")]
     fitting = [key for key in names if key in keys and tuple(keys[key].get_slice(key).get_shape()) == tuple(shape)]
     return fitting[0] if len(fitting) == 1 else None
-
-
-def megabytes(tensors: Iterable[Tensor]) -> float:
-    return math.fsum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6

@@ -1,6 +1,7 @@
 """
 Launcher: sees the parameters of all optimizers that are built while it is on, takes their anchors at once, and
-attaches a LipschitzRegularizer to each optimizer in its first step. Holds no command line and runs no script (run.py).
+attaches a LipschitzRegularizer to each optimizer in its first step. Holds no command line and runs no script (run.py);
+what it says is in report.py.
 
 What it knows of torch: every optimizer of every library passes its parameters through `Optimizer.add_param_group`, and
 every class whose instances do so fires the global hooks around `step`.
@@ -8,9 +9,6 @@ every class whose instances do so fires the global hooks around `step`.
 
 import contextlib
 import functools
-import json
-import math
-import os
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -31,10 +29,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .anchors import fingerprint
 from .commands import one_line
-from .found import BaseWeights, find_adapters, find_models, megabytes, names_in
+from .found import BaseWeights, find_adapters, find_models, names_in
 from .lora import LoraAdapter, squared_delta
 from .recording import Recording, _sample
 from .regularizer import LipschitzRegularizer
+from .report import Report, describe
 from .terms import Anchor, to_floats
 
 
@@ -105,8 +104,7 @@ class Launcher:
         self.on_disk = anchor_device == "disk"
         self.anchor_device = None if self.on_disk else anchor_device
         self.base = BaseWeights(anchor) if anchor else None
-        self.log, self.log_every = log, log_every
-        self.is_main = int(os.environ.get("RANK", 0)) == 0
+        self.report = Report(log, log_every)
         self.optimizers: weakref.WeakKeyDictionary[Optimizer, _Tracked] = weakref.WeakKeyDictionary()
         self.counts: dict[str, int] = {}  # optimizers of each class
         # Keys are parameters. What began as LoRA has no anchor: `factors` has the adapter's name if its product was
@@ -418,94 +416,38 @@ class Launcher:
         """One line about what is penalized, of all optimizers that are there."""
         optimizers = [tracked for tracked in self.optimizers.values() if tracked.penalized]
         new = dict.fromkeys(p for tracked in optimizers for p in tracked.penalized if p not in self.announced)
-        if not new or not self.is_main:
+        if not new:
             return
         for parameter in new:
             self.announced[parameter] = True
-        plain = [p for p in new if p in self.anchors]
-        parts = [f"{len(plain)} tensors ({sum(p.numel() for p in plain):,} parameters)"] if plain else []
-        if len(plain) < len(new):
-            factors = sum(p.numel() for p in new if p not in self.anchors)
-            parts.append(f"{len(adapters)} LoRA adapters ({factors:,} parameters)")
-        spaces = " and ".join(f"{self.weight[space]:g} on {space}" for space in regularizer.spaces)
-        anchors = [self.anchors[p].value for p in plain]
-        where = "on disk" if self.on_disk else f"on {anchors[0].device}" if anchors else ""
-        memory = f"{megabytes(anchors):,.1f} MB {where}" if anchors else "none"
-        line = f"penalizes {' and '.join(parts)}; weight {spaces}; mode {regularizer.mode}, "
-        line += f"reduction {regularizer.reduction}; anchors: {memory}"
+        anchors = {p: self.anchors[p].value for p in new if p in self.anchors}
+        notes = []
         if any(group.get("weight_decay") for group in optimizer.param_groups):
-            line += "; turn weight decay off, which pulls to 0 and not to the base"
+            notes.append("turn weight decay off, which pulls to 0 and not to the base")
         patterns = [*self.include, *self.exclude, *self.exclude_optimizers]
-        unmatched = [pattern for pattern in patterns if pattern not in self.matched]
-        line += f"; nothing matches {', '.join(map(repr, unmatched))}" if unmatched else ""
-        self.say(line)
-        left = [self.names[p] for t in self.optimizers.values() for g in t.groups for p in g["params"]]
-        names = [self.names[p] for p in new]
-        self.write({"penalized": names, "left_out": sorted(set(left) - {self.names[p] for p in self.announced})})
+        unmatched = [repr(pattern) for pattern in patterns if pattern not in self.matched]
+        notes += [f"nothing matches {', '.join(unmatched)}"] if unmatched else []
+        self.report.say(describe(list(new), anchors, len(adapters), regularizer, self.on_disk, notes))
+        seen = {self.names[p] for t in self.optimizers.values() for g in t.groups for p in g["params"]}
+        left = sorted(seen - {self.names[p] for p in self.announced})
+        self.report.write({"penalized": [self.names[p] for p in new], "left_out": left})
 
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         tracked = self.optimizers.get(optimizer)
         regularizer = tracked.regularizer() if tracked and tracked.regularizer else None
-        if self.kept and regularizer is self.kept[0] and regularizer.steps % self.log_every == 0:
-            run = getattr(sys.modules.get("wandb"), "run", None)
-            if self.is_main and (run or self.log):
-                self.log_metrics(self.metrics())
-
-    def metrics(self) -> dict[str, float]:
-        """Those of `LipschitzRegularizer.metrics`, of all optimizers together."""
-        all_metrics = [regularizer.metrics() for regularizer in self.kept]
-        if len(all_metrics) == 1:
-            return all_metrics[0]
-        names = penalty, distance, relative = tuple(all_metrics[0])
-        anchors = math.hypot(*(m[distance] / m[relative] for m in all_metrics if m[relative] > 0))
-        together = math.hypot(*(m[distance] for m in all_metrics if m[distance] > 0))
-        values = sum(m[penalty] for m in all_metrics), together, together / anchors if anchors else math.nan
-        return dict(zip(names, values, strict=True))
-
-    def log_metrics(self, metrics: dict[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self.write({"step": max(regularizer.steps for regularizer in self.kept), **finite})
-        run = getattr(sys.modules.get("wandb"), "run", None)
-        if run and self.is_main:
-            run.log(metrics, commit=False)  # joins the script's next line: wandb drops steps that go back
+        if self.kept and regularizer is self.kept[0]:
+            self.report.after_step(self.kept)
 
     def finish(self, exited: bool) -> None:
         """The last line; or `Stop`, if the script trained and nothing was penalized."""
         for parameter in list(self.watches):
             self.check_unmoved(parameter)
-        if not self.kept:
-            if not self.counts:
-                what = "no optimizer was built in this process"
-            elif not self.has_penalized:
-                what = "all that trained was left out"
-            else:
-                what = "no step was taken"
-            if exited or self.has_penalized:  # as after --help
-                return self.say(f"nothing was penalized: {what}")
+        if self.kept:
+            return self.report.finish(self.kept, next(iter(self.recordings.values()), None))
+        if not self.counts:
+            what = "no optimizer was built in this process"
+        else:
+            what = "no step was taken" if self.has_penalized else "all that trained was left out"
+        if not (exited or self.has_penalized):  # a script that exits may have been asked for --help
             raise Stop(f"nothing was penalized: {what}.")
-        if not self.is_main:
-            return
-        metrics, steps = self.metrics(), max(regularizer.steps for regularizer in self.kept)
-        line = f"{steps} steps; distance from the base {metrics['lipschitz/distance']:.4g}"
-        line += f", relative {metrics['lipschitz/relative_distance']:.3g}"
-        recording = next(iter(self.recordings.values()), None)
-        if recording is not None and any(call.held_out for call in recording.calls):
-            try:
-                metrics["drift"] = recording.drift().prediction
-                line += f"; drift of the predictions {metrics['drift']:.3g}"
-            except Exception as error:  # the script may have left its model in any state
-                line += f"; drift could not be measured: {one_line(error)}"
-        if steps % self.log_every or "drift" in metrics:
-            self.log_metrics(metrics)
-        self.say(line)
-
-    def say(self, line: str) -> None:
-        if self.is_main:
-            print(f"lipschitz_reg: {line}", file=sys.stderr, flush=True)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """A line of the log. Each is written whole, so that it is there if the script is killed."""
-        if self.log is not None and self.is_main:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        self.report.say(f"nothing was penalized: {what}")
