@@ -374,6 +374,22 @@ def test_a_resumed_script_has_the_anchors_of_its_base(launch, tmp_path, order, d
     assert code == 0 and same_bits(weights(script), expected), err
 
 
+def test_the_base_is_found_in_a_pipeline_by_names_and_shapes(launch, tmp_path):
+    expected, _ = reference(TRAIN)
+    names = {}
+    exec(MODEL, names)
+    state = {f"of_an_older_version.{name}": value for name, value in names["model"].state_dict().items()}
+    for folder, tensors in (("unet", state), ("vae", {"0.weight": torch.zeros(3, 3)})):
+        tmp_path.joinpath("base", folder).mkdir(parents=True)
+        save_file(tensors, tmp_path / "base" / folder / "model.safetensors")
+    script, code, err = launch(TRAIN, WEIGHT, "--lipschitz_anchor=base")
+    assert code == 0 and same_bits(weights(script), expected), err
+    assert "has no 0.weight of the shape (8, 4)" in refused(launch(TRAIN, WEIGHT, "--lipschitz_anchor=base/vae"))
+    tmp_path.joinpath("base", "ema").mkdir()
+    save_file(state, tmp_path / "base" / "ema" / "model.safetensors")
+    assert "both have the weights of this model" in refused(launch(TRAIN, WEIGHT, "--lipschitz_anchor=base"))
+
+
 def test_a_checkpoint_of_another_base_or_of_none_stops_with_one_line(launch, tmp_path):
     assert launch(RESUME, "--lipschitz_weight=0")[1] == 0
     assert "saved without this launcher" in refused(launch(RESUME, WEIGHT))
