@@ -29,6 +29,18 @@ def center_crop(image, size):
     return crop(image, (image.height - height) // 2, (image.width - width) // 2, height, width)
 
 
+def to_tensor(image):
+    return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def normalize(image, mean, std):
+    return (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def hflip(image):
+    return ImageOps.mirror(image)
+
+
 class Compose:
     def __init__(self, transforms):
         self.transforms = transforms
@@ -73,7 +85,7 @@ class RandomHorizontalFlip:
         self.p = p
 
     def __call__(self, image):
-        return ImageOps.mirror(image) if random.random() < self.p else image
+        return hflip(image) if random.random() < self.p else image
 
 
 class Lambda:
@@ -86,12 +98,12 @@ class Lambda:
 
 class ToTensor:
     def __call__(self, image):
-        return torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
+        return to_tensor(image)
 
 
 class Normalize:
     def __init__(self, mean, std):
-        self.mean, self.std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+        self.mean, self.std = mean, std
 
     def __call__(self, image):
-        return (image - self.mean) / self.std
+        return normalize(image, self.mean, self.std)

@@ -3,6 +3,7 @@ What the launcher says: the first and the last line, metrics in a JSONL file and
 optimizers (launcher.py).
 """
 
+import functools
 import json
 import math
 import os
@@ -31,8 +32,11 @@ class Report:
         self.log, self.log_every = log, log_every
 
     def say(self, line: str) -> None:
+        """On a line of its own, also between the progress bars of tqdm."""
         if self.is_main:
-            print(f"lipschitz_reg: {line}", file=sys.stderr, flush=True)
+            bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+            write = functools.partial(print, flush=True) if bars is None else bars.write
+            write(f"lipschitz_reg: {line}", file=sys.stderr)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """A line of the log. Each is written whole, so that it is there if the script is killed."""
