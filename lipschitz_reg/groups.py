@@ -4,7 +4,7 @@ step. Holds the anchors. Holds no hooks (regularizer.py) and does not say how a 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,12 +41,14 @@ class Terms:
         weight: float | Mapping[str, float],
         mode: Mode,
         anchor_device: torch.device | str | None,
-        anchors: Mapping[Tensor, Tensor],
+        anchors: Mapping[Tensor, Tensor | Anchor],
         adapters: Sequence[LoraAdapter],
         lora_form: str,
         recording: Recording | None,
+        parameters: Collection[Tensor] | None = None,
     ):
         self.optimizer = optimizer
+        self.penalized = None if parameters is None else set(parameters)
         self.weight = by_space("weight", weight)
         of_groups = [self._group_weights(index, group) for index, group in enumerate(optimizer.param_groups)]
         self.spaces = [space for space in SPACES if any(weights[space] > 0 for weights in of_groups)]
@@ -54,16 +56,16 @@ class Terms:
 
         factors = {factor for adapter in adapters for factor in (adapter.down, adapter.up)}
         trained = [
-            p for group, own in zip(optimizer.param_groups, of_groups) if any(own.values()) for p in group["params"]
+            p for group, own in zip(optimizer.param_groups, of_groups) if any(own.values()) for p in self._of(group)
         ]
-        own = {p: Anchor(anchors.get(p, p).to(p.device), anchor_device) for p in trained if p not in factors}
+        own = {p: _anchor(p, anchors.get(p, p), anchor_device) for p in trained if p not in factors}
         offsets = {adapter: build_offset(adapter, anchors.get(adapter.weight), anchor_device) for adapter in adapters}
         plain = [ParameterTerm(p, anchor) for p, anchor in own.items()]
         products = [LoraTerm(adapter, offset) for adapter, offset in offsets.items()]
         self.all: list[Term] = plain + products
         self.in_space: dict[str, list[Term]] = {}
         if "parameters" in self.spaces:
-            zeros = {p: Anchor(zeros_like(p), anchor_device) for p in trained if p in factors}
+            zeros = {p: Anchor.copy(zeros_like(p), anchor_device) for p in trained if p in factors}
             of_factors = [ParameterTerm(p, anchor) for p, anchor in zeros.items()]
             self.in_space["parameters"] = plain + (of_factors if lora_form == "factors" else products)
         if "layers" in self.spaces:
@@ -79,7 +81,7 @@ class Terms:
         """Each parameter of the optimizer with its weight in a space."""
         weights = {}
         for index, group in enumerate(self.optimizer.param_groups):
-            weights |= dict.fromkeys(group["params"], self._group_weights(index, group)[space])
+            weights |= dict.fromkeys(self._of(group), self._group_weights(index, group)[space])
         if any(weight > 0 and parameter not in self._anchored for parameter, weight in weights.items()):
             raise ValueError(
                 "A param group with a weight above 0 has a parameter without an anchor: it came into the optimizer, "
@@ -132,6 +134,9 @@ class Terms:
         self.all, self._anchored, self._squared_anchors = [], set(), {}
         self.in_space = {space: [] for space in self.in_space}
 
+    def _of(self, group: Mapping[str, Any]) -> list[Tensor]:
+        return [p for p in group["params"] if self.penalized is None or p in self.penalized]
+
     def _group_weights(self, index: int, group: Mapping[str, Any]) -> dict[str, float]:
         """The weight of a param group in each space. Its own number is for the space that there is, or 0 for all."""
         own = group.get("lipschitz_weight", self.weight)
@@ -146,7 +151,7 @@ class Terms:
     def _check(
         self,
         mode: Mode,
-        anchors: Mapping[Tensor, Tensor],
+        anchors: Mapping[Tensor, Tensor | Anchor],
         adapters: Sequence[LoraAdapter],
         lora_form: str,
         recording: Recording | None,
@@ -183,9 +188,14 @@ class Terms:
                 "LoRA on weights that are not their own anchors needs mode 'coupled' and `lora_form` 'delta'."
             )
         for tensor, anchor in anchors.items():
+            anchor = anchor.value if isinstance(anchor, Anchor) else anchor
             if tensor.shape != anchor.shape:
                 shapes = tuple(anchor.shape), tuple(tensor.shape)
                 raise ValueError(f"An anchor of shape {shapes[0]} is for a tensor of {shapes[1]}.")
+
+
+def _anchor(parameter: Tensor, value: Tensor | Anchor, device: torch.device | str | None) -> Anchor:
+    return value if isinstance(value, Anchor) else Anchor.copy(value.to(parameter.device), device)
 
 
 def by_space(name: str, weight: float | Mapping[str, float]) -> dict[str, float]:

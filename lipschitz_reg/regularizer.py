@@ -6,7 +6,7 @@ no arithmetic and knows no loss or loop. What is penalized is in groups.py and t
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .lora import LoraAdapter
 from .modes import MODES, Row
 from .recording import Recording
 from .replay import Replay
-from .terms import LoraTerm, checked, to_floats
+from .terms import Anchor, LoraTerm, checked, to_floats
 
 
 class _Defaults(dict):
@@ -75,7 +75,8 @@ class LipschitzRegularizer:
             to which each step then copies them, one tensor at a time.
         anchors (`Mapping[torch.Tensor, torch.Tensor]`, *optional*):
             Anchors for parameters, and for weights that adapters act on, where these are not the present values: for a
-            model that was fine-tuned before and should stay near the one that it began as.
+            model that was fine-tuned before and should stay near the one that it began as. They are copied; an
+            `Anchor` (terms.py) is used as it is.
         adapters (`Sequence[LoraAdapter]`, *optional*):
             The LoRA adapters of the model, from `find_lora_adapters`. Their factors are penalized as `lora_form` says;
             every other parameter, such as the magnitudes of DoRA, has its anchor as always.
@@ -87,6 +88,8 @@ class LipschitzRegularizer:
             The base's, from `record`. The spaces of layers and predictions need it.
         replays (`int`, *optional*, defaults to 1):
             How many recorded calls each step repeats in the space of predictions. Each row of a batch counts as one.
+        parameters (`Collection[torch.Tensor]`, *optional*):
+            What to penalize of the optimizer's parameters; all of them by default. The others need no anchors.
 
     A copy of the optimizer, by `copy.deepcopy` or `pickle`, has a copy of the regularizer attached, anchors and all.
 
@@ -104,11 +107,12 @@ class LipschitzRegularizer:
         mode: str = "coupled",
         radius: float | None = None,
         anchor_device: torch.device | str | None = None,
-        anchors: Mapping[Tensor, Tensor] | None = None,
+        anchors: Mapping[Tensor, Tensor | Anchor] | None = None,
         adapters: Sequence[LoraAdapter] = (),
         lora_form: str = "delta",
         recording: Recording | None = None,
         replays: int = 1,
+        parameters: Collection[Tensor] | None = None,
     ):
         # accelerate's wrapper is an Optimizer too, but has no hooks of its own.
         self.optimizer = getattr(optimizer, "optimizer", optimizer)
@@ -131,7 +135,7 @@ class LipschitzRegularizer:
         self.mode = mode
         self.recording = recording
         self._mode = MODES[mode](radius)
-        options = (anchor_device, anchors or {}, adapters, lora_form, recording)
+        options = (anchor_device, anchors or {}, adapters, lora_form, recording, parameters)
         self._terms = Terms(self.optimizer, weight, self._mode, *options)
         self._replay = Replay(recording, replays) if "predictions" in self.spaces else None
         self._steps = 0
@@ -287,6 +291,11 @@ class LipschitzRegularizer:
             self.optimizer.defaults = dict(self.optimizer.defaults)
         self._terms.clear()
         self._replay, self.recording, self._values, self._replayed = None, None, None, []
+
+    @property
+    def steps(self) -> int:
+        """How many steps have carried the penalty."""
+        return self._steps
 
     def pull(self, fraction: float) -> None:
         """Move everything that is penalized this fraction of the way back to the base, or away from it if below 0."""

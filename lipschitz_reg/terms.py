@@ -23,10 +23,15 @@ from .lora import LoraAdapter, add_lora_penalty_gradient_, squared_delta
 
 
 class Anchor:
-    """A pretrained value, kept on the device of its parameter, wherever that goes, or on a device of its own."""
+    """A pretrained value, which follows its parameter to its device or stays where it is."""
 
-    def __init__(self, value: Tensor, device: torch.device | str | None):
-        self.value, self.follows = make_anchor(value, device), device is None
+    def __init__(self, value: Tensor, follows: bool = False):
+        self.value, self.follows = value, follows
+
+    @classmethod
+    def copy(cls, value: Tensor, device: torch.device | str | None) -> "Anchor":
+        """Of a value as it is now: kept with its parameter, or on a device of its own."""
+        return cls(make_anchor(value, device), follows=device is None)
 
     def of(self, parameter: Tensor) -> Tensor:
         if self.follows and self.value.device != parameter.device:

@@ -1,0 +1,453 @@
+"""
+Launcher: sees the parameters of all optimizers that are built while it is on, takes their anchors at once, and
+attaches a LipschitzRegularizer to each optimizer in its first step. Holds no command line and runs no script (run.py);
+what it says is in report.py.
+
+What it knows of torch: every optimizer of every library passes its parameters through `Optimizer.add_param_group`, and
+every class whose instances do so fires the global hooks around `step`.
+"""
+
+import contextlib
+import functools
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils.hooks import unserializable_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .anchors import fingerprint
+from .commands import one_line
+from .found import BaseWeights, find_adapters, find_models, names_in
+from .lora import LoraAdapter, squared_delta
+from .recording import Recording, _sample
+from .regularizer import LipschitzRegularizer
+from .report import Report, describe
+from .terms import Anchor, to_floats
+
+
+_KEY = "lipschitz_fingerprint"  # of a param group: the base's fingerprint, which a checkpoint carries along
+
+
+class Stop(SystemExit):
+    """Ends the script with one line and exit code 1, past handlers of `Exception`."""
+
+    def __init__(self, message: str):
+        super().__init__(f"python -m lipschitz_reg.run: error: {one_line(message)}")
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[None]:
+    """What cannot be as the user wants it ends the script in one line."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Stop(str(error)) from error
+
+
+class _Tracked:
+    """An optimizer: its param groups as they came, what of them is penalized, and which parameters were frozen."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.groups: list[dict[str, Any]] = []
+        self.fingerprints: list[str | None] = []
+        self.penalized: list[Tensor] = []
+        self.frozen: list[Tensor] = []
+        self.attached = 0  # groups
+        self.regularizer: weakref.ref | None = None  # it holds the optimizer, which must be free to go
+
+
+class Launcher:
+    """
+    A context in which optimizers get the penalty. Raises `Stop` where they cannot have it.
+
+    Args:
+        weight (`dict[str, float]`): By space, as in `LipschitzRegularizer`.
+        recording (`Path`, *optional*): The base's, for layers, predictions and drift.
+        include, exclude (`Sequence[str]`):
+            Patterns, as of files, for names such as `UNet2DConditionModel.conv_in.weight`.
+        exclude_optimizers (`Sequence[str]`): Patterns for names such as `AdamW`, or `AdamW.1` for the second one.
+        anchor (`Path`, *optional*): Safetensors with the base's weights; by default they are those that come in.
+        anchor_device (`str`, *optional*): `"cpu"`, or `"disk"`, where `anchor` is read again at each step.
+        log (`Path`, *optional*): Gets a line of JSON every `log_every` steps.
+        options: Further arguments of `LipschitzRegularizer`.
+    """
+
+    def __init__(
+        self,
+        weight: dict[str, float],
+        *,
+        recording: Path | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        exclude_optimizers: Sequence[str] = (),
+        anchor: Path | None = None,
+        anchor_device: str | None = None,
+        log: Path | None = None,
+        log_every: int = 50,
+        **options: Any,
+    ):
+        self.weight, self.options, self.recording_file = weight, options, recording
+        self.include, self.exclude, self.exclude_optimizers = include, exclude, exclude_optimizers
+        self.on_disk = anchor_device == "disk"
+        self.anchor_device = None if self.on_disk else anchor_device
+        self.base = BaseWeights(anchor) if anchor else None
+        self.report = Report(log, log_every)
+        self.optimizers: weakref.WeakKeyDictionary[Optimizer, _Tracked] = weakref.WeakKeyDictionary()
+        self.counts: dict[str, int] = {}  # optimizers of each class
+        # Keys are parameters. What began as LoRA has no anchor: `factors` has the adapter's name if its product was
+        # not 0 then, else None.
+        self.names, self.anchors, self.factors, self.watches = (WeakIdKeyDictionary() for _ in range(4))
+        self.announced = WeakIdKeyDictionary()
+        self.matched: set[str] = set()  # patterns
+        self.kept: list[LipschitzRegularizer] = []  # of the optimizers that are in use, for metrics
+        self.recordings: weakref.WeakKeyDictionary[LipschitzRegularizer, Recording] = weakref.WeakKeyDictionary()
+        self.has_penalized = False
+
+    def __enter__(self) -> "Launcher":
+        original, launcher = Optimizer.add_param_group, self
+
+        @functools.wraps(original)
+        def add_param_group(optimizer: Optimizer, param_group: dict[str, Any]) -> None:
+            original(optimizer, param_group)
+            launcher.enter_group(optimizer, optimizer.param_groups[-1])
+
+        Optimizer.add_param_group, self.original = add_param_group, original
+        self.handles = [
+            register_optimizer_step_pre_hook(self.before_step),
+            register_optimizer_step_post_hook(self.after_step),
+        ]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        Optimizer.add_param_group = self.original
+        for handle in self.handles:
+            handle.remove()
+        left = isinstance(error, SystemExit) and error.code in (None, 0)
+        if error is None or left:
+            self.finish(left)
+
+    def enter_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
+        """Take the anchors of what comes into an optimizer, before anything can change it."""
+        with _stopping():
+            self._enter_group(optimizer, group)
+
+    def _enter_group(self, optimizer: Optimizer, group: dict[str, Any]) -> None:
+        tracked = self.optimizers.get(optimizer)
+        if tracked is None:
+            # A script may begin again with another model: nothing here may keep the last one in memory.
+            if any(regularizer.steps for regularizer in self.kept):
+                self.kept.clear()
+            tracked = self.optimizers[optimizer] = _Tracked(self.name_optimizer(optimizer))
+        tracked.groups.append(group)
+        models = None
+        if any(p not in self.names or p in self.factors for p in group["params"]):
+            models = find_models()
+        known = names_in(models or [])
+        for index, parameter in enumerate(group["params"]):
+            if parameter not in self.names:
+                model, name = known.get(parameter, (None, f"{len(tracked.groups) - 1}.{index}"))
+                self.names[parameter] = f"{tracked.name if model is None else type(model).__name__}.{name}"
+        penalized = [p for p in group["params"] if self.is_penalized(tracked, group, p)]
+        tracked.frozen += [p for p in penalized if not p.requires_grad]
+        penalized = [p for p in penalized if p.requires_grad]
+        tracked.penalized += penalized
+        adapters = self.find_adapters(models or [], penalized)
+        self.take_anchors([p for p in penalized if p not in adapters and p not in self.anchors], known)
+        if not penalized:
+            tracked.fingerprints.append(None)
+            return
+        # An optimizer that another one builds for itself may copy its groups into that one's.
+        inner = self.is_inside_another(optimizer)
+        tracked.fingerprints.append(None if inner else self.fingerprint(penalized, adapters, known))
+        if not inner:
+            group[_KEY] = tracked.fingerprints[-1]
+        self.has_penalized = True
+        self.watch(penalized[0])
+
+    def is_inside_another(self, optimizer: Optimizer) -> bool:
+        """Whether a method of another optimizer is running."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if owner is not optimizer and issubclass(type(owner), Optimizer) and owner in self.optimizers:
+                return True
+            frame = frame.f_back
+        return False
+
+    def name_optimizer(self, optimizer: Optimizer) -> str:
+        kind = type(optimizer).__name__
+        self.counts[kind] = self.counts.get(kind, -1) + 1
+        return f"{kind}.{self.counts[kind]}" if self.counts[kind] else kind
+
+    def is_penalized(self, tracked: _Tracked, group: dict[str, Any], parameter: Tensor) -> bool:
+        """Whether the user wants it, and its group has no weight of 0."""
+        if self.matches(tracked.name, self.exclude_optimizers) | self.matches(
+            tracked.name.partition(".")[0], self.exclude_optimizers
+        ):
+            return False
+        included = not self.include or self.matches(self.names[parameter], self.include)
+        excluded = self.matches(self.names[parameter], self.exclude)
+        return included and not excluded and group.get("lipschitz_weight") != 0
+
+    def matches(self, name: str, patterns: Sequence[str]) -> bool:
+        matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+        self.matched.update(matching)
+        return bool(matching)
+
+    def find_adapters(self, models: list[nn.Module], penalized: Sequence[Tensor]) -> dict[Tensor, LoraAdapter]:
+        """The adapters that these parameters are factors of; notes those that do not begin with a product of 0."""
+        wanted = set(penalized)
+        adapters = [a for a in find_adapters(models) if {a.down, a.up} & wanted]
+        products = to_floats([squared_delta(adapter) for adapter in adapters])
+        factors = {}
+        for adapter, product in zip(adapters, products, strict=True):
+            for factor in (adapter.down, adapter.up):
+                factors[factor] = adapter
+                self.factors.setdefault(factor, adapter.name if product else None)
+        return factors
+
+    def take_anchors(self, parameters: list[Tensor], known: dict[Tensor, tuple[nn.Module, str]]) -> None:
+        values = self.read_base(parameters, known) if self.base else {}
+        for parameter in parameters:
+            if parameter.is_meta:
+                raise Stop(
+                    f"{self.names[parameter]} is on the meta device: its optimizer was built before its weights."
+                )
+            if self.on_disk:
+                self.anchors[parameter] = Anchor(values[parameter])
+                continue
+            value = values[parameter].to(parameter.device, parameter.dtype) if values else parameter.detach()
+            try:
+                self.anchors[parameter] = Anchor.copy(value, self.anchor_device)
+            except ValueError as error:
+                raise Stop(f"{self.names[parameter]}: {error} Or use --lipschitz_exclude.") from error
+
+    def read_base(self, tensors: Sequence[Tensor], known: dict[Tensor, tuple[nn.Module, str]]) -> dict[Tensor, Tensor]:
+        """The base's values of these, memory-mapped."""
+        values = {}
+        for model in {id(known[t][0]): known[t][0] for t in tensors if t in known}.values():
+            named = {known[t][1]: t for t in tensors if t in known and known[t][0] is model}
+            found = self.base.find({name: tuple(t.shape) for name, t in named.items()})
+            values |= {named[name]: value for name, value in found.items()}
+        unknown = [t for t in tensors if t not in values]
+        if unknown:
+            raise Stop(
+                f"--lipschitz_anchor: {self.names.get(unknown[0])} is in no model, and has no name to find it by."
+            )
+        return values
+
+    def fingerprint(
+        self,
+        penalized: list[Tensor],
+        adapters: dict[Tensor, LoraAdapter],
+        known: dict[Tensor, tuple[nn.Module, str]],
+    ) -> str:
+        """Of the anchors of a param group, and of the frozen weights that its adapters act on."""
+        weights = [adapters[p].weight for p in penalized if p in adapters]
+        weights = [w for w in dict.fromkeys(weights) if w is not None]
+        base = self.read_base(weights, known) if self.base else {}
+        values = (base.get(w, w).detach().to(w.dtype) for w in weights)
+        anchors = (self.anchors[p].value.to(p.dtype) for p in penalized if p not in adapters)
+        return fingerprint(chain(anchors, values))
+
+    def watch(self, parameter: Tensor) -> None:
+        """Tell, until the first step, whether the parameter moves although nobody steps its optimizer."""
+        if parameter in self.watches:
+            return
+
+        @unserializable_hook
+        def on_gradient(gradient: Tensor) -> None:
+            watch = self.watches.get(parameter)
+            if watch is not None:
+                self.check_unmoved(parameter)
+                watch[1] = _sample(parameter)
+
+        self.watches[parameter] = [parameter.register_hook(on_gradient), None]
+
+    def check_unmoved(self, parameter: Tensor) -> None:
+        before = self.watches[parameter][1]
+        if before is not None and not torch.equal(before, _sample(parameter)):
+            raise Stop(
+                f"{self.names[parameter]} was trained, but step() of its optimizer was never called, in which the "
+                "penalty acts: nothing was penalized. Optimizers that are fused into the backward pass (LOMO) cannot "
+                "be used."
+            )
+
+    def before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        tracked = self.optimizers.get(optimizer)
+        if tracked is None or not tracked.penalized or self.is_inner(tracked, sys._getframe(1)):
+            return
+        unfrozen = next((p for p in tracked.frozen if p.grad is not None), None)
+        if unfrozen is not None:
+            raise Stop(
+                f"{self.names[unfrozen]} was frozen when its optimizer was built, and trains now: leave it out with "
+                "--lipschitz_exclude."
+            )
+        groups = optimizer.param_groups
+        loaded = [id(group) for group in groups] != [id(group) for group in tracked.groups]
+        with _stopping():
+            if loaded or tracked.attached < len(groups):
+                self.check_groups(optimizer, tracked)
+            if tracked.attached < len(groups):
+                self.attach(optimizer, tracked, loaded)
+        tracked.groups, tracked.attached = list(groups), len(groups)
+
+    def is_inner(self, tracked: _Tracked, frame: Any) -> bool:
+        """
+        Whether an optimizer that wraps this one is being stepped, and penalizes the same parameters. The call stack
+        tells: unlike a counter it is right after a step that raised.
+        """
+        code, frame = frame.f_code, frame.f_back
+        while frame is not None:
+            if frame.f_code is code:
+                outer = self.optimizers.get(frame.f_locals.get("self"))
+                if outer is not None and outer.attached and not set(tracked.penalized).isdisjoint(outer.penalized):
+                    return True
+            frame = frame.f_back
+        return False
+
+    def check_groups(self, optimizer: Optimizer, tracked: _Tracked) -> None:
+        """Stop if other parameters took the place of those that came in, or a checkpoint has another base."""
+        for group, entered in zip(optimizer.param_groups, tracked.fingerprints, strict=False):
+            if any(p not in self.names for p in group["params"]):
+                raise Stop(
+                    f"The parameters of {tracked.name} were replaced after it was built (FSDP and DeepSpeed do that), "
+                    "and the new ones have no anchors: this is not supported."
+                )
+            if entered is None or group.get(_KEY) == entered:
+                continue
+            if _KEY not in group and self.base is not None:
+                group[_KEY] = entered
+            elif _KEY not in group:
+                raise Stop(
+                    "The checkpoint that was loaded was saved without this launcher, so that the base is not known: "
+                    "name its weights with --lipschitz_anchor."
+                )
+            else:
+                raise Stop(
+                    "The checkpoint that was loaded was trained from another base, or other parameters were "
+                    "penalized. If the script loads a checkpoint's weights before it builds its optimizer "
+                    "(transformers' Trainer does), name the base's with --lipschitz_anchor."
+                )
+
+    def attach(self, optimizer: Optimizer, tracked: _Tracked, loaded: bool) -> None:
+        old = tracked.regularizer() if tracked.regularizer else None
+        if old is not None:  # a param group came later
+            old.remove()
+            self.kept = [regularizer for regularizer in self.kept if regularizer is not old]
+        one = self.options["reduction"] == "mean" or self.options["mode"] == "projected"
+        if one and self.kept:
+            raise Stop(
+                "--lipschitz_reduction mean and --lipschitz_mode projected span all parameters, but this script has "
+                "several optimizers: leave some out with --lipschitz_exclude_optimizer."
+            )
+        wanted = set(tracked.penalized)
+        # What trains comes before copies of it, such as a moving average.
+        models = sorted(find_models(), key=lambda model: not any(p in wanted for p in model.parameters()))
+        known = names_in(models)
+        adapters = [a for a in find_adapters(models) if {a.down, a.up} & wanted]
+        factors = {factor for adapter in adapters for factor in (adapter.down, adapter.up)}
+        anchors = {p: self.anchors[p] for p in tracked.penalized if p in self.anchors}
+        lost = [p for p in tracked.penalized if p not in anchors and p not in factors]
+        if lost:
+            raise Stop(f"{self.names[lost[0]]} came in as part of a LoRA adapter, which is gone or not active now.")
+        adapted = self.adapted_weights(adapters, known, loaded)
+        recording = self.load_recording(models, anchors) if self.recording_file else None
+        held = recording if self.weight["layers"] or self.weight["predictions"] else None
+        regularizer = LipschitzRegularizer(
+            optimizer,
+            weight=self.weight,
+            anchor_device=self.anchor_device,
+            anchors=anchors | adapted,
+            adapters=adapters,
+            recording=held,
+            parameters=tracked.penalized,
+            **self.options,
+        )
+        if old is not None:
+            regularizer._steps = old.steps
+        if recording is not None:
+            self.recordings[regularizer] = recording
+        tracked.regularizer = weakref.ref(regularizer)
+        self.kept.append(regularizer)
+        for parameter in tracked.penalized:
+            if parameter in self.watches:
+                self.watches.pop(parameter)[0].remove()
+        self.announce(optimizer, regularizer, adapters)
+
+    def adapted_weights(
+        self, adapters: list[LoraAdapter], known: dict[Tensor, tuple[nn.Module, str]], loaded: bool
+    ) -> dict[Tensor, Tensor]:
+        """The base's weights under adapters, where they are not those that the adapters act on."""
+        if self.base is None:
+            odd = next((self.factors[a.up] for a in adapters if self.factors.get(a.up) is not None), None)
+            if odd is not None and not loaded:
+                raise Stop(
+                    f"The LoRA adapter {odd} was not 0 when its optimizer was built. If it was loaded, or began with "
+                    "another product (PiSSA), name the base's weights with --lipschitz_anchor."
+                )
+            return {}
+        weights = [adapter.weight for adapter in adapters if adapter.weight is not None]
+        values = self.read_base(weights, known)
+        return {w: v for w, v in values.items() if not torch.equal(v.to(w.device, w.dtype), w)}
+
+    def load_recording(self, models: list[nn.Module], anchors: dict[Tensor, Anchor]) -> Recording:
+        found = Recording.match(self.recording_file, models)
+        for recording in self.recordings.values():
+            if recording.models == found:
+                return recording
+        values = {parameter: anchor.value for parameter, anchor in anchors.items()}
+        return Recording.load(self.recording_file, found.pop(""), anchors=values, **found)
+
+    def announce(self, optimizer: Optimizer, regularizer: LipschitzRegularizer, adapters: list[LoraAdapter]) -> None:
+        """One line about what is penalized, of all optimizers that are there."""
+        optimizers = [tracked for tracked in self.optimizers.values() if tracked.penalized]
+        new = dict.fromkeys(p for tracked in optimizers for p in tracked.penalized if p not in self.announced)
+        if not new:
+            return
+        for parameter in new:
+            self.announced[parameter] = True
+        anchors = {p: self.anchors[p].value for p in new if p in self.anchors}
+        notes = []
+        if any(group.get("weight_decay") for group in optimizer.param_groups):
+            notes.append("turn weight decay off, which pulls to 0 and not to the base")
+        patterns = [*self.include, *self.exclude, *self.exclude_optimizers]
+        unmatched = [repr(pattern) for pattern in patterns if pattern not in self.matched]
+        notes += [f"nothing matches {', '.join(unmatched)}"] if unmatched else []
+        self.report.say(describe(list(new), anchors, len(adapters), regularizer, self.on_disk, notes))
+        seen = {self.names[p] for t in self.optimizers.values() for g in t.groups for p in g["params"]}
+        left = sorted(seen - {self.names[p] for p in self.announced})
+        self.report.write({"penalized": [self.names[p] for p in new], "left_out": left})
+
+    def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        tracked = self.optimizers.get(optimizer)
+        regularizer = tracked.regularizer() if tracked and tracked.regularizer else None
+        if self.kept and regularizer is self.kept[0]:
+            self.report.after_step(self.kept)
+
+    def finish(self, exited: bool) -> None:
+        """The last line; or `Stop`, if the script trained and nothing was penalized."""
+        for parameter in list(self.watches):
+            self.check_unmoved(parameter)
+        if self.kept:
+            return self.report.finish(self.kept, next(iter(self.recordings.values()), None))
+        if not self.counts:
+            what = "no optimizer was built in this process"
+        else:
+            what = "no step was taken" if self.has_penalized else "all that trained was left out"
+        if not (exited or self.has_penalized):  # a script that exits may have been asked for --help
+            raise Stop(f"nothing was penalized: {what}.")
+        self.report.say(f"nothing was penalized: {what}")
