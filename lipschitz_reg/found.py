@@ -1,9 +1,8 @@
 """
-What the launcher finds in a running process: its models, the names of parameters in them, and LoRA adapters. And the
-weights of a base in safetensors files, by those names. Holds no optimizers (launcher.py).
+What the launcher finds in a running process: its models, and the names of parameters in them. And the weights of a
+base in safetensors files, by those names. Holds no optimizers (launcher.py).
 """
 
-import gc
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from .commands import one_line
-from .lora import LoraAdapter, lora_adapters
+from .lora import living_modules
 from .recording import canonical
 
 
 def find_models() -> list[nn.Module]:
     """All modules that are not part of another, largest first, out of their wrappers (DDP, torch.compile, peft)."""
-    # By type: isinstance would wake proxies that import a library when they are touched.
-    things = gc.get_objects()
-    kinds = {kind for kind in map(type, things) if issubclass(kind, nn.Module)}
-    modules = [thing for thing in things if type(thing) in kinds and "_modules" in vars(thing)]
+    modules = living_modules()
     parts = {id(part) for module in modules for part in vars(module)["_modules"].values()}
     outer = {id(model): model for model in map(_unwrapped, (m for m in modules if id(m) not in parts))}
     return sorted(outer.values(), key=lambda model: -sum(parameter.numel() for parameter in model.parameters()))
@@ -41,21 +37,6 @@ def names_in(models: Iterable[nn.Module]) -> dict[Tensor, tuple[nn.Module, str]]
         for name, parameter in model.named_parameters():
             names.setdefault(parameter, (model, canonical(name)))
     return names
-
-
-def find_adapters(models: Iterable[nn.Module]) -> list[LoraAdapter]:
-    """
-    The active LoRA adapters of all models.
-
-    Raises:
-        `ValueError`: If one is on a grouped convolution.
-    """
-    found = {}
-    for model in models:
-        for name, module in model.named_modules():
-            for adapter in lora_adapters(module, f"{type(model).__name__}.{canonical(name)}"):
-                found.setdefault(adapter.down, adapter)
-    return list(found.values())
 
 
 class BaseWeights:

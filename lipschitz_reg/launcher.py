@@ -29,8 +29,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .anchors import fingerprint
 from .commands import one_line
-from .found import BaseWeights, find_adapters, find_models, names_in
-from .lora import LoraAdapter, squared_delta
+from .found import BaseWeights, find_models, names_in
+from .lora import LoraAdapter, find_adapters, squared_delta
 from .recording import Recording, _sample
 from .regularizer import LipschitzRegularizer
 from .report import Report, describe
@@ -164,7 +164,7 @@ class Launcher:
         tracked.frozen += [p for p in penalized if not p.requires_grad]
         penalized = [p for p in penalized if p.requires_grad]
         tracked.penalized += penalized
-        adapters = self.find_adapters(models or [], penalized)
+        adapters = self.find_adapters(penalized)
         self.take_anchors([p for p in penalized if p not in adapters and p not in self.anchors], known)
         if not penalized:
             tracked.fingerprints.append(None)
@@ -207,10 +207,9 @@ class Launcher:
         self.matched.update(matching)
         return bool(matching)
 
-    def find_adapters(self, models: list[nn.Module], penalized: Sequence[Tensor]) -> dict[Tensor, LoraAdapter]:
+    def find_adapters(self, penalized: Sequence[Tensor]) -> dict[Tensor, LoraAdapter]:
         """The adapters that these parameters are factors of; notes those that do not begin with a product of 0."""
-        wanted = set(penalized)
-        adapters = [a for a in find_adapters(models) if {a.down, a.up} & wanted]
+        adapters = find_adapters(penalized)
         products = to_floats([squared_delta(adapter) for adapter in adapters])
         factors = {}
         for adapter, product in zip(adapters, products, strict=True):
@@ -358,7 +357,7 @@ class Launcher:
         # What trains comes before copies of it, such as a moving average.
         models = sorted(find_models(), key=lambda model: not any(p in wanted for p in model.parameters()))
         known = names_in(models)
-        adapters = [a for a in find_adapters(models) if {a.down, a.up} & wanted]
+        adapters = find_adapters(tracked.penalized)
         factors = {factor for adapter in adapters for factor in (adapter.down, adapter.up)}
         anchors = {p: self.anchors[p] for p in tracked.penalized if p in self.anchors}
         lost = [p for p in tracked.penalized if p not in anchors and p not in factors]
