@@ -56,62 +56,27 @@ if not sys.warnoptions:
     }.items():
         logging.getLogger(name).addFilter(lambda record, message=message: message not in record.getMessage())
 
-import diffusers
 import numpy as np
-import torch
-import torch.nn.functional as F
-import transformers
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    LoggerType,
-    ProjectConfiguration,
-    broadcast_object_list,
-    set_seed,
-)
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-)
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_snr
-from diffusers.utils import check_min_version, is_xformers_available
-from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
+from huggingface_hub import create_repo, hf_hub_download
 from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.ImageOps import exif_transpose
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from lipschitz_reg import (
-    Drift,
-    LipschitzRegularizer,
-    Recording,
-    draw_held_out,
-    find_lora_adapters,
-    record_pipeline,
-)
-from lipschitz_reg.anchors import fingerprint
-from lipschitz_reg.budget import fit_share
-
-
-# The first release in which pipelines take `dtype`.
-check_min_version("0.40.0")
 
 # Copied from train_dreambooth_lipschitz.py
-logger = get_logger(__name__)
+def build_logger() -> logging.Logger:
+    """The logger of this file. One process speaks for all."""
+    logger = logging.getLogger(__name__)
+    logger.addFilter(lambda record: os.environ.get("RANK", "0") == "0")
+    return logger
+
+
+# Copied from train_dreambooth_lipschitz.py
+logger = build_logger()
 
 # What this script trains, in the words that it shares with its sibling.
-Pipeline = StableDiffusionXLPipeline
-# Of training: of plain bases, of those in EDM-style training, and of bases of EDM.
-NoiseScheduler = DDPMScheduler | EulerDiscreteScheduler | EDMEulerScheduler
+PIPELINE = "StableDiffusionXLPipeline"
 FAMILY, TAG = "Stable Diffusion XL", "stable-diffusion-xl"
 SIBLINGS = {"StableDiffusionPipeline": "train_dreambooth_lipschitz.py"}
 TEXT_ENCODERS = ["text_encoder", "text_encoder_2"]
@@ -131,6 +96,9 @@ METHOD_FLAGS = {
     "full": ["full_bf16"],
     "custom_diffusion": ["modifier_token", "initializer_token"],
 }
+# Copied from train_dreambooth_lipschitz.py
+# The names of accelerate, each of the package that it needs.
+TRACKERS = ["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 # Packages that only these flags need.
 PACKAGES = {"method=lora": "peft", "dataset_name": "datasets", "use_8bit_adam": "bitsandbytes"}
 PACKAGES |= {"full_bf16": "torchao", "optimizer=prodigy": "prodigyopt"}
@@ -140,7 +108,7 @@ KOHYA_NAMES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2"
 TOKEN_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 # Copied from train_dreambooth_lipschitz.py
-PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"no": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Copied from train_dreambooth_lipschitz.py
 LORA_TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -876,67 +844,6 @@ def read_concepts(args: argparse.Namespace) -> list[Concept]:
     return [Concept(*(row.get(name) for name in Concept._fields)) for row in rows]
 
 
-def accelerator_options(args: argparse.Namespace) -> dict[str, Any]:
-    if args.full_bf16 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        stop(
-            "--full_bf16 rounds weights at random, on each GPU differently, so that the copies would drift apart:"
-            " accelerate launch --num_processes=1"
-        )
-    # The U-Net reads the first text encoder's last layer but one: its last layer gets no gradient.
-    parallel = DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)
-    return {"mixed_precision": "bf16" if args.full_bf16 else args.mixed_precision, "kwargs_handlers": [parallel]}
-
-
-# Copied from train_dreambooth_lipschitz.py
-def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The `Accelerator`, once it is certain that this machine has what the arguments ask for."""
-    # Before accelerate advises to install what is refused then.
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        stop("DEEPSPEED shards the weights, which this script does not support")
-    trackers = {kind.value for kind in LoggerType} - {"all"}
-    own = {f"report_to={args.report_to}": args.report_to} if args.report_to in trackers else {}
-    for flag, package in (PACKAGES | own).items():
-        name, _, value = flag.partition("=")
-        given = getattr(args, name)
-        if given and value in ("", given) and importlib.util.find_spec(package) is None:
-            stop(f"--{flag} needs {package}: pip install {package}")
-    try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(
-                project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
-            ),
-            **accelerator_options(args),
-        )
-    except ValueError as error:
-        stop(f"--report_to: {error}" if "logging" in str(error) else error)
-    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        stop(f"{accelerator.distributed_type.value} shards the weights, which this script does not support")
-    # accelerate lets this pass, and trains in float32.
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        stop("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
-    if args.allow_tf32 and accelerator.device.type != "cuda":
-        stop(f"--allow_tf32 needs a CUDA GPU, this is {accelerator.device.type}: leave it out")
-    if args.enable_xformers_memory_efficient_attention:
-        if accelerator.device.type != "cuda":
-            stop(
-                f"--enable_xformers_memory_efficient_attention needs a CUDA GPU, this is {accelerator.device.type}:"
-                " leave it out, PyTorch has memory-efficient attention of its own"
-            )
-        if not is_xformers_available():
-            stop("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
-
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO)
-    for library in (transformers, diffusers):
-        library.utils.logging.disable_progress_bar()
-        if not accelerator.is_main_process:
-            library.utils.logging.set_verbosity_error()
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    return accelerator
-
-
 # Copied from train_dreambooth_lipschitz.py
 class Example(NamedTuple):
     """An image to train on, a file or what is in one, and its prompt."""
@@ -1242,46 +1149,6 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 # Copied from train_dreambooth_lipschitz.py
-def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator, settings: dict[str, Any]) -> Path | None:
-    """The complete checkpoint to resume from, of a run with these settings, or `None` to start afresh."""
-    if args.resume_from_checkpoint is None:
-        return None
-    if args.resume_from_checkpoint == "latest":
-        checkpoints = list_checkpoints(args.output_dir)
-        if not checkpoints:
-            accelerator.print(f"No checkpoint in {args.output_dir} to resume from: training starts afresh.")
-            return None
-        checkpoint = checkpoints[-1]
-    else:
-        places = [Path(args.output_dir, args.resume_from_checkpoint), Path(args.resume_from_checkpoint)]
-        checkpoint = next((place for place in places if place.is_dir()), None)
-        if checkpoint is None:
-            stop(f"--resume_from_checkpoint: there is no folder {' and no '.join(map(str, dict.fromkeys(places)))}")
-        if checkpoint not in list_checkpoints(checkpoint.parent):
-            stop(f"--resume_from_checkpoint: {checkpoint} is not named checkpoint-<step>")
-
-    check_settings(checkpoint, settings)
-    needed = [SETTINGS_FILE, "optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
-    needed += ["custom_checkpoint_0.pkl"] if is_penalized(args) else []
-    if args.method == "full":
-        needed += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
-        if args.train_text_encoder:
-            needed += [f"{name}/{file}" for name in TEXT_ENCODERS for file in ("config.json", "model.safetensors")]
-    elif args.method == "lora":
-        needed += [LORA_FILE]
-    else:
-        needed += [KEYS_VALUES_FILE, TOKENS_FILE] if args.modifier_token else [KEYS_VALUES_FILE]
-    missing = [name for name in needed if not Path(checkpoint, name).is_file()]
-    if missing:
-        stop(f"--resume_from_checkpoint: {checkpoint} is incomplete, it lacks {', '.join(missing)}")
-    processes = len(list(checkpoint.glob("random_states_*.pkl")))
-    if processes != accelerator.num_processes:
-        how = f"{processes} processes, not {accelerator.num_processes}: accelerate launch --num_processes={processes}"
-        stop(f"--resume_from_checkpoint: {checkpoint} was saved by a run with {how}")
-    return checkpoint
-
-
-# Copied from train_dreambooth_lipschitz.py
 def read_index(args: argparse.Namespace, flag: str) -> dict[str, Any]:
     """The index of a pipeline, the first file to be downloaded; of a base in one file that of its configuration."""
     source, index = getattr(args, flag[2:]), "model_index.json"
@@ -1290,7 +1157,7 @@ def read_index(args: argparse.Namespace, flag: str) -> dict[str, Any]:
         check_single_file(flag, source)
         source, revision = args.pretrained_config, None
         if source is None:
-            return {"_class_name": Pipeline.__name__}
+            return {"_class_name": PIPELINE}
         flag = "--pretrained_config"
     try:
         path = Path(source, index) if os.path.isdir(source) else hf_hub_download(source, index, revision=revision)
@@ -1310,7 +1177,7 @@ def check_single_file(flag: str, source: str) -> None:
         stop(f"{flag}: {source} is not a model: give a folder, a name on the Hub, or a .safetensors or .ckpt file")
     if Path(source).suffix == ".safetensors":
         try:
-            with safe_open(source, framework="pt") as file:
+            with safe_open(source, framework="np") as file:
                 keys = list(file.keys())
         except LOAD_ERRORS as error:
             stop(f"{flag}: {source} is broken: {error}")
@@ -1323,10 +1190,10 @@ def check_single_file(flag: str, source: str) -> None:
 def check_base(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path") -> dict[str, Any]:
     """Stops unless it is a pipeline that can be trained here. Reads only its index, and returns it."""
     source, parts = getattr(args, flag[2:]), read_index(args, flag)
-    if parts["_class_name"] != Pipeline.__name__:
+    if parts["_class_name"] != PIPELINE:
         sibling = SIBLINGS.get(parts["_class_name"])
         other = f": use {sibling}" if sibling else ""
-        stop(f"{flag}: {source} is a {parts['_class_name']}, not a {Pipeline.__name__}{other}")
+        stop(f"{flag}: {source} is a {parts['_class_name']}, not a {PIPELINE}{other}")
     needed = ["unet", "vae", "scheduler", *TEXT_ENCODERS]
     lacking = [name for name in needed if name in parts and not (parts[name] and parts[name][0])]
     if lacking:
@@ -1411,6 +1278,191 @@ def check_writable(flag: str, folder: str) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
         stop(f"{flag}: cannot write to {place}: choose another folder")
+
+
+# Copied from train_dreambooth_lipschitz.py
+def check_packages(args: argparse.Namespace) -> None:
+    """Stops unless the packages are installed that the arguments ask for."""
+    # Before accelerate advises to install what is refused here.
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stop("DEEPSPEED shards the weights, which this script does not support")
+    own = {f"report_to={args.report_to}": args.report_to} if args.report_to in TRACKERS else {}
+    for flag, package in (PACKAGES | own).items():
+        name, _, value = flag.partition("=")
+        given = getattr(args, name)
+        if given and value in ("", given) and importlib.util.find_spec(package) is None:
+            stop(f"--{flag} needs {package}: pip install {package}")
+
+
+# Copied from train_dreambooth_lipschitz.py
+class Inputs(NamedTuple):
+    """What a run learns from, and the prompts that should stay as they are."""
+
+    concepts: list[Concept]
+    photos: list[list[Example]]
+    class_images: list[list[Path]]
+    preserved: list[str]
+
+
+# Copied from train_dreambooth_lipschitz.py
+def check_inputs(args: argparse.Namespace) -> Inputs:
+    """Finds what can be wrong with the arguments before anything is written or loaded."""
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)
+    check_packages(args)
+    concepts = read_concepts(args)
+    args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
+    check_writable("--output_dir", args.output_dir)
+    check_folders(args, concepts)
+    check_scheduler(args, check_base(args))
+    if args.lipschitz_anchor_model is not None:
+        check_base(args, "--lipschitz_anchor_model")
+    photos, class_images = find_examples(args, concepts)
+    for concept, images in zip(concepts, class_images if args.with_prior_preservation else []):
+        if len(images) < args.num_class_images:
+            check_writable("--concepts_list" if args.concepts_list else "--class_data_dir", concept.class_data_dir)
+    return Inputs(concepts, photos, class_images, read_prompts(args))
+
+
+# A user hears of mistakes before the imports that take seconds.
+if __name__ == "__main__":
+    ARGS = parse_args()
+    INPUTS = check_inputs(ARGS)
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+)
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
+from diffusers.utils import check_min_version, is_xformers_available
+from huggingface_hub import ModelCard, ModelCardData, upload_folder
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from lipschitz_reg import (
+    Drift,
+    LipschitzRegularizer,
+    Recording,
+    draw_held_out,
+    find_lora_adapters,
+    record_pipeline,
+)
+from lipschitz_reg.anchors import fingerprint
+from lipschitz_reg.budget import fit_share
+
+
+# The first release in which pipelines take `dtype`.
+check_min_version("0.40.0")
+
+Pipeline = StableDiffusionXLPipeline
+# Of training: of plain bases, of those in EDM-style training, and of bases of EDM.
+NoiseScheduler = DDPMScheduler | EulerDiscreteScheduler | EDMEulerScheduler
+
+
+def accelerator_options(args: argparse.Namespace) -> dict[str, Any]:
+    if args.full_bf16 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        stop(
+            "--full_bf16 rounds weights at random, on each GPU differently, so that the copies would drift apart:"
+            " accelerate launch --num_processes=1"
+        )
+    # The U-Net reads the first text encoder's last layer but one: its last layer gets no gradient.
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)
+    return {"mixed_precision": "bf16" if args.full_bf16 else args.mixed_precision, "kwargs_handlers": [parallel]}
+
+
+# Copied from train_dreambooth_lipschitz.py
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The `Accelerator`, once it is certain that this machine can do what the arguments ask for."""
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
+            ),
+            **accelerator_options(args),
+        )
+    except ValueError as error:
+        stop(f"--report_to: {error}" if "logging" in str(error) else error)
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        stop(f"{accelerator.distributed_type.value} shards the weights, which this script does not support")
+    # accelerate lets this pass, and trains in float32.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        stop("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
+    if args.allow_tf32 and accelerator.device.type != "cuda":
+        stop(f"--allow_tf32 needs a CUDA GPU, this is {accelerator.device.type}: leave it out")
+    if args.enable_xformers_memory_efficient_attention:
+        if accelerator.device.type != "cuda":
+            stop(
+                f"--enable_xformers_memory_efficient_attention needs a CUDA GPU, this is {accelerator.device.type}:"
+                " leave it out, PyTorch has memory-efficient attention of its own"
+            )
+        if not is_xformers_available():
+            stop("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
+
+    for library in (transformers, diffusers):
+        library.utils.logging.disable_progress_bar()
+        if not accelerator.is_main_process:
+            library.utils.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+# Copied from train_dreambooth_lipschitz.py
+def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator, settings: dict[str, Any]) -> Path | None:
+    """The complete checkpoint to resume from, of a run with these settings, or `None` to start afresh."""
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(args.output_dir)
+        if not checkpoints:
+            accelerator.print(f"No checkpoint in {args.output_dir} to resume from: training starts afresh.")
+            return None
+        checkpoint = checkpoints[-1]
+    else:
+        places = [Path(args.output_dir, args.resume_from_checkpoint), Path(args.resume_from_checkpoint)]
+        checkpoint = next((place for place in places if place.is_dir()), None)
+        if checkpoint is None:
+            stop(f"--resume_from_checkpoint: there is no folder {' and no '.join(map(str, dict.fromkeys(places)))}")
+        if checkpoint not in list_checkpoints(checkpoint.parent):
+            stop(f"--resume_from_checkpoint: {checkpoint} is not named checkpoint-<step>")
+
+    check_settings(checkpoint, settings)
+    needed = [SETTINGS_FILE, "optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
+    needed += ["custom_checkpoint_0.pkl"] if is_penalized(args) else []
+    if args.method == "full":
+        needed += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+        if args.train_text_encoder:
+            needed += [f"{name}/{file}" for name in TEXT_ENCODERS for file in ("config.json", "model.safetensors")]
+    elif args.method == "lora":
+        needed += [LORA_FILE]
+    else:
+        needed += [KEYS_VALUES_FILE, TOKENS_FILE] if args.modifier_token else [KEYS_VALUES_FILE]
+    missing = [name for name in needed if not Path(checkpoint, name).is_file()]
+    if missing:
+        stop(f"--resume_from_checkpoint: {checkpoint} is incomplete, it lacks {', '.join(missing)}")
+    processes = len(list(checkpoint.glob("random_states_*.pkl")))
+    if processes != accelerator.num_processes:
+        how = f"{processes} processes, not {accelerator.num_processes}: accelerate launch --num_processes={processes}"
+        stop(f"--resume_from_checkpoint: {checkpoint} was saved by a run with {how}")
+    return checkpoint
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -1515,7 +1567,7 @@ def sample_class_images(
     taken = {path.name.split("-")[0] for path in images}
     indices = list(itertools.islice((i for i in itertools.count() if str(i) not in taken), missing))
     default = "fp16" if accelerator.device.type == "cuda" else "fp32"
-    dtype = PRECISIONS[args.prior_generation_precision or default]
+    dtype = getattr(torch, PRECISIONS[args.prior_generation_precision or default])
     pipeline = load_pipeline(args, dtype=dtype)
     pipeline.to(accelerator.device)
     folder.mkdir(parents=True, exist_ok=True)
@@ -2627,7 +2679,7 @@ def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
     if args.method == "full":  # the whole pipeline has all inside
         names, options = [], [result]
     elif os.path.isfile(base):
-        loader, call, kinds = Pipeline.__name__, "from_single_file", [("config", args.pretrained_config)]
+        loader, call, kinds = PIPELINE, "from_single_file", [("config", args.pretrained_config)]
     else:
         kinds = [(name, getattr(args, name)) for name in ("revision", "variant")]
     if args.method != "full":
@@ -2771,25 +2823,13 @@ def push_result(args: argparse.Namespace, repo_id: str, names: list[str]) -> Non
 
 
 # Copied from train_dreambooth_lipschitz.py
-def main(args: argparse.Namespace) -> None:
-    # What can be wrong with the arguments is found before anything is written or loaded.
+def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
+    concepts, photos, class_images, preserved = inputs or check_inputs(args)
     accelerator = build_accelerator(args)
     args.mixed_precision = accelerator.mixed_precision
-    concepts = read_concepts(args)
-    args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
-    check_writable("--output_dir", args.output_dir)
-    check_folders(args, concepts)
-    check_scheduler(args, check_base(args))
-    if args.lipschitz_anchor_model is not None:
-        check_base(args, "--lipschitz_anchor_model")
-    photos, class_images = find_examples(args, concepts)
-    preserved = read_prompts(args)
     settings = describe_run(args, concepts, photos, preserved)
     checkpoint = find_checkpoint(args, accelerator, settings)
     find_recording(args, checkpoint)
-    for concept, images in zip(concepts, class_images if args.with_prior_preservation else []):
-        if len(images) < args.num_class_images:
-            check_writable("--concepts_list" if args.concepts_list else "--class_data_dir", concept.class_data_dir)
     repo_id = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     if args.with_prior_preservation:
@@ -2799,7 +2839,7 @@ def main(args: argparse.Namespace) -> None:
                 folders[concept.class_data_dir] = sample_class_images(args, accelerator, concept, images)
         class_images = [[Example(path, c.class_prompt) for path in folders[c.class_data_dir]] for c in concepts]
 
-    weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = getattr(torch, PRECISIONS.get(accelerator.mixed_precision, "float32"))
     pipeline, noise_scheduler, trained, base = load_models(args, weight_dtype)
     check_prompts(args, pipeline, concepts, photos + class_images, preserved)
     check_settings(checkpoint, {"base": base})
@@ -2920,7 +2960,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        main(ARGS, INPUTS)
     except KeyboardInterrupt:
         warn("stopped; --resume_from_checkpoint=latest goes on from the last checkpoint, if there is one")
         sys.exit(130)
