@@ -35,7 +35,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -1177,6 +1177,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.training_utils import compute_snr
@@ -1601,10 +1602,10 @@ def load_models(
 class DreamBoothDataset(Dataset):
     """
     The photos of all concepts, each paired with a class image of its concept if there are any. An item is asked for by
-    its index and the seed of its crops and flips; it is the prompts of the one or two images, the images as a float
-    tensor (1 or 2, 3, size, size) in [-1, 1], and their sizes, of which SDXL is told, a float tensor (1 or 2, 6):
-    height and width of the file, top and left of this very crop in the scaled image, height and width of the crop, in
-    pixels.
+    its index and the seed of its crops and flips; it is the prompts of the one or two images; for each image its
+    pixels, a float tensor (3, size, size) in [-1, 1], or what `keep_encoded` has kept of them; and their sizes, of
+    which SDXL is told, a float tensor (1 or 2, 6): height and width of the file, top and left of this very crop in the
+    scaled image, height and width of the crop, in pixels.
     """
 
     def __init__(self, photos, class_images, size, center_crop=False, random_flip=False, interpolation="lanczos"):
@@ -1612,6 +1613,7 @@ class DreamBoothDataset(Dataset):
         self.center_crop = center_crop
         self.random_flip = random_flip
         self.interpolation = INTERPOLATION[interpolation]
+        self.encoded = {}
         self.rows = []
         for kinds in zip(photos, class_images):
             kinds = [examples for examples in kinds if examples]
@@ -1627,21 +1629,55 @@ class DreamBoothDataset(Dataset):
         rng = random.Random(seed)
         examples = self.rows[index]
         images, sizes = zip(*[self.load(example.image, rng) for example in examples])
-        return [example.prompt for example in examples], torch.stack(images), torch.tensor(sizes)
+        return [example.prompt for example in examples], list(images), torch.tensor(sizes)
 
     def load(self, source, rng):
+        if source in self.encoded:
+            image, original, scaled = self.encoded[source]
+        else:
+            image, original = self.scale(source)
+            scaled = image.size
+        mirrored = self.random_flip and rng.random() < 0.5
+        left, top = self.place(scaled, rng)
+        image = image[mirrored] if source in self.encoded else self.crop(image, mirrored, left, top)
+        return image, [float(side) for side in (*original, top, left, self.size, self.size)]
+
+    def keep_encoded(self, source, encode):
+        """
+        Keeps what `encode` makes of an image's pixels, mirrored too if that occurs. Returns whether it did: not for an
+        image that is cropped at random.
+        """
+        image, original = self.scale(source)
+        if not self.center_crop and image.size != (self.size, self.size):
+            return False
+        place = self.place(image.size, random.Random())
+        kinds = [encode(self.crop(image, mirrored, *place)) for mirrored in range(1 + self.random_flip)]
+        self.encoded[source] = kinds, original, image.size
+        return True
+
+    def scale(self, source):
+        """The image in the size from which a square is cropped, and height and width of the file."""
         image = open_image(source)
-        original = (image.height, image.width)
         scale = self.size / min(image.size)
-        width, height = (max(self.size, int(side * scale)) for side in image.size)
-        image = image.resize((width, height), self.interpolation)
-        if self.random_flip and rng.random() < 0.5:
+        scaled = [max(self.size, int(side * scale)) for side in image.size]
+        return image.resize(scaled, self.interpolation), (image.height, image.width)
+
+    def place(self, scaled, rng):
+        """Left and top of a crop."""
+        free = [side - self.size for side in scaled]
+        return [side // 2 if self.center_crop else rng.randint(0, side) for side in free]
+
+    def crop(self, image, mirrored, left, top):
+        if mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        free = (width - self.size, height - self.size)
-        left, top = (side // 2 if self.center_crop else rng.randint(0, side) for side in free)
         image = image.crop((left, top, left + self.size, top + self.size))
-        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-        return pixels, [float(side) for side in (*original, top, left, self.size, self.size)]
+        return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def collate(rows: list[tuple]) -> tuple[list, list, torch.Tensor]:
+    """A batch of items of `DreamBoothDataset`: prompts by kind, a list of the images of each item, and sizes."""
+    prompts, images, sizes = zip(*rows)
+    return list(zip(*prompts)), list(images), torch.stack(sizes)
 
 
 class EpochSampler(Sampler):
@@ -1681,6 +1717,7 @@ def build_dataloader(
         batch_size=args.train_batch_size,
         sampler=sampler,
         num_workers=args.dataloader_num_workers,
+        collate_fn=collate,
         # Every iterator draws a number from it; from the global generator, that would shift a resumed run's noise.
         generator=torch.Generator(),
     )
@@ -1960,20 +1997,61 @@ def predict(
     return unet(noisy_latents, timesteps, conditions["prompt_embeds"], return_dict=False)[0]
 
 
-def latent_statistics(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of the latents, each (channels, 1, 1), by which some autoencoders have them normalized."""
     mean, deviation = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
     if mean is None or deviation is None:
         mean, deviation = [0.0], [1.0]
-    return tuple(torch.tensor(row, device=vae.device).view(-1, 1, 1) for row in (mean, deviation))
+    return tuple(torch.tensor(row, device=device).view(-1, 1, 1) for row in (mean, deviation))
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Float32 latents of a batch of images."""
-    mean, deviation = latent_statistics(vae)
-    latents = vae.encode(images.to(vae.dtype)).latent_dist.sample().float()
+def encode_image(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """
+    The distribution of an image's latents: mean and logarithm of the variance, (2 * channels, height, width), in the
+    dtype of the autoencoder, which is the same whenever it is computed.
+    """
+    return vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist.parameters[0]
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Iterable[torch.Tensor]) -> torch.Tensor:
+    """
+    Float32 latents of a batch, drawn at random from the distribution of each image. An image is its pixels, or what
+    `encode_image` gave for them.
+    """
+    encoded = [encode_image(vae, image) if len(image) == vae.config.in_channels else image for image in images]
+    latents = DiagonalGaussianDistribution(torch.stack(encoded)).sample().float()
+    mean, deviation = latent_statistics(vae, latents.device)
     return (latents - mean) * vae.config.scaling_factor / deviation
+
+
+def encode_images_once(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    vae: AutoencoderKL,
+    dataset: DreamBoothDataset,
+    max_train_steps: int,
+) -> None:
+    """
+    Encodes the images before training, each once, so that only drawing from their distributions is left for each use,
+    and the autoencoder makes room. An image that is cropped at random is encoded at each use; so are all in a training
+    that is too short to use every one.
+    """
+    sources = list(dict.fromkeys(example.image for row in dataset.rows for example in row))
+    batch = args.train_batch_size * (1 + args.with_prior_preservation)
+    if len(sources) * (1 + args.random_flip) > max_train_steps * args.gradient_accumulation_steps * batch:
+        return
+    progress = tqdm(sources, desc="Encoding images", leave=False, disable=not accelerator.is_main_process)
+    once = sum(dataset.keep_encoded(source, lambda pixels: encode_image(vae, pixels).cpu()) for source in progress)
+    if once < len(sources):
+        logger.info(
+            f"{len(sources) - once} of {len(sources)} images are cropped at random, and encoded again at each use:"
+            " crop them to squares, or add --center_crop, to train faster."
+        )
+        return
+    vae.to("cpu")
+    torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -1982,7 +2060,7 @@ def decode_latents(pipeline: Pipeline, latents: torch.Tensor) -> list[Image.Imag
     What the pipeline itself does, but out of reach of autocast, in which SDXL's autoencoder gives NaN: float16 cannot
     hold its activations.
     """
-    mean, deviation = latent_statistics(pipeline.vae)
+    mean, deviation = latent_statistics(pipeline.vae, latents.device)
     latents = latents.float() * deviation / pipeline.vae.config.scaling_factor + mean
     images = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
     return pipeline.image_processor.postprocess(images)
@@ -1994,7 +2072,7 @@ def compute_loss(
     vae: AutoencoderKL,
     unet: torch.nn.Module,
     conditions: dict[str, torch.Tensor],
-    images: torch.Tensor,
+    images: Sequence[Sequence[torch.Tensor]],
     sizes: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -2002,14 +2080,14 @@ def compute_loss(
 
     Args:
         conditions: What `encode_prompts` gives, first for all photos, then for all class images.
-        images, sizes: (batch, 1 or 2, 3, height, width) and (batch, 1 or 2, 6), as the dataset gives them.
+        images, sizes: (batch, 1 or 2) images and (batch, 1 or 2, 6), as the dataset gives them.
 
     Returns:
         The losses on the photos and on the class images (zero if there are none), each a mean over its samples.
     """
-    batch_size, kinds = images.shape[:2]
+    batch_size, kinds = sizes.shape[:2]
     # All photos come first, then all class images: one pass through the models for both.
-    images, sizes = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (images, sizes))
+    images, sizes = list(itertools.chain(*zip(*images))), sizes.transpose(0, 1).flatten(0, 1)
 
     def denoise(noisy_latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return predict(unet, noisy_latents, timesteps, conditions, sizes).float()
@@ -2057,13 +2135,16 @@ def diffusion_losses(
 
 @contextmanager
 def evaluating(pipeline: Pipeline) -> Iterator[None]:
-    """No dropout, and no gradients, in the models of the pipeline that may be in training."""
+    """No dropout, and no gradients, in the models of the pipeline that may be in training, and all on one device."""
     models = [model for model in (pipeline.unet, *text_encoders_of(pipeline)) if model is not None]
     modes = [model.training for model in models]
     for model in models:
         model.eval()
+    home = pipeline.vae.device
+    pipeline.vae.to(pipeline.unet.device)
     with torch.no_grad():
         yield
+    pipeline.vae.to(home)
     for model, mode in zip(models, modes):
         model.train(mode)
 
@@ -2550,6 +2631,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     *prepared, optimizer, lr_scheduler = accelerator.prepare(*trained.values(), optimizer, lr_scheduler)
     models = dict(zip(trained, prepared))
     place_frozen_models(args, accelerator, pipeline, trained, weight_dtype)
+    encode_images_once(args, accelerator, pipeline.vae, dataloader.dataset, max_train_steps)
 
     # Before the checkpoint is loaded: the lipschitz anchors are the pretrained weights.
     lipschitz, recording = attach_lipschitz(args, accelerator, pipeline, optimizer, trained, preserved, checkpoint)

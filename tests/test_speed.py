@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderKL
+from test_train_dreambooth_lipschitz import same_bits, weights
 
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["train_dreambooth_lipschitz.py", "train_dreambooth_lipschitz_sdxl.py", "evaluate_dreambooth.py"]
@@ -78,3 +83,127 @@ def test_trackers_are_those_of_accelerate(script):
     from accelerate.utils import LoggerType
 
     assert set(script.TRACKERS) == {kind.value for kind in LoggerType} - {"all"}
+
+
+# What is frozen runs once
+
+
+@pytest.fixture
+def train(tiny_sd, tiny_sdxl, photos, script, run_script, sdxl_script, run_sdxl_script, tmp_path):
+    """Runs one of the scripts for six steps of two photos, and returns the weights of its U-Net."""
+
+    def call(kind, name, *flags):
+        base, run = (tiny_sd, run_script) if kind == "sd" else (tiny_sdxl, run_sdxl_script)
+        needed = [f"--pretrained_model_name_or_path={base}", f"--instance_data_dir={photos}", "--seed=7"]
+        needed += ["--instance_prompt=a photo of sks dog", "--resolution=16", "--method=full", "--learning_rate=1e-3"]
+        needed += ["--train_batch_size=2", "--max_train_steps=6", f"--output_dir={tmp_path / name}"]
+        run(*needed, *flags)
+        return weights(tmp_path / name)
+
+    return call
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The number of images in each call of an autoencoder's encoder."""
+    calls, encode = [], AutoencoderKL._encode
+
+    def spy(vae, pixels):
+        calls.append(len(pixels))
+        return encode(vae, pixels)
+
+    monkeypatch.setattr(AutoencoderKL, "_encode", spy)
+    return calls
+
+
+CLASS = ["--with_prior_preservation", "--class_prompt=a dog", "--num_class_images=3"]
+RUNS = {
+    "plain": ([], 5),
+    "mirrored": (["--random_flip", "--gradient_accumulation_steps=2"], 10),
+    "class images, in other processes": ([*CLASS, "--dataloader_num_workers=1"], 8),
+    "bf16": (["--mixed_precision=bf16"], 5),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_images_are_encoded_once_and_the_result_is_bit_identical(
+    kind, name, train, script, sdxl_script, encoded, tmp_path, monkeypatch
+):
+    """To encoding them at each use, as the script did before: the same draws from the same distributions."""
+    flags, images = RUNS[name]
+    flags = [*flags, "--center_crop", *([f"--class_data_dir={tmp_path / 'class'}"] if CLASS[0] in flags else [])]
+    if CLASS[0] in flags:
+        train(kind, "draws the class images", *flags, "--max_train_steps=1")
+        encoded.clear()
+    once = train(kind, "once", *flags)
+    assert encoded == [1] * images
+    monkeypatch.setattr(script if kind == "sd" else sdxl_script, "encode_images_once", lambda *_: None)
+    assert same_bits(once, train(kind, "each time", *flags))
+    assert len(encoded) > 2 * images or "processes" in name
+
+
+def test_photos_that_are_cropped_at_random_are_encoded_at_each_use_and_the_log_says_so(
+    train, script, encoded, tmp_path, monkeypatch, caplog
+):
+    """Among others that are not: the class images, which are drawn square, are encoded once."""
+    flags = [*CLASS, f"--class_data_dir={tmp_path / 'class'}"]
+    train("sd", "draws the class images", *flags, "--max_train_steps=1")
+    encoded.clear()
+    mixed = train("sd", "mixed", *flags)
+    assert "5 of 8 images are cropped at random, and encoded again at each use" in caplog.text
+    assert len(encoded) == 3 + 10  # 6 steps are two epochs of 5 photos
+    monkeypatch.setattr(script, "encode_images_once", lambda *_: None)
+    assert same_bits(mixed, train("sd", "each time", *flags))
+
+
+def test_short_training_encodes_only_what_it_uses(train, encoded):
+    train("sd", "short", "--center_crop", "--max_train_steps=2")
+    assert encoded == [1] * 4
+
+
+def test_training_resumed_in_the_middle_of_an_epoch_is_bit_identical(train):
+    """Also where it is resumed for so few steps that its images are not encoded before."""
+    flags = ["--center_crop", "--random_flip", "--checkpointing_steps=4"]
+    whole = train("sd", "whole", *flags)
+    train("sd", "stopped", *flags, "--max_train_steps=4")
+    assert same_bits(whole, train("sd", "stopped", *flags, "--resume_from_checkpoint=latest"))
+
+
+@torch.no_grad()
+def test_latents_are_drawn_from_the_distribution_of_each_image(script, tiny_sd):
+    """By mean and deviation of many draws, whether an image comes as pixels or encoded; each draw is another."""
+    vae = AutoencoderKL.from_pretrained(tiny_sd, subfolder="vae")
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    kept = [script.encode_image(vae, image) for image in pixels]
+    expected = vae.encode(pixels).latent_dist
+    torch.manual_seed(0)
+    for image in (pixels[0], kept[0]):
+        draws = script.encode_images(vae, [image, kept[1]] * 4000).view(4000, 2, 4, 8, 8) / vae.config.scaling_factor
+        deviation = expected.std / 4000**0.5
+        assert ((draws.mean(0) - expected.mean).abs() < 5 * deviation).all()
+        assert ((draws.std(0) - expected.std).abs() < 5 * deviation).all()
+    torch.manual_seed(1)
+    drawn = script.encode_images(vae, kept)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, script.encode_images(vae, pixels))
+    torch.manual_seed(1)
+    torch.testing.assert_close(drawn, expected.sample() * vae.config.scaling_factor)
+
+
+def test_autoencoder_is_away_in_training_and_back_for_drawing(train, script, monkeypatch):
+    """On a CPU there is one device only: what it is moved to is written down instead."""
+    moves, to = [], AutoencoderKL.to
+
+    def spy(vae, *arguments, **options):
+        moves.append(str(arguments[0]))
+        return to(vae, *arguments, **options)
+
+    losses, decode = script.compute_loss, script.decode_latents
+    monkeypatch.setattr(AutoencoderKL, "to", spy)
+    monkeypatch.setattr(script, "encode_image", lambda *_: moves.append("encode") or torch.zeros(8, 8, 8))
+    monkeypatch.setattr(script, "compute_loss", lambda *rest: moves.append("step") or losses(*rest))
+    monkeypatch.setattr(script, "decode_latents", lambda *rest: moves.append("decode") or decode(*rest))
+    train("sd", "model", "--center_crop", "--max_train_steps=3", "--validation_prompt=a", "--num_validation_images=1")
+    encoding = ["cpu", *["encode"] * 5, "cpu"]
+    assert moves == [*encoding, *["step"] * 3, "cpu", "decode", "cpu"]

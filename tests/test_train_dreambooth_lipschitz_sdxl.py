@@ -238,7 +238,10 @@ def test_weight_zero_is_plain_dreambooth_bit_for_bit(train, sdxl_script, tiny_sd
     draws = list(sampler)
     for batch in (draws[:2], draws[2:4], draws[4:]):
         _, pixels, time_ids = zip(*[dataset[draw] for draw in batch])
-        latents = vae.encode(torch.cat(pixels)).latent_dist.sample().detach() * vae.config.scaling_factor
+        latents = (
+            vae.encode(torch.stack([image for (image,) in pixels])).latent_dist.sample().detach()
+            * vae.config.scaling_factor
+        )
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, 1000, (len(batch),))
         conditions = {"text_embeds": pooled.repeat(len(batch), 1), "time_ids": torch.cat(time_ids)}
