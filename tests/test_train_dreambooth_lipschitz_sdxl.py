@@ -549,6 +549,7 @@ def by_hand(pipeline, batch, seed):
     """Latents of a batch in the order of the loss, and a U-Net that knows its conditions."""
     given, images, time_ids = batch
     embeds, pooled = given.values()
+    pipeline.vae.enable_slicing()  # images one by one, as in the script, or noise comes in another order
     torch.manual_seed(seed)
     latents = pipeline.vae.encode(torch.cat([images[:, 0], images[:, 1]])).latent_dist.sample()
     conditions = {"text_embeds": pooled, "time_ids": torch.cat([time_ids[:, 0], time_ids[:, 1]])}
