@@ -19,7 +19,7 @@ from .lora import LoraAdapter
 from .modes import MODES, Row
 from .recording import Recording
 from .replay import Replay
-from .terms import LoraTerm, checked, to_floats
+from .terms import LoraTerm, checked, pull, squares, to_floats
 
 
 class _Defaults(dict):
@@ -199,8 +199,8 @@ class LipschitzRegularizer:
         names = ("lipschitz/penalty", "lipschitz/distance", "lipschitz/relative_distance")
         if not terms:
             return dict(zip(names, (0.0, math.nan, math.nan), strict=True))
-        squares = to_floats([term.squared() for term in terms])
-        distance = math.sqrt(sum(squares))
+        of_terms = to_floats(squares(terms))
+        distance = math.sqrt(sum(of_terms))
         if self._steps == 0 and not math.isclose(distance, self._distance_at_start, rel_tol=1e-4):
             warnings.warn(
                 "The parameters have moved, but the penalty has acted in no step: this loop does not call step() of "
@@ -211,7 +211,7 @@ class LipschitzRegularizer:
         norm = self._terms.anchor_norm(terms)
         metrics = dict(zip(names, (self.penalty(), distance, distance / norm if norm else math.nan), strict=True))
         if per_adapter:
-            for term, square in zip(terms, squares, strict=True):
+            for term, square in zip(terms, of_terms, strict=True):
                 if isinstance(term, LoraTerm):
                     metrics[f"lipschitz/distance/{term.adapter.name}"] = math.sqrt(square)
         return metrics
@@ -290,8 +290,7 @@ class LipschitzRegularizer:
 
     def pull(self, fraction: float) -> None:
         """Move everything that is penalized this fraction of the way back to the base, or away from it if below 0."""
-        for term in self._terms.all:
-            term.pull(fraction)
+        pull(self._terms.all, [fraction] * len(self._terms.all), measured=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handles": bool(self._handles)}

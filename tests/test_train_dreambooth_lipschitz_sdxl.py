@@ -733,7 +733,7 @@ def test_each_photo_comes_with_its_caption(how, run_sdxl_script, sdxl_script, ti
 
     def spy(args, scheduler, vae, unet, conditions, images, time_ids):
         embeds, pooled = (conditions[name].detach() for name in ("prompt_embeds", "pooled_embeds"))
-        seen.extend(zip(images, embeds, pooled, time_ids, strict=True))
+        seen.extend(zip([image for (image,) in images], embeds, pooled, time_ids, strict=True))
         return compute_loss(args, scheduler, vae, unet, conditions, images, time_ids)
 
     monkeypatch.setattr(sdxl_script, "compute_loss", spy)
