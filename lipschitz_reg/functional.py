@@ -18,6 +18,7 @@ so that adding ``c * theta`` and then subtracting ``c * anchor`` would leave lit
 
 import functools
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -161,48 +162,57 @@ def add_penalty_gradient_(
     of an optimizer run, and would not see one that arose here.
 
     Returns:
-        `list[torch.Tensor]`: The terms of the penalty, ``c_i * ||theta_i - anchor_i||^2``, from the same pass: no
-        dimensions, float32 or wider, on the parameter's device. They are not multiplied by `scale`.
+        `list[torch.Tensor]`: What sums up to the `penalty`, from the same pass: no dimensions, float32 or wider, on
+        the devices of the parameters. It is not multiplied by `scale`.
     """
-    terms: list[Tensor | None] = [None] * len(parameters)
     moments = moments or [None] * len(parameters)
     rows = list(zip(gradients, parameters, anchors, coefficients, moments, strict=True))
-    # float16 needs `saturating_add_`.
-    small = [
-        index
-        for index, (gradient, parameter, _, c, moment) in enumerate(rows)
-        if _is_small(parameter, c) and moment is None and gradient.dtype != torch.float16
-    ]
-    for batch in _batches(small, parameters):
-        gradients, parts, others, cs, _ = zip(*(rows[index] for index in batch))
-        differences, squares = _differences(parts, others)
-        torch._foreach_mul_(differences, [2 * c for c in cs])
-        if isinstance(scale, Tensor) or scale != 1:
-            torch._foreach_mul_(differences, scale.to(parts[0].device) if isinstance(scale, Tensor) else scale)
-        torch._foreach_add_(gradients, differences)
-        for index, term in zip(batch, (squares * _to_tensor(cs, squares)).unbind()):
-            terms[index] = term
-    for index, (gradient, parameter, anchor, c, moment) in enumerate(rows):
-        if terms[index] is None:
-            c = _on_device(c, parameter.device) * _on_device(scale, parameter.device)
-            term = _add_gradient(gradient, parameter, anchor, c, moment)
-            terms[index] = term if isinstance(scale, float) and scale == 1 else term / scale
+    small, large = [], []
+    for index, (gradient, parameter, _, c, moment) in enumerate(rows):
+        # float16 needs `saturating_add_`.
+        together = moment is None and gradient.dtype != torch.float16 and not isinstance(c, Tensor)
+        together = together and parameter.numel() <= _SMALL
+        (small if together else large).append(index)
+    terms, norms = [], defaultdict(list)
+    # A batch has one coefficient, which so needs no pass of its own: there are few, as many tensors have one size.
+    for batch in _batches(small, parameters, coefficients):
+        parts, c = [parameters[index] for index in batch], coefficients[batch[0]]
+        differences = _differences(parts, [anchors[index] for index in batch])
+        norms[parts[0].device, differences[0].dtype] += zip(torch._foreach_norm(differences), batch)
+        if isinstance(scale, Tensor):
+            torch._foreach_mul_(differences, _on_device(scale, parts[0].device))
+        factor = 2 * c if isinstance(scale, Tensor) else 2 * c * scale
+        torch._foreach_add_([gradients[index] for index in batch], differences, alpha=factor)
+    for of_kind in norms.values():
+        squares = torch.stack([norm for norm, _ in of_kind]).square()
+        terms.append(torch.dot(squares, _to_tensor([coefficients[index] for _, index in of_kind], squares)))
+    for gradient, parameter, anchor, c, moment in (rows[index] for index in large):
+        term = _add_gradient(gradient, parameter, anchor, _on_device(c, parameter.device), moment, scale)
+        terms.append(term)
     return terms
 
 
 def _add_gradient(
-    gradient: Tensor, parameter: Tensor, anchor: Tensor, c: Coefficient, moment: Moment | None
+    gradient: Tensor,
+    parameter: Tensor,
+    anchor: Tensor,
+    c: Coefficient,
+    moment: Moment | None,
+    scale: Tensor | float,
 ) -> Tensor:
     """`add_penalty_gradient_` for one tensor, piece by piece."""
+    scaled = isinstance(scale, Tensor) or scale != 1
+    c = c * _on_device(scale, parameter.device) if scaled else c
     if moment is not None:
         difference = _difference(parameter, anchor.to(parameter.device, non_blocking=True))
         change, term = moment.gradient(difference, c)
         saturating_add_(gradient, change)
-        return term
-    add_piece = _fused_add_piece(parameter.device) if parameter.is_cuda else _add_piece
-    pieces = _pieces(parameter, anchor, gradient, cut=_is_scalar(c))
-    sums = [add_piece(gradient_piece, piece, anchor_piece, c) for piece, anchor_piece, gradient_piece in pieces]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    else:
+        add_piece = _fused_add_piece(parameter.device) if parameter.is_cuda else _add_piece
+        pieces = _pieces(parameter, anchor, gradient, cut=_is_scalar(c))
+        sums = [add_piece(gradient_piece, piece, anchor_piece, c) for piece, anchor_piece, gradient_piece in pieces]
+        term = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    return term / _on_device(scale, parameter.device) if scaled else term
 
 
 @torch.no_grad()
@@ -234,10 +244,11 @@ def squared_distances(
     """``||theta_i - anchor_i||^2`` of each tensor: no dimensions, float32 or wider, on the parameter's device."""
     squares: list[Tensor | None] = [None] * len(parameters)
     rows = list(zip(parameters, anchors, moments or [None] * len(parameters), strict=True))
-    small = [index for index, (p, _, moment) in enumerate(rows) if _is_small(p, 1.0) and moment is None]
+    small = [index for index, (p, _, moment) in enumerate(rows) if moment is None and p.numel() <= _SMALL]
     for batch in _batches(small, parameters):
-        _, of_batch = _differences([parameters[index] for index in batch], [anchors[index] for index in batch])
-        for index, square in zip(batch, of_batch.unbind()):
+        differences = _differences([parameters[index] for index in batch], [anchors[index] for index in batch])
+        norms = torch._foreach_norm(differences)
+        for index, square in zip(batch, torch._foreach_mul(norms, norms)):
             squares[index] = square
     for index, (parameter, anchor, moment) in enumerate(rows):
         if squares[index] is None and moment is None:
@@ -280,16 +291,18 @@ def _square(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor).square()
 
 
-def _is_small(parameter: Tensor, coefficient: Coefficient) -> bool:
-    return parameter.numel() <= _SMALL and not isinstance(coefficient, Tensor)
-
-
-def _batches(indices: Sequence[int], parameters: Sequence[Tensor]) -> list[list[int]]:
-    """The indices of small parameters in groups, each of one device and dtype and of at most a block of elements."""
-    batches, last = [], {}  # by device and dtype, the group that is being filled, and its elements
+def _batches(
+    indices: Sequence[int], parameters: Sequence[Tensor], coefficients: Sequence[Coefficient] | None = None
+) -> list[list[int]]:
+    """
+    The indices of small parameters in groups, each of one device, dtype and coefficient, and of at most a block of
+    elements.
+    """
+    batches, last = [], {}  # by kind, the group that is being filled, and its elements
     for index in indices:
         parameter = parameters[index]
-        kind, n = (parameter.device, parameter.dtype), parameter.numel()
+        n, c = parameter.numel(), coefficients[index] if coefficients else None
+        kind = parameter.device, parameter.dtype, c
         batch, filled = last.get(kind, (None, 0))
         if batch is None or filled + n > _block(parameter.device):
             batch, filled = [], 0
@@ -299,12 +312,11 @@ def _batches(indices: Sequence[int], parameters: Sequence[Tensor]) -> list[list[
     return batches
 
 
-def _differences(parameters: Sequence[Tensor], anchors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
-    """``theta_i - anchor_i`` of a batch in float32 or wider, and their squared norms in one tensor."""
+def _differences(parameters: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[Tensor]:
+    """``theta_i - anchor_i`` of a batch, in float32 or wider."""
     dtype, device = _wide(parameters[0]), parameters[0].device
     anchors = [anchor.to(device, non_blocking=True) for anchor in anchors]
-    differences = torch._foreach_sub(_widened(parameters, dtype), _widened(anchors, dtype))
-    return differences, torch.stack(torch._foreach_norm(differences)).square()
+    return torch._foreach_sub(_widened(parameters, dtype), _widened(anchors, dtype))
 
 
 def _widened(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
@@ -366,16 +378,21 @@ def pull_all_(
     Returns:
         `list[torch.Tensor]`: ``||theta_i - anchor_i||^2`` before the move, or nothing unless `measured`.
     """
-    squares: dict[int, Tensor] = {}
-    # lerp would need fractions of the dtype of the batch.
-    small = [i for i, (p, f) in enumerate(zip(parameters, fractions, strict=True)) if _is_small(p, f)]
-    small = [i for i in small if parameters[i].dtype == _wide(parameters[i])]
-    for batch in _batches(small, parameters):
-        parts = [parameters[index] for index in batch]
-        differences, of_batch = _differences(parts, [anchors[index] for index in batch])
-        torch._foreach_mul_(differences, [fractions[index] for index in batch])
-        torch._foreach_sub_(parts, differences)
-        squares |= zip(batch, of_batch.unbind())
+    squares: dict[int, Tensor | None] = {}
+    small = [
+        index
+        for index, (parameter, fraction) in enumerate(zip(parameters, fractions, strict=True))
+        if parameter.numel() <= _SMALL and _is_scalar(fraction) and parameter.dtype.itemsize >= 4
+    ]
+    for batch in _batches(small, parameters, fractions):
+        parts, fraction = [parameters[index] for index in batch], fractions[batch[0]]
+        differences = _differences(parts, [anchors[index] for index in batch])
+        norms = torch._foreach_norm(differences) if measured else [None] * len(parts)
+        if isinstance(fraction, Tensor):
+            torch._foreach_mul_(differences, _on_device(fraction, parts[0].device).to(parts[0].dtype))
+            fraction = 1.0
+        torch._foreach_sub_(parts, differences, alpha=fraction)
+        squares |= zip(batch, torch._foreach_mul(norms, norms) if measured else norms)
     for index in sorted({*range(len(parameters))} - squares.keys()):
         squares[index] = _pull(parameters[index], anchors[index], fractions[index], measured)
     return [squares[index] for index in range(len(parameters))] if measured else []
@@ -399,6 +416,15 @@ def _pull(parameter: Tensor, anchor: Tensor, fraction: Coefficient, measured: bo
         if moved is not piece:
             piece.copy_(moved)
     return torch.stack(squares).sum() if measured else None
+
+
+def weighted_sum(values: Sequence[Tensor], factors: Sequence[Coefficient]) -> Tensor:
+    """The sum of ``factor_i * value_i`` over tensors of no dimensions, on the device of the first."""
+    device = values[0].device
+    if any(isinstance(factor, Tensor) for factor in factors):
+        return torch.stack([(factor * value).to(device) for factor, value in zip(factors, values, strict=True)]).sum()
+    stacked = torch.stack([value.to(device) for value in values])
+    return torch.dot(stacked, _to_tensor(factors, stacked))
 
 
 def _on_device(coefficient: Coefficient, device: torch.device) -> Coefficient:

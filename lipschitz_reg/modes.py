@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .functional import ball_fraction
+from .functional import ball_fraction, weighted_sum
 from .terms import Term, add_gradients, pull, squares
 
 
@@ -57,7 +57,7 @@ class Mode:
     def values(self, rows: Sequence[Row]) -> list[Tensor]:
         """The terms of the loss as they are now."""
         of_terms = squares([row.term for row in rows])
-        return [row.coefficient * square for row, square in zip(rows, of_terms, strict=True)]
+        return [weighted_sum(of_terms, [row.coefficient for row in rows])] if rows else []
 
 
 class Coupled(Mode):
@@ -67,9 +67,11 @@ class Coupled(Mode):
 
     def before_step(self, rows: Sequence[Row], scale: Tensor | float) -> list[Tensor]:
         """A parameter without a gradient counts in the loss, but is not moved."""
-        moved = [row for row in rows if row.term.has_gradient()]
+        moved, others = [], []
+        for row in rows:
+            (moved if row.term.has_gradient() else others).append(row)
         values = add_gradients([row.term for row in moved], [row.coefficient for row in moved], scale)
-        return values + self.values([row for row in rows if not row.term.has_gradient()])
+        return values + self.values(others)
 
 
 class Proximal(Mode):
@@ -79,10 +81,8 @@ class Proximal(Mode):
         steps = [row.rate * taken * row.coefficient if row.term.has_gradient() else 0.0 for row in rows]
         fractions = [2 * c / (1 + 2 * c) for c in steps]
         before = pull([row.term for row in rows], fractions)
-        return [
-            row.coefficient * (1 - fraction) ** 2 * square
-            for row, fraction, square in zip(rows, fractions, before, strict=True)
-        ]
+        factors = [row.coefficient * (1 - fraction) ** 2 for row, fraction in zip(rows, fractions, strict=True)]
+        return [weighted_sum(before, factors)] if rows else []
 
 
 class Projected(Mode):

@@ -6,7 +6,7 @@ acts (modes.py).
 The functions at the end act on many terms at once, as many small parameters take few operations together. Given their
 coefficients ``c = weight * r_i``:
 
-- `add_gradients`: add ``2 c (theta - anchor)`` to the gradients, and return each ``c ||theta - anchor||^2``;
+- `add_gradients`: add ``2 c (theta - anchor)`` to the gradients, and return what ``c ||theta - anchor||^2`` add up to;
 - `squares`: each ``||theta - anchor||^2`` in its space;
 - `pull`: move a fraction of the way to the anchors, and return what `squares` were before.
 """
@@ -123,19 +123,21 @@ Term = ParameterTerm | LoraTerm
 
 
 def add_gradients(terms: Sequence[Term], coefficients: Sequence[float], scale: Tensor | float) -> list[Tensor]:
-    """The gradients are still multiplied by `scale`; the values that are returned are not."""
-
-    def of_parameters(terms: Sequence[ParameterTerm], coefficients: Sequence[float]) -> list[Tensor]:
-        gradients = [term.parameter.grad for term in terms]
-        if any(gradient.layout != torch.strided for gradient in gradients):
+    """The gradients are still multiplied by `scale`; what is returned is not."""
+    columns, values = [], []
+    for term, c in zip(terms, coefficients, strict=True):
+        if isinstance(term, LoraTerm):
+            values.append(term.add_gradient(c * scale) / scale)
+            continue
+        gradient = term.parameter.grad
+        if gradient.layout != torch.strided:
             raise ValueError(
                 "mode 'coupled' cannot add to sparse gradients: build the embedding with sparse=False, use mode "
                 "'proximal', or set `lipschitz_weight` to 0 in its param group."
             )
-        parameters, anchors, moments = zip(*(term.place() for term in terms))
-        return add_penalty_gradient_(gradients, parameters, anchors, coefficients, moments, scale)
-
-    return _together(of_parameters, lambda term, c: term.add_gradient(c * scale) / scale, terms, coefficients)
+        parameter, anchor, moment = term.place()
+        columns.append((gradient, parameter, anchor, c, moment))
+    return values + (add_penalty_gradient_(*zip(*columns), scale) if columns else [])
 
 
 def squares(terms: Sequence[Term]) -> list[Tensor]:
