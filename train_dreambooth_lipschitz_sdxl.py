@@ -144,6 +144,9 @@ FREE_TO_CHANGE = {
     *["report_to", "logging_dir", "push_to_hub", "hub_token", "hub_model_id", "output_kohya_format"],
 }
 # Copied from train_dreambooth_lipschitz.py
+# Steps whose losses are read from the device together, as reading waits for it.
+READ_EVERY = 10
+# Copied from train_dreambooth_lipschitz.py
 # Raised when files are missing, broken or of another model.
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 # Copied from train_dreambooth_lipschitz.py
@@ -1335,6 +1338,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
+    DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -1398,6 +1402,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             project_config=ProjectConfiguration(
                 project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
             ),
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
             **accelerator_options(args),
         )
     except ValueError as error:
@@ -1907,6 +1912,7 @@ def build_dataloader(
         sampler=sampler,
         num_workers=args.dataloader_num_workers,
         collate_fn=collate,
+        pin_memory=accelerator.device.type == "cuda",  # copied to the GPU without waiting for it
         # Every iterator draws a number from it; from the global generator, that would shift a resumed run's noise.
         generator=torch.Generator(),
     )
@@ -2237,11 +2243,11 @@ def predict(
 
 
 # Copied from train_dreambooth_lipschitz.py
-def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[torch.Tensor | float, torch.Tensor | float]:
     """Mean and deviation of the latents, each (channels, 1, 1), by which some autoencoders have them normalized."""
     mean, deviation = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
     if mean is None or deviation is None:
-        mean, deviation = [0.0], [1.0]
+        return 0.0, 1.0
     return tuple(torch.tensor(row, device=device).view(-1, 1, 1) for row in (mean, deviation))
 
 
@@ -2618,6 +2624,36 @@ def stop_if_not_finite(args: argparse.Namespace, values: Iterable[float | torch.
 
 
 # Copied from train_dreambooth_lipschitz.py
+class StepLogs(NamedTuple):
+    """Of a step, what is logged; the losses on photos and class images, and the penalty, are on the device still."""
+
+    step: int
+    learning_rate: float
+    losses: torch.Tensor
+    lipschitz_penalty: torch.Tensor | None
+
+
+# Copied from train_dreambooth_lipschitz.py
+def log_steps(args: argparse.Namespace, accelerator: Accelerator, unread: list[StepLogs], progress_bar: tqdm) -> None:
+    """Reads from the device what steps have left there, in one transfer, and sends it to the trackers step by step."""
+    zero = torch.zeros((), device=accelerator.device)
+    penalties = [zero if logs.lipschitz_penalty is None else logs.lipschitz_penalty.to(zero) for logs in unread]
+    rows = torch.stack([torch.cat([logs.losses, term[None]]) for logs, term in zip(unread, penalties)]).tolist()
+    for (step, learning_rate, _, term), (instance_loss, prior_loss, lipschitz_penalty) in zip(unread, rows):
+        logs = {"denoising_loss": instance_loss + args.prior_loss_weight * prior_loss}
+        logs["loss"] = logs["denoising_loss"] + lipschitz_penalty
+        if args.with_prior_preservation:
+            logs["prior_loss"] = prior_loss
+        if term is not None:
+            logs["lipschitz/penalty"] = lipschitz_penalty
+        logs["lr"] = learning_rate
+        stop_if_not_finite(args, [logs["loss"]], "The loss", step)
+        accelerator.log(logs, step=step)
+    progress_bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
+    unread.clear()
+
+
+# Copied from train_dreambooth_lipschitz.py
 def trained_parameters(trained: dict[str, torch.nn.Module]) -> list[torch.nn.Parameter]:
     return [parameter for model in trained.values() for parameter in model.parameters() if parameter.requires_grad]
 
@@ -2971,7 +3007,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
         total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process
     )
     first_epoch, done = divmod(global_step, steps_per_epoch)
-    losses, accumulated = [], args.gradient_accumulation_steps
+    losses, unread, first_step, accumulated = [], [], global_step + 1, args.gradient_accumulation_steps
     for model in prepared:
         model.train()
     for epoch in range(first_epoch, math.ceil(max_train_steps / steps_per_epoch)):
@@ -2987,7 +3023,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
                     prompts = list(dict.fromkeys(batch_prompts))
                     conditions = encode_prompts(prompts, tokenizers, [models[name] for name in TEXT_ENCODERS])
                 rows = [prompts.index(prompt) for prompt in batch_prompts]
-                given = {name: embeds[rows] for name, embeds in conditions.items()}
+                given = {name: torch.stack([embeds[row] for row in rows]) for name, embeds in conditions.items()}
                 instance_loss, prior_loss = compute_loss(
                     args, noise_scheduler, pipeline.vae, models["unet"], given, batch_images, sizes
                 )
@@ -3005,26 +3041,22 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
                 continue
 
             global_step += 1
-            instance_loss, prior_loss = accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
+            reduced = accelerator.reduce(torch.stack(losses).mean(0), "mean")
             losses.clear()
-            lipschitz_penalty = lipschitz.penalty() if lipschitz else 0.0
-            logs = {"denoising_loss": instance_loss + args.prior_loss_weight * prior_loss}
-            logs["loss"] = logs["denoising_loss"] + lipschitz_penalty
-            if args.with_prior_preservation:
-                logs["prior_loss"] = prior_loss
-            if lipschitz:
-                logs["lipschitz/penalty"] = lipschitz_penalty
-            logs["lr"] = learning_rate
-            stop_if_not_finite(args, [logs["loss"]], "The loss", global_step)
-            accelerator.log(logs, step=global_step)
+            lipschitz_penalty = lipschitz.penalty_tensor() if lipschitz else None
+            unread.append(StepLogs(global_step, learning_rate, reduced, lipschitz_penalty))
             progress_bar.update(1)
-            progress_bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
+            saves, draws = global_step % args.checkpointing_steps == 0, global_step % validation_steps == 0
+            measures = args.drift_every and global_step % args.drift_every == 0
+            is_last = global_step == max_train_steps
+            if len(unread) == READ_EVERY or global_step == first_step or saves or draws or measures or is_last:
+                log_steps(args, accelerator, unread, progress_bar)
 
-            if global_step % args.checkpointing_steps == 0:
+            if saves:
                 save_checkpoint(args, accelerator, trained, settings, global_step)
-            if global_step < max_train_steps and global_step % validation_steps == 0:
+            if draws and not is_last:
                 log_state(args, accelerator, pipeline, lipschitz, validation_embeds, global_step)
-            if args.drift_every and global_step < max_train_steps and global_step % args.drift_every == 0:
+            if measures and not is_last:
                 log_drift(accelerator, measure, lipschitz, global_step)
 
     progress_bar.close()

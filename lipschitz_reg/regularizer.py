@@ -222,9 +222,14 @@ class LipschitzRegularizer:
         Waits for the device, but reads no parameter. Before the first step it is computed here, without predictions.
         In `"projected"` mode the loss has no term for parameters.
         """
-        if self._values is None:
-            return sum(to_floats(self._mode.values(self._rows())))
-        return sum(to_floats(self._values + self._replayed))
+        return float(self.penalty_tensor())
+
+    def penalty_tensor(self) -> Tensor:
+        """`penalty` as a tensor of no dimensions, without waiting for the device: to log many steps in one go."""
+        values = self._mode.values(self._rows()) if self._values is None else self._values + self._replayed
+        if not values:
+            return torch.zeros(())
+        return torch.stack([value.to(values[0].device, non_blocking=True) for value in values]).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """

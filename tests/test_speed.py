@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_train_dreambooth_lipschitz import same_bits, weights
+from test_train_dreambooth_lipschitz import same_bits, scalars, weights
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lipschitz_reg import LipschitzRegularizer
 
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -207,3 +211,81 @@ def test_autoencoder_is_away_in_training_and_back_for_drawing(train, script, mon
     train("sd", "model", "--center_crop", "--max_train_steps=3", "--validation_prompt=a", "--num_validation_images=1")
     encoding = ["cpu", *["encode"] * 5, "cpu"]
     assert moves == [*encoding, *["step"] * 3, "cpu", "decode", "cpu"]
+
+
+# The penalty reads param groups when they change
+
+
+def test_param_groups_are_read_again_only_when_they_change(monkeypatch):
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "lipschitz_weight": 2.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    regularizer = LipschitzRegularizer(optimizer, weight=1.0, mode="proximal", reduction="sum")
+    reads, read = [], regularizer._terms._read_rows
+    monkeypatch.setattr(regularizer._terms, "_read_rows", lambda *rest: reads.append(rest) or read(*rest))
+
+    def rows_after(change=lambda: None):
+        change()
+        return [(row.coefficient, row.rate) for row in regularizer._rows()], len(reads)
+
+    assert rows_after() == rows_after() == ([(1.0, 0.1), (2.0, 0.1), (2.0, 0.1)], 1)
+    assert rows_after(lambda: optimizer.param_groups[0].update(lr=0.5)) == ([(1.0, 0.5), (2.0, 0.1), (2.0, 0.1)], 1)
+    weigh = lambda: optimizer.param_groups[1].update(lipschitz_weight=3.0)  # noqa: E731
+    assert rows_after(weigh) == ([(1.0, 0.5), (3.0, 0.1), (3.0, 0.1)], 2)
+    assert rows_after(lambda: setattr(regularizer, "weight", 4.0)) == ([(4.0, 0.5), (3.0, 0.1), (3.0, 0.1)], 3)
+    state = optimizer.state_dict()
+    state["param_groups"][0].update(lr=0.7, lipschitz_weight=0.0)
+    assert rows_after(lambda: optimizer.load_state_dict(state)) == ([(3.0, 0.1), (3.0, 0.1)], 4)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+    with pytest.raises(ValueError, match="without an anchor"):
+        regularizer._rows()
+
+
+# Logging
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers read from tensors, which waits for a device. Those that torch itself reads are in RAM."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            files = [frame.filename for frame in traceback.extract_stack()]
+            own = ("torch/optim", "torch/utils/data")
+            self.count += not any(part in file.replace(os.sep, "/") for file in files for part in own)
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("flags", [["--lipschitz_weight=50"], ["--lipschitz_weight=0"]])
+def test_nothing_is_read_from_the_device_between_logged_steps(flags, train, script, tmp_path, monkeypatch):
+    """Yet each step is logged, with its own loss."""
+    reads, compute_loss, counts = Reads(), script.compute_loss, []
+
+    def spy(*rest):
+        counts.append(reads.count)
+        return compute_loss(*rest)
+
+    monkeypatch.setattr(script, "compute_loss", spy)
+    with reads:
+        train("sd", "model", *flags, "--center_crop", "--max_train_steps=25")
+    assert counts[1] == counts[2] == counts[10]  # the first step is told at once
+    assert counts[11] > counts[10] and counts[11] == counts[20] < counts[21] == counts[24]
+    logged = scalars(tmp_path / "model")[0]
+    assert all(sorted(logged[name]) == [*range(1, 26)] for name in ("loss", "denoising_loss", "lr"))
+    monkeypatch.setattr(script, "READ_EVERY", 1)
+    train("sd", "at once", *flags, "--center_crop", "--max_train_steps=25")
+    assert scalars(tmp_path / "at once")[0]["loss"] == logged["loss"]
+
+
+def test_penalty_tensor_is_the_penalty(train):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    regularizer = LipschitzRegularizer(torch.optim.SGD([parameter], lr=0.1), weight=2.0, reduction="sum")
+    with torch.no_grad():
+        parameter += 1
+    assert regularizer.penalty_tensor().shape == () and regularizer.penalty_tensor().item() == 6.0
+    parameter.grad = torch.zeros(3)
+    regularizer.optimizer.step()
+    assert regularizer.penalty_tensor().item() == regularizer.penalty() == 6.0
