@@ -379,6 +379,10 @@ def pull_all_(
         `list[torch.Tensor]`: ``||theta_i - anchor_i||^2`` before the move, or nothing unless `measured`.
     """
     squares: dict[int, Tensor | None] = {}
+    # Numbers take fewer passes than tensors, and to read one from host memory costs nothing.
+    fractions = [
+        float(f) if isinstance(f, Tensor) and f.device.type == "cpu" and f.dim() == 0 else f for f in fractions
+    ]
     small = [
         index
         for index, (parameter, fraction) in enumerate(zip(parameters, fractions, strict=True))
