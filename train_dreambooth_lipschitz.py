@@ -2046,7 +2046,8 @@ def encode_images_once(
     batch = args.train_batch_size * (1 + args.with_prior_preservation)
     if len(sources) * (1 + args.random_flip) > max_train_steps * args.gradient_accumulation_steps * batch:
         return
-    progress = tqdm(sources, desc="Encoding images", leave=False, disable=not accelerator.is_main_process)
+    silent = not accelerator.is_main_process
+    progress = tqdm(sources, desc="Encoding images", leave=False, delay=5, disable=silent)
     once = sum(dataset.keep_encoded(source, lambda pixels: encode_image(vae, pixels).cpu()) for source in progress)
     if once < len(sources):
         logger.info(
@@ -2663,7 +2664,6 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     *prepared, optimizer, lr_scheduler = accelerator.prepare(*trained.values(), optimizer, lr_scheduler)
     models = dict(zip(trained, prepared))
     place_frozen_models(args, accelerator, pipeline, trained, weight_dtype)
-    encode_images_once(args, accelerator, pipeline.vae, dataloader.dataset, max_train_steps)
 
     # Before the checkpoint is loaded: the lipschitz anchors are the pretrained weights.
     lipschitz, recording = attach_lipschitz(args, accelerator, pipeline, optimizer, trained, preserved, checkpoint)
@@ -2674,6 +2674,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     if TEXT_ENCODERS[0] not in trained:
         # Each prompt is encoded once in the whole run.
         conditions, validation_embeds = encode_once(args, pipeline, prompts)
+    encode_images_once(args, accelerator, pipeline.vae, dataloader.dataset, max_train_steps)
 
     # Each process draws noise of its own.
     if args.seed is not None:
