@@ -51,35 +51,27 @@ if not sys.warnoptions:
     }.items():
         logging.getLogger(name).addFilter(lambda record, message=message: message not in record.getMessage())
 
-import diffusers
 import numpy as np
-import torch
-import transformers
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, gather_object
-from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.utils import check_min_version, is_wandb_available
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, ImageCms, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.ImageOps import exif_transpose, fit
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from lipschitz_reg import Drift, Recording, record
-
-
-# The first release in which pipelines take `dtype`.
-check_min_version("0.40.0")
 
 # Copied from train_dreambooth_lipschitz.py
-logger = get_logger(__name__)
+def build_logger() -> logging.Logger:
+    """The logger of this file. One process speaks for all."""
+    logger = logging.getLogger(__name__)
+    logger.addFilter(lambda record: os.environ.get("RANK", "0") == "0")
+    return logger
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+
+# Copied from train_dreambooth_lipschitz.py
+logger = build_logger()
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Copied from train_dreambooth_lipschitz.py
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors"
 # Copied from train_dreambooth_lipschitz.py
@@ -329,6 +321,29 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     if args.resolution and args.resolution % 8:
         parser.error(f"--resolution must be a multiple of 8, not {args.resolution}")
     return args
+
+
+# A user hears of mistakes before the imports that take seconds.
+if __name__ == "__main__":
+    ARGS = parse_args()
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import ProjectConfiguration, gather_object
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import check_min_version, is_wandb_available
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+
+from lipschitz_reg import Drift, Recording, record
+
+
+# The first release in which pipelines take `dtype`.
+check_min_version("0.40.0")
+
+PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 
 
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -1705,7 +1720,7 @@ def main(args: argparse.Namespace) -> None:
     # One model at a time: what the base predicts is kept, and the base makes room.
     batches = own_share(accelerator, plan_probes(args, images))
     for model in MODELS:
-        pipeline = load_pipeline(args, model, PRECISIONS[args.precision]).to(accelerator.device)
+        pipeline = load_pipeline(args, model, getattr(torch, PRECISIONS[args.precision])).to(accelerator.device)
         if model == "base":
             check_prompts(args, pipeline, images)
         draw_images(args, accelerator, pipeline, model, images, folders[model])
@@ -1735,4 +1750,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(ARGS)

@@ -38,7 +38,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -58,62 +58,27 @@ if not sys.warnoptions:
     }.items():
         logging.getLogger(name).addFilter(lambda record, message=message: message not in record.getMessage())
 
-import diffusers
 import numpy as np
-import torch
-import torch.nn.functional as F
-import transformers
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    LoggerType,
-    ProjectConfiguration,
-    broadcast_object_list,
-    set_seed,
-)
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-)
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_snr
-from diffusers.utils import check_min_version, is_xformers_available
-from huggingface_hub import ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
+from huggingface_hub import create_repo, hf_hub_download
 from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.ImageOps import exif_transpose
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from lipschitz_reg import (
-    Drift,
-    LipschitzRegularizer,
-    Recording,
-    draw_held_out,
-    find_lora_adapters,
-    record_pipeline,
-)
-from lipschitz_reg.anchors import fingerprint
-from lipschitz_reg.budget import fit_share
-
-
-# The first release in which pipelines take `dtype`.
-check_min_version("0.40.0")
 
 # Copied from train_dreambooth_lipschitz.py
-logger = get_logger(__name__)
+def build_logger() -> logging.Logger:
+    """The logger of this file. One process speaks for all."""
+    logger = logging.getLogger(__name__)
+    logger.addFilter(lambda record: os.environ.get("RANK", "0") == "0")
+    return logger
+
+
+# Copied from train_dreambooth_lipschitz.py
+logger = build_logger()
 
 # What this script trains, in the words that it shares with its sibling.
-Pipeline = StableDiffusionXLPipeline
-# Of training: of plain bases, of those in EDM-style training, and of bases of EDM.
-NoiseScheduler = DDPMScheduler | EulerDiscreteScheduler | EDMEulerScheduler
+PIPELINE = "StableDiffusionXLPipeline"
 FAMILY, TAG = "Stable Diffusion XL", "stable-diffusion-xl"
 SIBLINGS = {"StableDiffusionPipeline": "train_dreambooth_lipschitz.py"}
 TEXT_ENCODERS = ["text_encoder", "text_encoder_2"]
@@ -138,6 +103,9 @@ METHOD_FLAGS = {
     "full": ["full_bf16"],
     "custom_diffusion": ["modifier_token", "initializer_token"],
 }
+# Copied from train_dreambooth_lipschitz.py
+# The names of accelerate, each of the package that it needs.
+TRACKERS = ["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
 # Packages that only these flags need.
 PACKAGES = {"method=lora": "peft", "dataset_name": "datasets", "use_8bit_adam": "bitsandbytes"}
 PACKAGES |= {"full_bf16": "torchao", "optimizer=prodigy": "prodigyopt"}
@@ -147,7 +115,7 @@ KOHYA_NAMES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2"
 TOKEN_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 # Copied from train_dreambooth_lipschitz.py
-PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"no": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Copied from train_dreambooth_lipschitz.py
 LORA_TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -182,6 +150,9 @@ FREE_TO_CHANGE = {
     *["num_validation_images", "validation_steps", "validation_epochs", "validation_scheduler", "drift_every"],
     *["report_to", "logging_dir", "push_to_hub", "hub_token", "hub_model_id", "output_kohya_format"],
 }
+# Copied from train_dreambooth_lipschitz.py
+# Steps whose losses are read from the device together, as reading waits for it.
+READ_EVERY = 10
 # Copied from train_dreambooth_lipschitz.py
 # Raised when files are missing, broken or of another model.
 LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
@@ -874,67 +845,6 @@ def read_concepts(args: argparse.Namespace) -> list[Concept]:
     return [Concept(*(row.get(name) for name in Concept._fields)) for row in rows]
 
 
-def accelerator_options(args: argparse.Namespace) -> dict[str, Any]:
-    if args.full_bf16 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        stop(
-            "--full_bf16 rounds weights at random, on each GPU differently, so that the copies would drift apart:"
-            " accelerate launch --num_processes=1"
-        )
-    # The U-Net reads the first text encoder's last layer but one: its last layer gets no gradient.
-    parallel = DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)
-    return {"mixed_precision": "bf16" if args.full_bf16 else args.mixed_precision, "kwargs_handlers": [parallel]}
-
-
-# Copied from train_dreambooth_lipschitz.py
-def build_accelerator(args: argparse.Namespace) -> Accelerator:
-    """The `Accelerator`, once it is certain that this machine has what the arguments ask for."""
-    # Before accelerate advises to install what is refused then.
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        stop("DEEPSPEED shards the weights, which this script does not support")
-    trackers = {kind.value for kind in LoggerType} - {"all"}
-    own = {f"report_to={args.report_to}": args.report_to} if args.report_to in trackers else {}
-    for flag, package in (PACKAGES | own).items():
-        name, _, value = flag.partition("=")
-        given = getattr(args, name)
-        if given and value in ("", given) and importlib.util.find_spec(package) is None:
-            stop(f"--{flag} needs {package}: pip install {package}")
-    try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(
-                project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
-            ),
-            **accelerator_options(args),
-        )
-    except ValueError as error:
-        stop(f"--report_to: {error}" if "logging" in str(error) else error)
-    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        stop(f"{accelerator.distributed_type.value} shards the weights, which this script does not support")
-    # accelerate lets this pass, and trains in float32.
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        stop("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
-    if args.allow_tf32 and accelerator.device.type != "cuda":
-        stop(f"--allow_tf32 needs a CUDA GPU, this is {accelerator.device.type}: leave it out")
-    if args.enable_xformers_memory_efficient_attention:
-        if accelerator.device.type != "cuda":
-            stop(
-                f"--enable_xformers_memory_efficient_attention needs a CUDA GPU, this is {accelerator.device.type}:"
-                " leave it out, PyTorch has memory-efficient attention of its own"
-            )
-        if not is_xformers_available():
-            stop("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
-
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO)
-    for library in (transformers, diffusers):
-        library.utils.logging.disable_progress_bar()
-        if not accelerator.is_main_process:
-            library.utils.logging.set_verbosity_error()
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    return accelerator
-
-
 # Copied from train_dreambooth_lipschitz.py
 class Example(NamedTuple):
     """An image to train on, a file or what is in one, and its prompt."""
@@ -1240,46 +1150,6 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 # Copied from train_dreambooth_lipschitz.py
-def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator, settings: dict[str, Any]) -> Path | None:
-    """The complete checkpoint to resume from, of a run with these settings, or `None` to start afresh."""
-    if args.resume_from_checkpoint is None:
-        return None
-    if args.resume_from_checkpoint == "latest":
-        checkpoints = list_checkpoints(args.output_dir)
-        if not checkpoints:
-            accelerator.print(f"No checkpoint in {args.output_dir} to resume from: training starts afresh.")
-            return None
-        checkpoint = checkpoints[-1]
-    else:
-        places = [Path(args.output_dir, args.resume_from_checkpoint), Path(args.resume_from_checkpoint)]
-        checkpoint = next((place for place in places if place.is_dir()), None)
-        if checkpoint is None:
-            stop(f"--resume_from_checkpoint: there is no folder {' and no '.join(map(str, dict.fromkeys(places)))}")
-        if checkpoint not in list_checkpoints(checkpoint.parent):
-            stop(f"--resume_from_checkpoint: {checkpoint} is not named checkpoint-<step>")
-
-    check_settings(checkpoint, settings)
-    needed = [SETTINGS_FILE, "optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
-    needed += ["custom_checkpoint_0.pkl"] if is_penalized(args) else []
-    if args.method == "full":
-        needed += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
-        if args.train_text_encoder:
-            needed += [f"{name}/{file}" for name in TEXT_ENCODERS for file in ("config.json", "model.safetensors")]
-    elif args.method == "lora":
-        needed += [LORA_FILE]
-    else:
-        needed += [KEYS_VALUES_FILE, TOKENS_FILE] if args.modifier_token else [KEYS_VALUES_FILE]
-    missing = [name for name in needed if not Path(checkpoint, name).is_file()]
-    if missing:
-        stop(f"--resume_from_checkpoint: {checkpoint} is incomplete, it lacks {', '.join(missing)}")
-    processes = len(list(checkpoint.glob("random_states_*.pkl")))
-    if processes != accelerator.num_processes:
-        how = f"{processes} processes, not {accelerator.num_processes}: accelerate launch --num_processes={processes}"
-        stop(f"--resume_from_checkpoint: {checkpoint} was saved by a run with {how}")
-    return checkpoint
-
-
-# Copied from train_dreambooth_lipschitz.py
 def read_index(args: argparse.Namespace, flag: str) -> dict[str, Any]:
     """The index of a pipeline, the first file to be downloaded; of a base in one file that of its configuration."""
     source, index = getattr(args, flag[2:]), "model_index.json"
@@ -1288,7 +1158,7 @@ def read_index(args: argparse.Namespace, flag: str) -> dict[str, Any]:
         check_single_file(flag, source)
         source, revision = args.pretrained_config, None
         if source is None:
-            return {"_class_name": Pipeline.__name__}
+            return {"_class_name": PIPELINE}
         flag = "--pretrained_config"
     try:
         path = Path(source, index) if os.path.isdir(source) else hf_hub_download(source, index, revision=revision)
@@ -1308,7 +1178,7 @@ def check_single_file(flag: str, source: str) -> None:
         stop(f"{flag}: {source} is not a model: give a folder, a name on the Hub, or a .safetensors or .ckpt file")
     if Path(source).suffix == ".safetensors":
         try:
-            with safe_open(source, framework="pt") as file:
+            with safe_open(source, framework="np") as file:
                 keys = list(file.keys())
         except LOAD_ERRORS as error:
             stop(f"{flag}: {source} is broken: {error}")
@@ -1321,10 +1191,10 @@ def check_single_file(flag: str, source: str) -> None:
 def check_base(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path") -> dict[str, Any]:
     """Stops unless it is a pipeline that can be trained here. Reads only its index, and returns it."""
     source, parts = getattr(args, flag[2:]), read_index(args, flag)
-    if parts["_class_name"] != Pipeline.__name__:
+    if parts["_class_name"] != PIPELINE:
         sibling = SIBLINGS.get(parts["_class_name"])
         other = f": use {sibling}" if sibling else ""
-        stop(f"{flag}: {source} is a {parts['_class_name']}, not a {Pipeline.__name__}{other}")
+        stop(f"{flag}: {source} is a {parts['_class_name']}, not a {PIPELINE}{other}")
     needed = ["unet", "vae", "scheduler", *TEXT_ENCODERS]
     lacking = [name for name in needed if name in parts and not (parts[name] and parts[name][0])]
     if lacking:
@@ -1409,6 +1279,194 @@ def check_writable(flag: str, folder: str) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK):
         stop(f"{flag}: cannot write to {place}: choose another folder")
+
+
+# Copied from train_dreambooth_lipschitz.py
+def check_packages(args: argparse.Namespace) -> None:
+    """Stops unless the packages are installed that the arguments ask for."""
+    # Before accelerate advises to install what is refused here.
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stop("DEEPSPEED shards the weights, which this script does not support")
+    own = {f"report_to={args.report_to}": args.report_to} if args.report_to in TRACKERS else {}
+    for flag, package in (PACKAGES | own).items():
+        name, _, value = flag.partition("=")
+        given = getattr(args, name)
+        if given and value in ("", given) and importlib.util.find_spec(package) is None:
+            stop(f"--{flag} needs {package}: pip install {package}")
+
+
+# Copied from train_dreambooth_lipschitz.py
+class Inputs(NamedTuple):
+    """What a run learns from, and the prompts that should stay as they are."""
+
+    concepts: list[Concept]
+    photos: list[list[Example]]
+    class_images: list[list[Path]]
+    preserved: list[str]
+
+
+# Copied from train_dreambooth_lipschitz.py
+def check_inputs(args: argparse.Namespace) -> Inputs:
+    """Finds what can be wrong with the arguments before anything is written or loaded."""
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)
+    check_packages(args)
+    concepts = read_concepts(args)
+    args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
+    check_writable("--output_dir", args.output_dir)
+    check_folders(args, concepts)
+    check_scheduler(args, check_base(args))
+    if args.lipschitz_anchor_model is not None:
+        check_base(args, "--lipschitz_anchor_model")
+    photos, class_images = find_examples(args, concepts)
+    for concept, images in zip(concepts, class_images if args.with_prior_preservation else []):
+        if len(images) < args.num_class_images:
+            check_writable("--concepts_list" if args.concepts_list else "--class_data_dir", concept.class_data_dir)
+    return Inputs(concepts, photos, class_images, read_prompts(args))
+
+
+# A user hears of mistakes before the imports that take seconds.
+if __name__ == "__main__":
+    ARGS = parse_args()
+    INPUTS = check_inputs(ARGS)
+
+import diffusers
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import compute_snr
+from diffusers.utils import check_min_version, is_xformers_available
+from huggingface_hub import ModelCard, ModelCardData, upload_folder
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from lipschitz_reg import (
+    Drift,
+    LipschitzRegularizer,
+    Recording,
+    draw_held_out,
+    find_lora_adapters,
+    record_pipeline,
+)
+from lipschitz_reg.anchors import fingerprint
+from lipschitz_reg.budget import fit_share
+
+
+# The first release in which pipelines take `dtype`.
+check_min_version("0.40.0")
+
+Pipeline = StableDiffusionXLPipeline
+# Of training: of plain bases, of those in EDM-style training, and of bases of EDM.
+NoiseScheduler = DDPMScheduler | EulerDiscreteScheduler | EDMEulerScheduler
+
+
+def accelerator_options(args: argparse.Namespace) -> dict[str, Any]:
+    if args.full_bf16 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        stop(
+            "--full_bf16 rounds weights at random, on each GPU differently, so that the copies would drift apart:"
+            " accelerate launch --num_processes=1"
+        )
+    # The U-Net reads the first text encoder's last layer but one: its last layer gets no gradient.
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)
+    return {"mixed_precision": "bf16" if args.full_bf16 else args.mixed_precision, "kwargs_handlers": [parallel]}
+
+
+# Copied from train_dreambooth_lipschitz.py
+def build_accelerator(args: argparse.Namespace) -> Accelerator:
+    """The `Accelerator`, once it is certain that this machine can do what the arguments ask for."""
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=args.output_dir, logging_dir=os.path.join(args.output_dir, args.logging_dir)
+            ),
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+            **accelerator_options(args),
+        )
+    except ValueError as error:
+        stop(f"--report_to: {error}" if "logging" in str(error) else error)
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        stop(f"{accelerator.distributed_type.value} shards the weights, which this script does not support")
+    # accelerate lets this pass, and trains in float32.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        stop("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
+    if args.allow_tf32 and accelerator.device.type != "cuda":
+        stop(f"--allow_tf32 needs a CUDA GPU, this is {accelerator.device.type}: leave it out")
+    if args.enable_xformers_memory_efficient_attention:
+        if accelerator.device.type != "cuda":
+            stop(
+                f"--enable_xformers_memory_efficient_attention needs a CUDA GPU, this is {accelerator.device.type}:"
+                " leave it out, PyTorch has memory-efficient attention of its own"
+            )
+        if not is_xformers_available():
+            stop("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
+
+    for library in (transformers, diffusers):
+        library.utils.logging.disable_progress_bar()
+        if not accelerator.is_main_process:
+            library.utils.logging.set_verbosity_error()
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+# Copied from train_dreambooth_lipschitz.py
+def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator, settings: dict[str, Any]) -> Path | None:
+    """The complete checkpoint to resume from, of a run with these settings, or `None` to start afresh."""
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        checkpoints = list_checkpoints(args.output_dir)
+        if not checkpoints:
+            accelerator.print(f"No checkpoint in {args.output_dir} to resume from: training starts afresh.")
+            return None
+        checkpoint = checkpoints[-1]
+    else:
+        places = [Path(args.output_dir, args.resume_from_checkpoint), Path(args.resume_from_checkpoint)]
+        checkpoint = next((place for place in places if place.is_dir()), None)
+        if checkpoint is None:
+            stop(f"--resume_from_checkpoint: there is no folder {' and no '.join(map(str, dict.fromkeys(places)))}")
+        if checkpoint not in list_checkpoints(checkpoint.parent):
+            stop(f"--resume_from_checkpoint: {checkpoint} is not named checkpoint-<step>")
+
+    check_settings(checkpoint, settings)
+    needed = [SETTINGS_FILE, "optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
+    needed += ["custom_checkpoint_0.pkl"] if is_penalized(args) else []
+    if args.method == "full":
+        needed += ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
+        if args.train_text_encoder:
+            needed += [f"{name}/{file}" for name in TEXT_ENCODERS for file in ("config.json", "model.safetensors")]
+    elif args.method == "lora":
+        needed += [LORA_FILE]
+    else:
+        needed += [KEYS_VALUES_FILE, TOKENS_FILE] if args.modifier_token else [KEYS_VALUES_FILE]
+    missing = [name for name in needed if not Path(checkpoint, name).is_file()]
+    if missing:
+        stop(f"--resume_from_checkpoint: {checkpoint} is incomplete, it lacks {', '.join(missing)}")
+    processes = len(list(checkpoint.glob("random_states_*.pkl")))
+    if processes != accelerator.num_processes:
+        how = f"{processes} processes, not {accelerator.num_processes}: accelerate launch --num_processes={processes}"
+        stop(f"--resume_from_checkpoint: {checkpoint} was saved by a run with {how}")
+    return checkpoint
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -1513,7 +1571,7 @@ def sample_class_images(
     taken = {path.name.split("-")[0] for path in images}
     indices = list(itertools.islice((i for i in itertools.count() if str(i) not in taken), missing))
     default = "fp16" if accelerator.device.type == "cuda" else "fp32"
-    dtype = PRECISIONS[args.prior_generation_precision or default]
+    dtype = getattr(torch, PRECISIONS[args.prior_generation_precision or default])
     pipeline = load_pipeline(args, dtype=dtype)
     pipeline.to(accelerator.device)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1733,10 +1791,10 @@ def load_models(
 class DreamBoothDataset(Dataset):
     """
     The photos of all concepts, each paired with a class image of its concept if there are any. An item is asked for by
-    its index and the seed of its crops and flips; it is the prompts of the one or two images, the images as a float
-    tensor (1 or 2, 3, size, size) in [-1, 1], and their sizes, of which SDXL is told, a float tensor (1 or 2, 6):
-    height and width of the file, top and left of this very crop in the scaled image, height and width of the crop, in
-    pixels.
+    its index and the seed of its crops and flips; it is the prompts of the one or two images; for each image its
+    pixels, a float tensor (3, size, size) in [-1, 1], or what `keep_encoded` has kept of them; and their sizes, of
+    which SDXL is told, a float tensor (1 or 2, 6): height and width of the file, top and left of this very crop in the
+    scaled image, height and width of the crop, in pixels.
     """
 
     def __init__(self, photos, class_images, size, center_crop=False, random_flip=False, interpolation="lanczos"):
@@ -1744,6 +1802,7 @@ class DreamBoothDataset(Dataset):
         self.center_crop = center_crop
         self.random_flip = random_flip
         self.interpolation = INTERPOLATION[interpolation]
+        self.encoded = {}
         self.rows = []
         for kinds in zip(photos, class_images):
             kinds = [examples for examples in kinds if examples]
@@ -1759,21 +1818,56 @@ class DreamBoothDataset(Dataset):
         rng = random.Random(seed)
         examples = self.rows[index]
         images, sizes = zip(*[self.load(example.image, rng) for example in examples])
-        return [example.prompt for example in examples], torch.stack(images), torch.tensor(sizes)
+        return [example.prompt for example in examples], list(images), torch.tensor(sizes)
 
     def load(self, source, rng):
+        if source in self.encoded:
+            image, original, scaled = self.encoded[source]
+        else:
+            image, original = self.scale(source)
+            scaled = image.size
+        mirrored = self.random_flip and rng.random() < 0.5
+        left, top = self.place(scaled, rng)
+        image = image[mirrored] if source in self.encoded else self.crop(image, mirrored, left, top)
+        return image, [float(side) for side in (*original, top, left, self.size, self.size)]
+
+    def keep_encoded(self, source, encode):
+        """
+        Keeps what `encode` makes of an image's pixels, mirrored too if that occurs. Returns whether it did: not for an
+        image that is cropped at random.
+        """
+        image, original = self.scale(source)
+        if not self.center_crop and image.size != (self.size, self.size):
+            return False
+        place = self.place(image.size, random.Random())
+        kinds = [encode(self.crop(image, mirrored, *place)) for mirrored in range(1 + self.random_flip)]
+        self.encoded[source] = kinds, original, image.size
+        return True
+
+    def scale(self, source):
+        """The image in the size from which a square is cropped, and height and width of the file."""
         image = open_image(source)
-        original = (image.height, image.width)
         scale = self.size / min(image.size)
-        width, height = (max(self.size, int(side * scale)) for side in image.size)
-        image = image.resize((width, height), self.interpolation)
-        if self.random_flip and rng.random() < 0.5:
+        scaled = [max(self.size, int(side * scale)) for side in image.size]
+        return image.resize(scaled, self.interpolation), (image.height, image.width)
+
+    def place(self, scaled, rng):
+        """Left and top of a crop."""
+        free = [side - self.size for side in scaled]
+        return [side // 2 if self.center_crop else rng.randint(0, side) for side in free]
+
+    def crop(self, image, mirrored, left, top):
+        if mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        free = (width - self.size, height - self.size)
-        left, top = (side // 2 if self.center_crop else rng.randint(0, side) for side in free)
         image = image.crop((left, top, left + self.size, top + self.size))
-        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-        return pixels, [float(side) for side in (*original, top, left, self.size, self.size)]
+        return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+# Copied from train_dreambooth_lipschitz.py
+def collate(rows: list[tuple]) -> tuple[list, list, torch.Tensor]:
+    """A batch of items of `DreamBoothDataset`: prompts by kind, a list of the images of each item, and sizes."""
+    prompts, images, sizes = zip(*rows)
+    return list(zip(*prompts)), list(images), torch.stack(sizes)
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -1815,6 +1909,8 @@ def build_dataloader(
         batch_size=args.train_batch_size,
         sampler=sampler,
         num_workers=args.dataloader_num_workers,
+        collate_fn=collate,
+        pin_memory=accelerator.device.type == "cuda",  # copied to the GPU without waiting for it
         # Every iterator draws a number from it; from the global generator, that would shift a resumed run's noise.
         generator=torch.Generator(),
     )
@@ -2145,21 +2241,65 @@ def predict(
 
 
 # Copied from train_dreambooth_lipschitz.py
-def latent_statistics(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[torch.Tensor | float, torch.Tensor | float]:
     """Mean and deviation of the latents, each (channels, 1, 1), by which some autoencoders have them normalized."""
     mean, deviation = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
     if mean is None or deviation is None:
-        mean, deviation = [0.0], [1.0]
-    return tuple(torch.tensor(row, device=vae.device).view(-1, 1, 1) for row in (mean, deviation))
+        return 0.0, 1.0
+    return tuple(torch.tensor(row, device=device).view(-1, 1, 1) for row in (mean, deviation))
 
 
 # Copied from train_dreambooth_lipschitz.py
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
-    """Float32 latents of a batch of images."""
-    mean, deviation = latent_statistics(vae)
-    latents = vae.encode(images.to(vae.dtype)).latent_dist.sample().float()
+def encode_image(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """
+    The distribution of an image's latents: mean and logarithm of the variance, (2 * channels, height, width), in the
+    dtype of the autoencoder, which is the same whenever it is computed.
+    """
+    return vae.encode(pixels[None].to(vae.device, vae.dtype)).latent_dist.parameters[0]
+
+
+# Copied from train_dreambooth_lipschitz.py
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Iterable[torch.Tensor]) -> torch.Tensor:
+    """
+    Float32 latents of a batch, drawn at random from the distribution of each image. An image is its pixels, or what
+    `encode_image` gave for them.
+    """
+    encoded = [encode_image(vae, image) if len(image) == vae.config.in_channels else image for image in images]
+    latents = DiagonalGaussianDistribution(torch.stack(encoded)).sample().float()
+    mean, deviation = latent_statistics(vae, latents.device)
     return (latents - mean) * vae.config.scaling_factor / deviation
+
+
+# Copied from train_dreambooth_lipschitz.py
+def encode_images_once(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    vae: AutoencoderKL,
+    dataset: DreamBoothDataset,
+    max_train_steps: int,
+) -> None:
+    """
+    Encodes the images before training, each once, so that only drawing from their distributions is left for each use,
+    and the autoencoder makes room. An image that is cropped at random is encoded at each use; so are all in a training
+    that is too short to use every one.
+    """
+    sources = list(dict.fromkeys(example.image for row in dataset.rows for example in row))
+    batch = args.train_batch_size * (1 + args.with_prior_preservation)
+    if len(sources) * (1 + args.random_flip) > max_train_steps * args.gradient_accumulation_steps * batch:
+        return
+    silent = not accelerator.is_main_process
+    progress = tqdm(sources, desc="Encoding images", leave=False, delay=5, disable=silent)
+    once = sum(dataset.keep_encoded(source, lambda pixels: encode_image(vae, pixels).cpu()) for source in progress)
+    if once < len(sources):
+        logger.info(
+            f"{len(sources) - once} of {len(sources)} images are cropped at random, and encoded again at each use:"
+            " crop them to squares, or add --center_crop, to train faster."
+        )
+        return
+    vae.to("cpu")
+    torch.cuda.empty_cache()
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -2169,7 +2309,7 @@ def decode_latents(pipeline: Pipeline, latents: torch.Tensor) -> list[Image.Imag
     What the pipeline itself does, but out of reach of autocast, in which SDXL's autoencoder gives NaN: float16 cannot
     hold its activations.
     """
-    mean, deviation = latent_statistics(pipeline.vae)
+    mean, deviation = latent_statistics(pipeline.vae, latents.device)
     latents = latents.float() * deviation / pipeline.vae.config.scaling_factor + mean
     images = pipeline.vae.decode(latents.to(pipeline.vae.dtype), return_dict=False)[0]
     return pipeline.image_processor.postprocess(images)
@@ -2182,7 +2322,7 @@ def compute_loss(
     vae: AutoencoderKL,
     unet: torch.nn.Module,
     conditions: dict[str, torch.Tensor],
-    images: torch.Tensor,
+    images: Sequence[Sequence[torch.Tensor]],
     sizes: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -2190,14 +2330,14 @@ def compute_loss(
 
     Args:
         conditions: What `encode_prompts` gives, first for all photos, then for all class images.
-        images, sizes: (batch, 1 or 2, 3, height, width) and (batch, 1 or 2, 6), as the dataset gives them.
+        images, sizes: (batch, 1 or 2) images and (batch, 1 or 2, 6), as the dataset gives them.
 
     Returns:
         The losses on the photos and on the class images (zero if there are none), each a mean over its samples.
     """
-    batch_size, kinds = images.shape[:2]
+    batch_size, kinds = sizes.shape[:2]
     # All photos come first, then all class images: one pass through the models for both.
-    images, sizes = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (images, sizes))
+    images, sizes = list(itertools.chain(*zip(*images))), sizes.transpose(0, 1).flatten(0, 1)
 
     def denoise(noisy_latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return predict(unet, noisy_latents, timesteps, conditions, sizes).float()
@@ -2273,13 +2413,16 @@ def edm_losses(
 # Copied from train_dreambooth_lipschitz.py
 @contextmanager
 def evaluating(pipeline: Pipeline) -> Iterator[None]:
-    """No dropout, and no gradients, in the models of the pipeline that may be in training."""
+    """No dropout, and no gradients, in the models of the pipeline that may be in training, and all on one device."""
     models = [model for model in (pipeline.unet, *text_encoders_of(pipeline)) if model is not None]
     modes = [model.training for model in models]
     for model in models:
         model.eval()
+    home = pipeline.vae.device
+    pipeline.vae.to(pipeline.unet.device)
     with torch.no_grad():
         yield
+    pipeline.vae.to(home)
     for model, mode in zip(models, modes):
         model.train(mode)
 
@@ -2495,6 +2638,36 @@ def stop_if_not_finite(args: argparse.Namespace, values: Iterable[float | torch.
 
 
 # Copied from train_dreambooth_lipschitz.py
+class StepLogs(NamedTuple):
+    """Of a step, what is logged; the losses on photos and class images, and the penalty, are on the device still."""
+
+    step: int
+    learning_rate: float
+    losses: torch.Tensor
+    lipschitz_penalty: torch.Tensor | None
+
+
+# Copied from train_dreambooth_lipschitz.py
+def log_steps(args: argparse.Namespace, accelerator: Accelerator, unread: list[StepLogs], progress_bar: tqdm) -> None:
+    """Reads from the device what steps have left there, in one transfer, and sends it to the trackers step by step."""
+    zero = torch.zeros((), device=accelerator.device)
+    penalties = [zero if logs.lipschitz_penalty is None else logs.lipschitz_penalty.to(zero) for logs in unread]
+    rows = torch.stack([torch.cat([logs.losses, term[None]]) for logs, term in zip(unread, penalties)]).tolist()
+    for (step, learning_rate, _, term), (instance_loss, prior_loss, lipschitz_penalty) in zip(unread, rows):
+        logs = {"denoising_loss": instance_loss + args.prior_loss_weight * prior_loss}
+        logs["loss"] = logs["denoising_loss"] + lipschitz_penalty
+        if args.with_prior_preservation:
+            logs["prior_loss"] = prior_loss
+        if term is not None:
+            logs["lipschitz/penalty"] = lipschitz_penalty
+        logs["lr"] = learning_rate
+        stop_if_not_finite(args, [logs["loss"]], "The loss", step)
+        accelerator.log(logs, step=step)
+    progress_bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
+    unread.clear()
+
+
+# Copied from train_dreambooth_lipschitz.py
 def trained_parameters(trained: dict[str, torch.nn.Module]) -> list[torch.nn.Parameter]:
     return [parameter for model in trained.values() for parameter in model.parameters() if parameter.requires_grad]
 
@@ -2640,7 +2813,7 @@ def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
     if args.method == "full":  # the whole pipeline has all inside
         names, options = [], [result]
     elif os.path.isfile(base):
-        loader, call, kinds = Pipeline.__name__, "from_single_file", [("config", args.pretrained_config)]
+        loader, call, kinds = PIPELINE, "from_single_file", [("config", args.pretrained_config)]
     else:
         kinds = [(name, getattr(args, name)) for name in ("revision", "variant")]
     if args.method != "full":
@@ -2784,25 +2957,13 @@ def push_result(args: argparse.Namespace, repo_id: str, names: list[str]) -> Non
 
 
 # Copied from train_dreambooth_lipschitz.py
-def main(args: argparse.Namespace) -> None:
-    # What can be wrong with the arguments is found before anything is written or loaded.
+def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
+    concepts, photos, class_images, preserved = inputs or check_inputs(args)
     accelerator = build_accelerator(args)
     args.mixed_precision = accelerator.mixed_precision
-    concepts = read_concepts(args)
-    args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
-    check_writable("--output_dir", args.output_dir)
-    check_folders(args, concepts)
-    check_scheduler(args, check_base(args))
-    if args.lipschitz_anchor_model is not None:
-        check_base(args, "--lipschitz_anchor_model")
-    photos, class_images = find_examples(args, concepts)
-    preserved = read_prompts(args)
     settings = describe_run(args, concepts, photos, preserved)
     checkpoint = find_checkpoint(args, accelerator, settings)
     find_recording(args, checkpoint)
-    for concept, images in zip(concepts, class_images if args.with_prior_preservation else []):
-        if len(images) < args.num_class_images:
-            check_writable("--concepts_list" if args.concepts_list else "--class_data_dir", concept.class_data_dir)
     repo_id = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
 
     if args.with_prior_preservation:
@@ -2812,7 +2973,7 @@ def main(args: argparse.Namespace) -> None:
                 folders[concept.class_data_dir] = sample_class_images(args, accelerator, concept, images)
         class_images = [[Example(path, c.class_prompt) for path in folders[c.class_data_dir]] for c in concepts]
 
-    weight_dtype = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = getattr(torch, PRECISIONS.get(accelerator.mixed_precision, "float32"))
     pipeline, noise_scheduler, trained, base = load_models(args, weight_dtype)
     check_prompts(args, pipeline, concepts, photos + class_images, preserved)
     check_settings(checkpoint, {"base": base})
@@ -2840,6 +3001,7 @@ def main(args: argparse.Namespace) -> None:
     if TEXT_ENCODERS[0] not in trained:
         # Each prompt is encoded once in the whole run.
         conditions, validation_embeds = encode_once(args, pipeline, prompts)
+    encode_images_once(args, accelerator, pipeline.vae, dataloader.dataset, max_train_steps)
 
     # Each process draws noise of its own.
     if args.seed is not None:
@@ -2859,7 +3021,7 @@ def main(args: argparse.Namespace) -> None:
         total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process
     )
     first_epoch, done = divmod(global_step, steps_per_epoch)
-    losses, accumulated = [], args.gradient_accumulation_steps
+    losses, unread, first_step, accumulated = [], [], global_step + 1, args.gradient_accumulation_steps
     for model in prepared:
         model.train()
     for epoch in range(first_epoch, math.ceil(max_train_steps / steps_per_epoch)):
@@ -2875,7 +3037,7 @@ def main(args: argparse.Namespace) -> None:
                     prompts = list(dict.fromkeys(batch_prompts))
                     conditions = encode_prompts(prompts, tokenizers, [models[name] for name in TEXT_ENCODERS])
                 rows = [prompts.index(prompt) for prompt in batch_prompts]
-                given = {name: embeds[rows] for name, embeds in conditions.items()}
+                given = {name: torch.stack([embeds[row] for row in rows]) for name, embeds in conditions.items()}
                 instance_loss, prior_loss = compute_loss(
                     args, noise_scheduler, pipeline.vae, models["unet"], given, batch_images, sizes
                 )
@@ -2893,26 +3055,22 @@ def main(args: argparse.Namespace) -> None:
                 continue
 
             global_step += 1
-            instance_loss, prior_loss = accelerator.reduce(torch.stack(losses).mean(0), "mean").tolist()
+            reduced = accelerator.reduce(torch.stack(losses).mean(0), "mean")
             losses.clear()
-            lipschitz_penalty = lipschitz.penalty() if lipschitz else 0.0
-            logs = {"denoising_loss": instance_loss + args.prior_loss_weight * prior_loss}
-            logs["loss"] = logs["denoising_loss"] + lipschitz_penalty
-            if args.with_prior_preservation:
-                logs["prior_loss"] = prior_loss
-            if lipschitz:
-                logs["lipschitz/penalty"] = lipschitz_penalty
-            logs["lr"] = learning_rate
-            stop_if_not_finite(args, [logs["loss"]], "The loss", global_step)
-            accelerator.log(logs, step=global_step)
+            lipschitz_penalty = lipschitz.penalty_tensor() if lipschitz else None
+            unread.append(StepLogs(global_step, learning_rate, reduced, lipschitz_penalty))
             progress_bar.update(1)
-            progress_bar.set_postfix(loss=logs["loss"], lr=logs["lr"])
+            saves, draws = global_step % args.checkpointing_steps == 0, global_step % validation_steps == 0
+            measures = args.drift_every and global_step % args.drift_every == 0
+            is_last = global_step == max_train_steps
+            if len(unread) == READ_EVERY or global_step == first_step or saves or draws or measures or is_last:
+                log_steps(args, accelerator, unread, progress_bar)
 
-            if global_step % args.checkpointing_steps == 0:
+            if saves:
                 save_checkpoint(args, accelerator, trained, settings, global_step)
-            if global_step < max_train_steps and global_step % validation_steps == 0:
+            if draws and not is_last:
                 log_state(args, accelerator, pipeline, lipschitz, validation_embeds, global_step)
-            if args.drift_every and global_step < max_train_steps and global_step % args.drift_every == 0:
+            if measures and not is_last:
                 log_drift(accelerator, measure, lipschitz, global_step)
 
     progress_bar.close()
@@ -2933,7 +3091,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        main(ARGS, INPUTS)
     except KeyboardInterrupt:
         warn("stopped; --resume_from_checkpoint=latest goes on from the last checkpoint, if there is one")
         sys.exit(130)

@@ -18,6 +18,7 @@ so that adding ``c * theta`` and then subtracting ``c * anchor`` would leave lit
 
 import functools
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,9 @@ Coefficient = float | Tensor
 # Elements per piece. On a CPU the difference must still be in the cache when it is added (2**18 is 1 MiB of float32).
 _CPU_BLOCK = 1 << 18
 _ACCELERATOR_BLOCK = 1 << 24
+# Tensors of at most so many elements are computed together, in batches of a block: by `torch._foreach` operations,
+# since a call for each would take longer than the arithmetic.
+_SMALL = 1 << 18
 
 _LAYOUTS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
@@ -149,34 +153,66 @@ def add_penalty_gradient_(
     anchors: Sequence[Tensor],
     coefficients: Sequence[Coefficient],
     moments: Sequence[Moment | None] | None = None,
+    scale: Tensor | float = 1.0,
 ) -> list[Tensor]:
     """
-    Add ``2 c_i (theta_i - anchor_i)``, the gradient of `penalty`, to each gradient in place.
+    Add ``2 c_i (theta_i - anchor_i)``, the gradient of `penalty`, to each gradient in place, multiplied by `scale`.
 
     A finite float16 gradient stays finite, at 65504 or less: a `GradScaler` has looked for overflow before the hooks
     of an optimizer run, and would not see one that arose here.
 
     Returns:
-        `list[torch.Tensor]`: The terms of the penalty, ``c_i * ||theta_i - anchor_i||^2``, from the same pass: no
-        dimensions, float32 or wider, on the parameter's device.
+        `list[torch.Tensor]`: What sums up to the `penalty`, from the same pass: no dimensions, float32 or wider, on
+        the devices of the parameters. It is not multiplied by `scale`.
     """
-    terms = []
     moments = moments or [None] * len(parameters)
-    for parameter, anchor, gradient, c, moment in zip(
-        parameters, anchors, gradients, coefficients, moments, strict=True
-    ):
-        c = _on_device(c, parameter.device)
-        if moment is not None:
-            difference = _difference(parameter, anchor.to(parameter.device, non_blocking=True))
-            change, term = moment.gradient(difference, c)
-            terms.append(term)
-            saturating_add_(gradient, change)
-            continue
+    rows = list(zip(gradients, parameters, anchors, coefficients, moments, strict=True))
+    small, large = [], []
+    for index, (gradient, parameter, _, c, moment) in enumerate(rows):
+        # float16 needs `saturating_add_`.
+        together = moment is None and gradient.dtype != torch.float16 and not isinstance(c, Tensor)
+        together = together and parameter.numel() <= _SMALL
+        (small if together else large).append(index)
+    terms, norms = [], defaultdict(list)
+    # A batch has one coefficient, which so needs no pass of its own: there are few, as many tensors have one size.
+    for batch in _batches(small, parameters, coefficients):
+        parts, c = [parameters[index] for index in batch], coefficients[batch[0]]
+        differences = _differences(parts, [anchors[index] for index in batch])
+        norms[parts[0].device, differences[0].dtype] += zip(torch._foreach_norm(differences), batch)
+        if isinstance(scale, Tensor):
+            torch._foreach_mul_(differences, _on_device(scale, parts[0].device))
+        factor = 2 * c if isinstance(scale, Tensor) else 2 * c * scale
+        torch._foreach_add_([gradients[index] for index in batch], differences, alpha=factor)
+    for of_kind in norms.values():
+        squares = torch.stack([norm for norm, _ in of_kind]).square()
+        terms.append(torch.dot(squares, _to_tensor([coefficients[index] for _, index in of_kind], squares)))
+    for gradient, parameter, anchor, c, moment in (rows[index] for index in large):
+        term = _add_gradient(gradient, parameter, anchor, _on_device(c, parameter.device), moment, scale)
+        terms.append(term)
+    return terms
+
+
+def _add_gradient(
+    gradient: Tensor,
+    parameter: Tensor,
+    anchor: Tensor,
+    c: Coefficient,
+    moment: Moment | None,
+    scale: Tensor | float,
+) -> Tensor:
+    """`add_penalty_gradient_` for one tensor, piece by piece."""
+    scaled = isinstance(scale, Tensor) or scale != 1
+    c = c * _on_device(scale, parameter.device) if scaled else c
+    if moment is not None:
+        difference = _difference(parameter, anchor.to(parameter.device, non_blocking=True))
+        change, term = moment.gradient(difference, c)
+        saturating_add_(gradient, change)
+    else:
         add_piece = _fused_add_piece(parameter.device) if parameter.is_cuda else _add_piece
         pieces = _pieces(parameter, anchor, gradient, cut=_is_scalar(c))
         sums = [add_piece(gradient_piece, piece, anchor_piece, c) for piece, anchor_piece, gradient_piece in pieces]
-        terms.append(sums[0] if len(sums) == 1 else torch.stack(sums).sum())
-    return terms
+        term = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+    return term / _on_device(scale, parameter.device) if scaled else term
 
 
 @torch.no_grad()
@@ -184,8 +220,7 @@ def proximal_step_(
     parameters: Sequence[Tensor], anchors: Sequence[Tensor], coefficients: Sequence[Coefficient]
 ) -> None:
     """`proximal_step` in place."""
-    for parameter, anchor, c in zip(parameters, anchors, coefficients, strict=True):
-        pull_(parameter, anchor, 2 * c / (1 + 2 * c))
+    pull_all_(parameters, anchors, [2 * c / (1 + 2 * c) for c in coefficients])
 
 
 @torch.no_grad()
@@ -193,8 +228,7 @@ def project_(parameters: Sequence[Tensor], anchors: Sequence[Tensor], radius: fl
     """`project` in place. Nothing is read back from an accelerator."""
     if parameters:
         fraction = ball_fraction(squared_distances(parameters, anchors), radius)
-        for parameter, anchor in zip(parameters, anchors, strict=True):
-            pull_(parameter, anchor, fraction)
+        pull_all_(parameters, anchors, [fraction] * len(parameters), measured=False)
 
 
 def ball_fraction(squares: Sequence[Tensor], radius: float) -> Tensor:
@@ -208,14 +242,21 @@ def squared_distances(
     parameters: Sequence[Tensor], anchors: Sequence[Tensor], moments: Sequence[Moment | None] | None = None
 ) -> list[Tensor]:
     """``||theta_i - anchor_i||^2`` of each tensor: no dimensions, float32 or wider, on the parameter's device."""
-    squares = []
-    for parameter, anchor, moment in zip(parameters, anchors, moments or [None] * len(parameters), strict=True):
-        if moment is None:
-            pieces = [_difference(piece, other).square_().sum() for piece, other in _pieces(parameter, anchor)]
-            squares.append(torch.stack(pieces).sum())
-        else:
+    squares: list[Tensor | None] = [None] * len(parameters)
+    rows = list(zip(parameters, anchors, moments or [None] * len(parameters), strict=True))
+    small = [index for index, (p, _, moment) in enumerate(rows) if moment is None and p.numel() <= _SMALL]
+    for batch in _batches(small, parameters):
+        differences = _differences([parameters[index] for index in batch], [anchors[index] for index in batch])
+        norms = torch._foreach_norm(differences)
+        for index, square in zip(batch, torch._foreach_mul(norms, norms)):
+            squares[index] = square
+    for index, (parameter, anchor, moment) in enumerate(rows):
+        if squares[index] is None and moment is None:
+            pieces = [_square(_difference(piece, other)) for piece, other in _pieces(parameter, anchor)]
+            squares[index] = torch.stack(pieces).sum()
+        elif squares[index] is None:
             difference = _difference(parameter, anchor.to(parameter.device, non_blocking=True))
-            squares.append(moment.squared_norm(difference))
+            squares[index] = moment.squared_norm(difference)
     return squares
 
 
@@ -242,14 +283,67 @@ def saturating_add_(gradient: Tensor, change: Tensor) -> None:
         gradient.add_(change)
 
 
+def _square(tensor: Tensor) -> Tensor:
+    """`squared_norm` of what is in float32 or wider already, and at most a block."""
+    if tensor.device.type == "cpu":  # twice as fast there
+        flat = tensor.flatten()
+        return torch.dot(flat, flat)
+    return torch.linalg.vector_norm(tensor).square()
+
+
+def _batches(
+    indices: Sequence[int], parameters: Sequence[Tensor], coefficients: Sequence[Coefficient] | None = None
+) -> list[list[int]]:
+    """
+    The indices of small parameters in groups, each of one device, dtype and coefficient, and of at most a block of
+    elements.
+    """
+    batches, last = [], {}  # by kind, the group that is being filled, and its elements
+    for index in indices:
+        parameter = parameters[index]
+        n, c = parameter.numel(), coefficients[index] if coefficients else None
+        kind = parameter.device, parameter.dtype, c
+        batch, filled = last.get(kind, (None, 0))
+        if batch is None or filled + n > _block(parameter.device):
+            batch, filled = [], 0
+            batches.append(batch)
+        batch.append(index)
+        last[kind] = batch, filled + n
+    return batches
+
+
+def _differences(parameters: Sequence[Tensor], anchors: Sequence[Tensor]) -> list[Tensor]:
+    """``theta_i - anchor_i`` of a batch, in float32 or wider."""
+    dtype, device = _wide(parameters[0]), parameters[0].device
+    anchors = [anchor.to(device, non_blocking=True) for anchor in anchors]
+    return torch._foreach_sub(_widened(parameters, dtype), _widened(anchors, dtype))
+
+
+def _widened(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return tensors
+    wide = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(wide, tensors)
+    return wide
+
+
+def _to_tensor(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """On the device of another tensor, which is not waited for."""
+    tensor = torch.tensor(numbers, dtype=like.dtype)
+    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor.to(like.device)
+
+
 def _add_piece(gradient: Tensor, parameter: Tensor, anchor: Tensor, c: Coefficient) -> Tensor:
     """gradient += 2 c (parameter - anchor). Returns the sum of c (parameter - anchor)^2."""
     difference = _difference(parameter, anchor)
     if _is_scalar(c):
-        term = torch.linalg.vector_norm(difference).square() * c
+        term = _square(difference) * c
     else:
         term = (c * difference * difference).sum()
-    saturating_add_(gradient, difference.mul_(2 * c))
+    if isinstance(c, Tensor) or gradient.dtype == torch.float16:
+        saturating_add_(gradient, difference.mul_(2 * c))
+    else:
+        gradient.add_(difference, alpha=2 * c)
     return term
 
 
@@ -275,18 +369,66 @@ def _fused_add_piece(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, 
 
 
 @torch.no_grad()
+def pull_all_(
+    parameters: Sequence[Tensor], anchors: Sequence[Tensor], fractions: Sequence[Coefficient], measured: bool = True
+) -> list[Tensor]:
+    """
+    Move each parameter its fraction of the way to its anchor.
+
+    Returns:
+        `list[torch.Tensor]`: ``||theta_i - anchor_i||^2`` before the move, or nothing unless `measured`.
+    """
+    squares: dict[int, Tensor | None] = {}
+    # Numbers take fewer passes than tensors, and to read one from host memory costs nothing.
+    fractions = [
+        float(f) if isinstance(f, Tensor) and f.device.type == "cpu" and f.dim() == 0 else f for f in fractions
+    ]
+    small = [
+        index
+        for index, (parameter, fraction) in enumerate(zip(parameters, fractions, strict=True))
+        if parameter.numel() <= _SMALL and _is_scalar(fraction) and parameter.dtype.itemsize >= 4
+    ]
+    for batch in _batches(small, parameters, fractions):
+        parts, fraction = [parameters[index] for index in batch], fractions[batch[0]]
+        differences = _differences(parts, [anchors[index] for index in batch])
+        norms = torch._foreach_norm(differences) if measured else [None] * len(parts)
+        if isinstance(fraction, Tensor):
+            torch._foreach_mul_(differences, _on_device(fraction, parts[0].device).to(parts[0].dtype))
+            fraction = 1.0
+        torch._foreach_sub_(parts, differences, alpha=fraction)
+        squares |= zip(batch, torch._foreach_mul(norms, norms) if measured else norms)
+    for index in sorted({*range(len(parameters))} - squares.keys()):
+        squares[index] = _pull(parameters[index], anchors[index], fractions[index], measured)
+    return [squares[index] for index in range(len(parameters))] if measured else []
+
+
+@torch.no_grad()
 def pull_(parameter: Tensor, anchor: Tensor, fraction: Coefficient) -> Tensor:
-    """Move the parameter this fraction of the way to its anchor. Returns ``||theta - anchor||^2`` before the move."""
+    """`pull_all_` for one."""
+    return pull_all_([parameter], [anchor], [fraction])[0]
+
+
+def _pull(parameter: Tensor, anchor: Tensor, fraction: Coefficient, measured: bool) -> Tensor | None:
     dtype, squares = _wide(parameter), []
     if isinstance(fraction, Tensor):
         fraction = _on_device(fraction, parameter.device).to(dtype)
     for piece, anchor_piece in _pieces(parameter, anchor, cut=_is_scalar(fraction)):
         moved, other = piece.to(dtype), anchor_piece.to(dtype)
-        squares.append(torch.linalg.vector_norm(moved - other).square())
+        if measured:
+            squares.append(_square(moved - other))
         moved = moved.lerp_(other, fraction)
         if moved is not piece:
             piece.copy_(moved)
-    return squares[0] if len(squares) == 1 else torch.stack(squares).sum()
+    return torch.stack(squares).sum() if measured else None
+
+
+def weighted_sum(values: Sequence[Tensor], factors: Sequence[Coefficient]) -> Tensor:
+    """The sum of ``factor_i * value_i`` over tensors of no dimensions, on the device of the first."""
+    device = values[0].device
+    if any(isinstance(factor, Tensor) for factor in factors):
+        return torch.stack([(factor * value).to(device) for factor, value in zip(factors, values, strict=True)]).sum()
+    stacked = torch.stack([value.to(device) for value in values])
+    return torch.dot(stacked, _to_tensor(factors, stacked))
 
 
 def _on_device(coefficient: Coefficient, device: torch.device) -> Coefficient:
@@ -303,6 +445,10 @@ def _pieces(parameter: Tensor, *others: Tensor, cut: bool = True) -> Iterable[tu
     device = parameter.device
     tensors = [parameter.detach(), *(other.to(device, non_blocking=True) for other in others)]
     if cut and any(all(t.is_contiguous(memory_format=layout) for t in tensors) for layout in _LAYOUTS):
-        block = _CPU_BLOCK if device.type == "cpu" else _ACCELERATOR_BLOCK
+        block = _block(device)
         return zip(*(t.as_strided((t.numel(),), (1,)).split(block) for t in tensors), strict=True)
     return [tuple(tensors)]
+
+
+def _block(device: torch.device) -> int:
+    return _CPU_BLOCK if device.type == "cpu" else _ACCELERATOR_BLOCK

@@ -4,7 +4,7 @@ step. Holds the anchors. Holds no hooks (regularizer.py) and does not say how a 
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .functional import Moment, reductions
 from .lora import LoraAdapter
 from .modes import Mode, Row
 from .recording import Recording
-from .terms import Anchor, LoraTerm, ParameterTerm, Term, build_offset, checked, to_floats, zeros_like
+from .terms import Anchor, LoraTerm, ParameterTerm, Term, build_offset, checked, squares, to_floats, zeros_like
 
 
 SPACES = ("parameters", "layers", "predictions")
@@ -76,9 +76,14 @@ class Terms:
             check_whole(parameter)  # the factors of adapters too, which have no anchor
         self._anchored = {*own, *factors}
         self._squared_anchors: dict[Term, float] = {}
+        self._factors = list(factors)
+        self._known: tuple[list, dict] = [], {}  # for `_cached`
 
     def weights(self, space: str) -> dict[Tensor, float]:
         """Each parameter of the optimizer with its weight in a space."""
+        return self._cached(space, lambda: self._read_weights(space))
+
+    def _read_weights(self, space: str) -> dict[Tensor, float]:
         weights = {}
         for index, group in enumerate(self.optimizer.param_groups):
             weights |= dict.fromkeys(self._of(group), self._group_weights(index, group)[space])
@@ -100,14 +105,17 @@ class Terms:
 
     def rows(self, reduction: str) -> list[Row]:
         """The terms that have a weight above 0 now, in all spaces but predictions."""
-        rates = {p: group.get("lr") for group in self.optimizer.param_groups for p in group["params"]}
+        return self._cached(("rows", reduction), lambda: self._read_rows(reduction))
+
+    def _read_rows(self, reduction: str) -> list[Row]:
+        groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         rows = []
         for space in SPACES:
             weights = self.weights(space)
             weighted = [(term, term.weight(weights)) for term in self.in_space.get(space, [])]
             weighted = [(term, weight) for term, weight in weighted if weight > 0]
             scales = reductions([term.numel() for term, _ in weighted], reduction)
-            rows += [Row(t, weight * r, t.rate(rates)) for (t, weight), r in zip(weighted, scales, strict=True)]
+            rows += [Row(t, weight * r, t.group(groups)) for (t, weight), r in zip(weighted, scales, strict=True)]
         return rows
 
     def measured(self) -> list[Term]:
@@ -119,7 +127,7 @@ class Terms:
         return [term for term in self.all if term.weight(weights) > 0]
 
     def distance(self) -> float:
-        return math.sqrt(sum(to_floats([term.squared() for term in self.measured()])))
+        return math.sqrt(sum(to_floats(squares(self.measured()))))
 
     def anchor_norm(self, terms: Sequence[Term]) -> float:
         """The norm of the anchors; an adapter's anchor is its weight. NaN if such a weight is not known."""
@@ -131,11 +139,24 @@ class Terms:
 
     def clear(self) -> None:
         """Free the anchors. From here on, parameters with a weight above 0 have none."""
-        self.all, self._anchored, self._squared_anchors = [], set(), {}
+        self.all, self._anchored, self._squared_anchors, self._known = [], set(), {}, ([], {})
         self.in_space = {space: [] for space in self.in_space}
 
     def _of(self, group: Mapping[str, Any]) -> list[Tensor]:
         return [p for p in group["params"] if self.penalized is None or p in self.penalized]
+
+    def _cached(self, key: Any, read: Callable[[], Any]) -> Any:
+        """What `read` gave before, unless something has changed since that it depends on: it takes long every step."""
+        groups = self.optimizer.param_groups
+        state = [
+            [id(group), self._group_weights(i, group), *map(id, group["params"])] for i, group in enumerate(groups)
+        ]
+        state.append([factor.requires_grad for factor in self._factors])
+        if state != self._known[0]:
+            self._known = state, {}
+        if key not in self._known[1]:
+            self._known[1][key] = read()
+        return self._known[1][key]
 
     def _group_weights(self, index: int, group: Mapping[str, Any]) -> dict[str, float]:
         """The weight of a param group in each space. Its own number is for the space that there is, or 0 for all."""

@@ -2,22 +2,27 @@
 How the penalty acts on the terms: by the gradient before the step, or by a move after it. Each mode is a class; to add
 one, write it here and name it in `MODES`. Holds no arithmetic of a term (terms.py) and no hooks (regularizer.py).
 
-A row is a term with its coefficient ``c = weight * r_i`` and its learning rate.
+A row is a term with its coefficient ``c = weight * r_i`` and the param group that has its learning rate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .functional import ball_fraction
-from .terms import Term
+from .functional import ball_fraction, weighted_sum
+from .terms import Term, add_gradients, pull, squares
 
 
 class Row(NamedTuple):
     term: Term
     coefficient: float
-    rate: Any
+    group: Mapping[str, Any] | None  # of the optimizer; a product of LoRA has none
+
+    @property
+    def rate(self) -> Any:
+        """The learning rate as it is now."""
+        return self.group["lr"]
 
 
 class Mode:
@@ -52,7 +57,8 @@ class Mode:
 
     def values(self, rows: Sequence[Row]) -> list[Tensor]:
         """The terms of the loss as they are now."""
-        return [row.coefficient * row.term.squared() for row in rows]
+        of_terms = squares([row.term for row in rows])
+        return [weighted_sum(of_terms, [row.coefficient for row in rows])] if rows else []
 
 
 class Coupled(Mode):
@@ -62,12 +68,11 @@ class Coupled(Mode):
 
     def before_step(self, rows: Sequence[Row], scale: Tensor | float) -> list[Tensor]:
         """A parameter without a gradient counts in the loss, but is not moved."""
-        return [
-            row.term.add_gradient(row.coefficient * scale) / scale
-            if row.term.has_gradient()
-            else row.coefficient * row.term.squared()
-            for row in rows
-        ]
+        moved, others = [], []
+        for row in rows:
+            (moved if row.term.has_gradient() else others).append(row)
+        values = add_gradients([row.term for row in moved], [row.coefficient for row in moved], scale)
+        return values + self.values(others)
 
 
 class Proximal(Mode):
@@ -76,12 +81,11 @@ class Proximal(Mode):
     uses_rates = True
 
     def after_step(self, rows: Sequence[Row], taken: Tensor | float) -> list[Tensor]:
-        values = []
-        for term, coefficient, rate in rows:
-            c = rate * taken * coefficient if term.has_gradient() else 0.0
-            fraction = 2 * c / (1 + 2 * c)
-            values.append(coefficient * (1 - fraction) ** 2 * term.pull(fraction))
-        return values
+        steps = [row.rate * taken * row.coefficient if row.term.has_gradient() else 0.0 for row in rows]
+        fractions = [2 * c / (1 + 2 * c) for c in steps]
+        before = pull([row.term for row in rows], fractions)
+        factors = [row.coefficient * (1 - fraction) ** 2 for row, fraction in zip(rows, fractions, strict=True)]
+        return [weighted_sum(before, factors)] if rows else []
 
 
 class Projected(Mode):
@@ -96,10 +100,10 @@ class Projected(Mode):
 
     def after_step(self, rows: Sequence[Row], taken: Tensor | float) -> list[Tensor]:
         """There is no term in the loss."""
-        fraction = ball_fraction([row.term.squared() for row in rows], self.radius) if rows else 0
+        terms = [row.term for row in rows]
+        fraction = ball_fraction(squares(terms), self.radius) if rows else 0
         if isinstance(fraction, Tensor) and (fraction.device.type != "cpu" or fraction > 0):
-            for row in rows:
-                row.term.pull(fraction)
+            pull(terms, [fraction] * len(rows), measured=False)
         return []
 
     def values(self, rows: Sequence[Row]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from .lora import LoraAdapter
 from .modes import MODES, Row
 from .recording import Recording
 from .replay import Replay
-from .terms import Anchor, LoraTerm, checked, to_floats
+from .terms import Anchor, LoraTerm, checked, pull, squares, to_floats
 
 
 class _Defaults(dict):
@@ -203,8 +203,8 @@ class LipschitzRegularizer:
         names = ("lipschitz/penalty", "lipschitz/distance", "lipschitz/relative_distance")
         if not terms:
             return dict(zip(names, (0.0, math.nan, math.nan), strict=True))
-        squares = to_floats([term.squared() for term in terms])
-        distance = math.sqrt(sum(squares))
+        of_terms = to_floats(squares(terms))
+        distance = math.sqrt(sum(of_terms))
         if self._steps == 0 and not math.isclose(distance, self._distance_at_start, rel_tol=1e-4):
             warnings.warn(
                 "The parameters have moved, but the penalty has acted in no step: this loop does not call step() of "
@@ -215,7 +215,7 @@ class LipschitzRegularizer:
         norm = self._terms.anchor_norm(terms)
         metrics = dict(zip(names, (self.penalty(), distance, distance / norm if norm else math.nan), strict=True))
         if per_adapter:
-            for term, square in zip(terms, squares, strict=True):
+            for term, square in zip(terms, of_terms, strict=True):
                 if isinstance(term, LoraTerm):
                     metrics[f"lipschitz/distance/{term.adapter.name}"] = math.sqrt(square)
         return metrics
@@ -226,9 +226,14 @@ class LipschitzRegularizer:
         Waits for the device, but reads no parameter. Before the first step it is computed here, without predictions.
         In `"projected"` mode the loss has no term for parameters.
         """
-        if self._values is None:
-            return sum(to_floats(self._mode.values(self._rows())))
-        return sum(to_floats(self._values + self._replayed))
+        return float(self.penalty_tensor())
+
+    def penalty_tensor(self) -> Tensor:
+        """`penalty` as a tensor of no dimensions, without waiting for the device: to log many steps in one go."""
+        values = self._mode.values(self._rows()) if self._values is None else self._values + self._replayed
+        if not values:
+            return torch.zeros(())
+        return torch.stack([value.to(values[0].device, non_blocking=True) for value in values]).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """
@@ -299,8 +304,7 @@ class LipschitzRegularizer:
 
     def pull(self, fraction: float) -> None:
         """Move everything that is penalized this fraction of the way back to the base, or away from it if below 0."""
-        for term in self._terms.all:
-            term.pull(fraction)
+        pull(self._terms.all, [fraction] * len(self._terms.all), measured=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handles": bool(self._handles)}

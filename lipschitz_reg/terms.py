@@ -3,22 +3,23 @@ What is penalized: a list of terms, each with its space and its anchor. A parame
 a LoRA adapter. Holds no arithmetic (functional.py, lora.py), no hooks (regularizer.py), and does not say how a term
 acts (modes.py).
 
-A term knows, given its coefficient ``c = weight * r_i``:
+The functions at the end act on many terms at once, as many small parameters take few operations together. Given their
+coefficients ``c = weight * r_i``:
 
-- `add_gradient`: add ``2 c (theta - anchor)`` to the gradients, and return ``c ||theta - anchor||^2``;
-- `squared`: ``||theta - anchor||^2`` in its space;
-- `pull`: move a fraction of the way to the anchor, and return what `squared` was before.
+- `add_gradients`: add ``2 c (theta - anchor)`` to the gradients, and return what ``c ||theta - anchor||^2`` add up to;
+- `squares`: each ``||theta - anchor||^2`` in its space;
+- `pull`: move a fraction of the way to the anchors, and return what `squares` were before.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .anchors import make_anchor
-from .functional import Coefficient, Moment, add_penalty_gradient_, pull_, squared_distances
+from .functional import Coefficient, Moment, add_penalty_gradient_, pull_, pull_all_, squared_distances
 from .lora import LoraAdapter, add_lora_penalty_gradient_, squared_delta
 
 
@@ -51,27 +52,12 @@ class ParameterTerm:
     def weight(self, weights: Mapping[Tensor, float]) -> float:
         return weights.get(self.parameter, 0.0)
 
-    def rate(self, rates: Mapping[Tensor, Any]) -> Any:
-        return rates.get(self.parameter)
+    def group(self, groups: Mapping[Tensor, Any]) -> Any:
+        """The param group that it is in."""
+        return groups.get(self.parameter)
 
     def has_gradient(self) -> bool:
         return self.parameter.grad is not None
-
-    def add_gradient(self, coefficient: Coefficient) -> Tensor:
-        gradient, parameter = self.parameter.grad, self.parameter
-        if gradient.layout != torch.strided:
-            raise ValueError(
-                "mode 'coupled' cannot add to sparse gradients: build the embedding with sparse=False, use mode "
-                "'proximal', or set `lipschitz_weight` to 0 in its param group."
-            )
-        row = [gradient], [parameter], [self.anchor.of(parameter)], [coefficient], [self._moment()]
-        return add_penalty_gradient_(*row)[0]
-
-    def squared(self) -> Tensor:
-        return squared_distances([self.parameter], [self.anchor.of(self.parameter)], [self._moment()])[0]
-
-    def pull(self, fraction: Coefficient) -> Tensor:
-        return pull_(self.parameter, self.anchor.of(self.parameter), fraction)
 
     def squared_anchor(self) -> Tensor | None:
         """``||anchor||^2``."""
@@ -80,9 +66,10 @@ class ParameterTerm:
     def anchors(self) -> list[Tensor]:
         return [self.anchor.value]
 
-    def _moment(self) -> Moment | None:
+    def place(self) -> tuple[Tensor, Tensor, Moment | None]:
+        """The parameter, its anchor, and its moment, which is on the same device."""
         self.moment = on_device(self.moment, self.parameter)
-        return self.moment
+        return self.parameter, self.anchor.of(self.parameter), self.moment
 
 
 class LoraTerm:
@@ -105,7 +92,7 @@ class LoraTerm:
             )
         return own.pop() if own else 0.0
 
-    def rate(self, rates: Mapping[Tensor, Any]) -> Any:
+    def group(self, groups: Mapping[Tensor, Any]) -> Any:
         return None  # only `Proximal` uses it, which is not for products
 
     def has_gradient(self) -> bool:
@@ -138,6 +125,50 @@ class LoraTerm:
 
 
 Term = ParameterTerm | LoraTerm
+
+
+def add_gradients(terms: Sequence[Term], coefficients: Sequence[float], scale: Tensor | float) -> list[Tensor]:
+    """The gradients are still multiplied by `scale`; what is returned is not."""
+    columns, values = [], []
+    for term, c in zip(terms, coefficients, strict=True):
+        if isinstance(term, LoraTerm):
+            values.append(term.add_gradient(c * scale) / scale)
+            continue
+        gradient = term.parameter.grad
+        if gradient.layout != torch.strided:
+            raise ValueError(
+                "mode 'coupled' cannot add to sparse gradients: build the embedding with sparse=False, use mode "
+                "'proximal', or set `lipschitz_weight` to 0 in its param group."
+            )
+        parameter, anchor, moment = term.place()
+        columns.append((gradient, parameter, anchor, c, moment))
+    return values + (add_penalty_gradient_(*zip(*columns), scale) if columns else [])
+
+
+def squares(terms: Sequence[Term]) -> list[Tensor]:
+    def of_parameters(terms: Sequence[ParameterTerm]) -> list[Tensor]:
+        return squared_distances(*zip(*(term.place() for term in terms)))
+
+    return _together(of_parameters, lambda term: term.squared(), terms)
+
+
+def pull(terms: Sequence[Term], fractions: Sequence[Coefficient], measured: bool = True) -> list[Tensor]:
+    """Returns nothing unless `measured`."""
+
+    def of_parameters(terms: Sequence[ParameterTerm], fractions: Sequence[Coefficient]) -> list[Tensor]:
+        parameters, anchors, _ = zip(*(term.place() for term in terms))
+        return pull_all_(parameters, anchors, fractions, measured) or [None] * len(terms)
+
+    before = _together(of_parameters, lambda term, fraction: term.pull(fraction), terms, fractions)
+    return before if measured else []
+
+
+def _together(of_parameters: Callable, of_product: Callable, terms: Sequence[Term], *columns: Sequence) -> list:
+    """What a function of many parameters, and one of a single LoRA product, give for terms, in their order."""
+    rows = list(zip(terms, *columns, strict=True))
+    plain = [index for index, term in enumerate(terms) if isinstance(term, ParameterTerm)]
+    results = dict(zip(plain, of_parameters(*zip(*(rows[index] for index in plain))) if plain else []))
+    return [results[index] if index in results else of_product(*row) for index, row in enumerate(rows)]
 
 
 def build_offset(adapter: LoraAdapter, anchor: Tensor | None, device: torch.device | str | None) -> Tensor | None:

@@ -103,6 +103,7 @@ def assert_terms(actual, parameters, anchors, coefficients):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["number", "no dimensions", "a row each"])
 def test_penalty_comes_from_the_pass_that_adds_its_gradient(dtype, kind):
+    """As what sums up to it."""
     gradients, parameters, anchors = make_tensors(dtype)
     coefficients = [0.1 * (i + 1) for i in range(len(parameters))]
     if kind == "no dimensions":
@@ -110,7 +111,9 @@ def test_penalty_comes_from_the_pass_that_adds_its_gradient(dtype, kind):
     if kind == "a row each":
         coefficients = [torch.full(p.shape[:1] + (1,) * (p.dim() - 1), c) for p, c in zip(parameters, coefficients)]
     terms = functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients)
-    assert_terms(terms, parameters, anchors, coefficients)
+    assert all(term.dim() == 0 and term.dtype.itemsize >= 4 for term in terms)
+    total, expected = torch.stack(terms).sum(), functional.penalty(double(parameters), double(anchors), coefficients)
+    assert_rounded([total], [expected], [expected], sum(p.numel() for p in parameters))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -267,6 +270,52 @@ def test_temporaries_are_no_larger_than_a_piece(dtype, anchor_dtype):
         functional.proximal_step_(parameters, anchors, [0.1, 0.1])
         functional.project_(parameters, anchors, 1.0)
     assert 0 < largest.bytes <= 4 * functional._CPU_BLOCK
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked for; on an accelerator each is a launch, or a few for a list of any length."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += 1
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("step", ["gradient", "scaled gradient", "proximal", "projected"])
+def test_operations_do_not_grow_with_the_number_of_small_tensors(step):
+    counts = []
+    for number in (20, 200):
+        parameters = [torch.ones(3 + index % 2) for index in range(number)]
+        anchors, gradients = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+        coefficients = [0.1 / p.numel() for p in parameters]
+        with Operations() as operations:
+            if step == "gradient":
+                functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients)
+            elif step == "scaled gradient":
+                scale = torch.tensor(4.0)
+                functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients, scale=scale)
+            elif step == "proximal":
+                functional.proximal_step_(parameters, anchors, coefficients)
+            else:
+                functional.pull_all_(parameters, anchors, [torch.tensor(0.5)] * number, measured=False)
+        counts.append(operations.count)
+    assert counts[0] == counts[1] < 20
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scaled_gradient_is_that_of_the_unscaled_penalty_times_the_scale(dtype, kind):
+    """As a `GradScaler` needs it; what is returned stays unscaled."""
+    gradients, parameters, anchors = make_tensors(dtype)
+    coefficients, scale = [0.1 * (i + 1) for i in range(len(parameters))], 8.0
+    own = [scale * gradient for gradient in autograd(parameters, anchors, coefficients)]
+    expected, sizes = sums([g.double() for g in gradients], own)
+    given = torch.tensor(scale, dtype=torch.float64) if kind == "tensor" else scale
+    terms = functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients, scale=given)
+    assert_rounded(gradients, expected, sizes)
+    penalty = functional.penalty(double(parameters), double(anchors), coefficients)
+    torch.testing.assert_close(torch.stack(terms).sum().double(), penalty, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(

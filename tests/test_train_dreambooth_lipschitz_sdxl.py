@@ -238,7 +238,10 @@ def test_weight_zero_is_plain_dreambooth_bit_for_bit(train, sdxl_script, tiny_sd
     draws = list(sampler)
     for batch in (draws[:2], draws[2:4], draws[4:]):
         _, pixels, time_ids = zip(*[dataset[draw] for draw in batch])
-        latents = vae.encode(torch.cat(pixels)).latent_dist.sample().detach() * vae.config.scaling_factor
+        latents = (
+            vae.encode(torch.stack([image for (image,) in pixels])).latent_dist.sample().detach()
+            * vae.config.scaling_factor
+        )
         noise = torch.randn_like(latents)
         timesteps = torch.randint(0, 1000, (len(batch),))
         conditions = {"text_embeds": pooled.repeat(len(batch), 1), "time_ids": torch.cat(time_ids)}
@@ -546,6 +549,7 @@ def by_hand(pipeline, batch, seed):
     """Latents of a batch in the order of the loss, and a U-Net that knows its conditions."""
     given, images, time_ids = batch
     embeds, pooled = given.values()
+    pipeline.vae.enable_slicing()  # images one by one, as in the script, or noise comes in another order
     torch.manual_seed(seed)
     latents = pipeline.vae.encode(torch.cat([images[:, 0], images[:, 1]])).latent_dist.sample()
     conditions = {"text_embeds": pooled, "time_ids": torch.cat([time_ids[:, 0], time_ids[:, 1]])}
@@ -729,7 +733,7 @@ def test_each_photo_comes_with_its_caption(how, run_sdxl_script, sdxl_script, ti
 
     def spy(args, scheduler, vae, unet, conditions, images, time_ids):
         embeds, pooled = (conditions[name].detach() for name in ("prompt_embeds", "pooled_embeds"))
-        seen.extend(zip(images, embeds, pooled, time_ids, strict=True))
+        seen.extend(zip([image for (image,) in images], embeds, pooled, time_ids, strict=True))
         return compute_loss(args, scheduler, vae, unet, conditions, images, time_ids)
 
     monkeypatch.setattr(sdxl_script, "compute_loss", spy)

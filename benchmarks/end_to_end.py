@@ -1,0 +1,161 @@
+# Whole runs of a training script beside one of diffusers' scripts, in turn: same base, photos, seed and settings.
+# Measures seconds and memory of what a user would launch; what the models are like is for tradeoff.py.
+"""
+python benchmarks/end_to_end.py --peer diffusers/examples/dreambooth/train_dreambooth.py
+python benchmarks/end_to_end.py --peer diffusers/examples/dreambooth/train_dreambooth_lora.py --flags="--method=lora"
+python benchmarks/end_to_end.py --peer diffusers/examples/dreambooth/train_dreambooth.py --prior --rounds 1
+
+Each script runs for 1 step and for `--steps`: the difference is what steps take. Seconds are those of the processor,
+which other programs change less; on a GPU the clock's. With `--prior` the peer draws 100 class images first.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TINYWORLD = ROOT / "examples" / "tinyworld"
+# What diffusers' scripts use of torchvision, for where that is not installed.
+TRANSFORMS = """
+import random
+import numpy, PIL.Image, torch
+
+class InterpolationMode:
+    BILINEAR, LANCZOS = PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.LANCZOS
+
+class Compose:
+    def __init__(self, steps): self.steps = steps
+    def __call__(self, image):
+        for step in self.steps: image = step(image)
+        return image
+
+def Resize(size, interpolation=InterpolationMode.BILINEAR):
+    def resize(image):
+        scale = size / min(image.size)
+        return image.resize([max(size, int(side * scale)) for side in image.size], interpolation)
+    return resize
+
+def crop(size, choose):
+    def crop(image):
+        left, top = (choose(side - size) for side in image.size)
+        return image.crop((left, top, left + size, top + size))
+    return crop
+
+def CenterCrop(size): return crop(size, lambda free: free // 2)
+def RandomCrop(size): return crop(size, lambda free: random.randint(0, free))
+def ToTensor(): return lambda image: torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 255
+def Normalize(mean, std): return lambda pixels: (pixels - mean[0]) / std[0]
+"""
+
+
+class Run(NamedTuple):
+    seconds: float
+    megabytes: float
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compares a training script with one of diffusers'.")
+    parser.add_argument("--peer", type=Path, required=True, help="A script of diffusers' examples/dreambooth.")
+    parser.add_argument("--script", type=Path, default=ROOT / "train_dreambooth_lipschitz.py")
+    parser.add_argument("--base", default=TINYWORLD / "sd", help="Pipeline; default: that of the drawn world.")
+    parser.add_argument("--photos", type=Path, default=TINYWORLD / "subjects" / "mug")
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=41)
+    parser.add_argument("--rounds", type=int, default=3, help="All variants run in each; medians count.")
+    parser.add_argument("--weight", default="500", help="Of the penalty.")
+    parser.add_argument("--flags", default="", help="More flags of the script, such as --method=lora.")
+    parser.add_argument("--peer_flags", default="", help="More flags of the peer.")
+    parser.add_argument("--prior", action="store_true", help="Prior preservation for the peer: 100 class images.")
+    return parser.parse_args()
+
+
+def copy_peer(path: Path, folder: Path) -> Path:
+    """The peer, with transforms of our own if torchvision is missing."""
+    code = path.read_text(encoding="utf-8")
+    if importlib.util.find_spec("torchvision") is None:
+        folder.joinpath("photo_transforms.py").write_text(TRANSFORMS)
+        code = re.sub(r"(?m)^from torchvision import transforms$", "import photo_transforms as transforms", code)
+        code = re.sub(r"(?m)^from torchvision.transforms.functional import crop$", "", code)
+    copy = folder / path.name
+    copy.write_text(code, encoding="utf-8")
+    return copy
+
+
+def launch(script: Path, flags: list[str], log: Path) -> Run:
+    """Seconds, and the most memory, of a launch of the script: of its processor if there is no GPU."""
+    began = time.perf_counter()
+    with log.open("w") as file:
+        actions = [(os.POSIX_SPAWN_DUP2, file.fileno(), 1), (os.POSIX_SPAWN_DUP2, file.fileno(), 2)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(script), *flags]
+        child = os.posix_spawn(sys.executable, command, environment, file_actions=actions)
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        sys.exit(f"{script.name} failed:\n{log.read_text()[-3000:]}")
+    seconds = time.perf_counter() - began if torch.cuda.is_available() else usage.ru_utime + usage.ru_stime
+    return Run(seconds, usage.ru_maxrss / 1024)
+
+
+def show(values: list[float], digits: int = 2) -> str:
+    """The median, with the lowest and the highest."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        common = [f"--pretrained_model_name_or_path={args.base}", f"--instance_data_dir={args.photos}"]
+        common += ["--instance_prompt=a photo of a sks mug", f"--resolution={args.resolution}", "--seed=0"]
+        common += [f"--train_batch_size={args.batch}", "--learning_rate=5e-6", "--lr_warmup_steps=0"]
+        common += [f"--output_dir={folder / 'model'}"]
+        prior = ["--with_prior_preservation", "--class_prompt=a photo of a mug", "--num_class_images=100"]
+        peer, own = copy_peer(args.peer, folder), args.flags.split()
+        variants = {
+            "diffusers": (peer, args.peer_flags.split()),
+            "this, without the penalty": (args.script, [*own, "--lipschitz_weight=0"]),
+            "this, with the penalty": (args.script, [*own, f"--lipschitz_weight={args.weight}"]),
+        }
+        if args.prior:
+            variants["diffusers, prior preservation"] = (peer, [*args.peer_flags.split(), *prior])
+        runs = {name: [] for name in variants}
+        for number in range(args.rounds):
+            for name, (script, flags) in variants.items():
+                own_flags = [*flags, f"--class_data_dir={folder / f'class-{number}'}"] if prior[0] in flags else flags
+                of_round = []
+                # The longer first: it draws the class images.
+                for steps in (args.steps, 1):
+                    shutil.rmtree(folder / "model", ignore_errors=True)
+                    more = [f"--max_train_steps={steps}"]
+                    of_round.append(launch(script, [*common, *own_flags, *more], folder / "log"))
+                runs[name].append(of_round)
+
+    print(f"torch {torch.__version__}, {args.rounds} rounds of {args.steps} steps: medians (lowest-highest)\n")
+    head = ["", "ms a step", "times as fast", "s for 1 step", "s for all", "times as fast", "MB"]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    per_step = {
+        name: [1e3 * (long.seconds - short.seconds) / (args.steps - 1) for long, short in rounds]
+        for name, rounds in runs.items()
+    }
+    for name, rounds in runs.items():
+        faster = [theirs / ours for theirs, ours in zip(per_step["diffusers"], per_step[name], strict=True)]
+        whole = [theirs[0].seconds / ours[0].seconds for theirs, ours in zip(runs["diffusers"], rounds, strict=True)]
+        cells = [show(per_step[name], 0), show(faster), show([short.seconds for _, short in rounds], 1)]
+        cells += [show([long.seconds for long, _ in rounds], 1), show(whole)]
+        print(f"| {name} | {' | '.join(cells)} | {max(long.megabytes for long, _ in rounds):.0f} |")
+
+
+if __name__ == "__main__":
+    main()
