@@ -380,9 +380,9 @@ def pull_all_(
     """
     squares: dict[int, Tensor | None] = {}
     # Numbers take fewer passes than tensors, and to read one from host memory costs nothing.
-    fractions = [
-        float(f) if isinstance(f, Tensor) and f.device.type == "cpu" and f.dim() == 0 else f for f in fractions
-    ]
+    scalars = {id(f): f for f in fractions if isinstance(f, Tensor) and f.device.type == "cpu" and f.dim() == 0}
+    numbers = {key: float(scalar) for key, scalar in scalars.items()}
+    fractions = [numbers.get(id(fraction), fraction) for fraction in fractions]
     small = [
         index
         for index, (parameter, fraction) in enumerate(zip(parameters, fractions, strict=True))
