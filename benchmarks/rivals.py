@@ -13,7 +13,8 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from lipschitz_reg import Recording, find_lora_adapters
+from lipschitz_reg import Recording
+from lipschitz_reg.lora import find_adapters
 
 
 class SelectiveDecay:
@@ -52,22 +53,23 @@ class NullSpace:
     Of a LoRA, the factor that gets the inputs begins in the null space.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, unet: torch.nn.Module, recording: Recording, energy: float):
+    def __init__(self, optimizer: torch.optim.Optimizer, recording: Recording, energy: float):
         self.directions, self.frozen = {}, []
-        moments = recording.parameters()
-        adapters = find_lora_adapters(unet)
+        moments = recording.moments()
+        adapters = find_adapters(parameters_of(optimizer))
         moments |= {adapter.down: moments[adapter.weight] for adapter in adapters}
         free = {adapter.up for adapter in adapters}
         for parameter in parameters_of(optimizer):
             moment = moments.get(parameter)
-            if parameter in free:
+            if parameter in free or moment is None:  # such as a new word
                 continue
-            if moment is None or not moment.root.numel():
+            if not moment.root.numel():
                 self.frozen.append(parameter)
                 continue
             vectors, values, _ = torch.linalg.svd(moment.root.double(), full_matrices=False)
             held = values.square().cumsum(0) / (values.square().sum() + len(moment.root) * moment.rest.double())
-            self.directions[parameter] = vectors[:, : int((held < energy).sum()) + 1].float()
+            count = min(int((held < energy).sum()) + 1, int((values > 1e-3 * values[0]).sum()))
+            self.directions[parameter] = vectors[:, :count].float()
         self.before = {adapter.down: torch.zeros_like(adapter.down) for adapter in adapters}
         self.after_step()
         optimizer.register_step_pre_hook(self.before_step)
@@ -101,11 +103,11 @@ def selective_decay(script: ModuleType, strength: float, **_) -> None:
     script.build_optimizer = build
 
 
-def null_space(script: ModuleType, energy: float, recording: Path, **_) -> None:
+def null_space(script: ModuleType, energy: float, recording: Callable[[], Path], **_) -> None:
     attach_lipschitz = script.attach_lipschitz
 
     def attach(args, accelerator, pipeline, optimizer, *rest):
-        NullSpace(optimizer.optimizer, pipeline.unet, Recording.load(recording, pipeline.unet), energy)
+        NullSpace(optimizer.optimizer, Recording.load(recording(), pipeline.unet), energy)
         return attach_lipschitz(args, accelerator, pipeline, optimizer, *rest)
 
     script.attach_lipschitz = attach

@@ -10,6 +10,7 @@ of the training script in this process: what a launch of the script trains, less
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -112,6 +113,18 @@ GRIDS = {
         Row("penalty on predictions", (1e-3,), (3,), PREDICTIONS, steps=(120,)),
         Row("layers and predictions", (1e-3,), (4,), BOTH, steps=(120,)),
         Row("layers and predictions, weight 1", (1e-3,), (4,), LAYERS + " --lipschitz_predictions=1", steps=(120,)),
+    ],
+    # What people use besides, and relatives of it (rivals.py).
+    "rivals": [
+        Row("class preservation", (5e-4, 1e-3), (1, 3), NONE, steps=(120,)),
+        Row("blank prompt preservation", (1e-3,), (1, 3), NONE, steps=(120,)),
+        Row("null space", (1e-3,), (0.9, 0.99), NONE, steps=(120,)),
+        Row("proximal with 8-bit anchors", (1e-3,), (1e6,), PENALTY + " --lipschitz_mode=proximal", steps=(120,)),
+        Row("LoRA, class preservation", (4e-3,), (1, 3), LORA + NONE),
+        Row("LoRA, blank prompt preservation", (4e-3,), (1,), LORA + NONE),
+        Row("LoRA, null space", (4e-3,), (0.9,), LORA + NONE),
+        Row("Custom Diffusion, class preservation", (4e-3,), (1, 3), CUSTOM + NONE),
+        Row("Custom Diffusion, null space", (4e-3,), (0.9,), CUSTOM + NONE),
     ],
     "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR, steps=(120,))],
     # Claim 6, for --draw: no penalty, the weight that is about right, and too much.
@@ -274,8 +287,8 @@ def train(setup: Setup, training: Training, subject: str, seed: int, folder: Pat
     """
     script, kind = load_script(setup.script.stem), LOOKS[subject].kind
     # Results say nothing of the folder that they were made in.
-    recording = record_base(setup, folder.parent)
-    flags = [flag.format(recording=recording) for flag in training.flags]
+    recording = functools.partial(record_base, setup, folder.parent)
+    flags = [flag.format(recording=recording()) if "{recording}" in flag else flag for flag in training.flags]
     flags += [f"--pretrained_model_name_or_path={setup.base}"]
     flags += [f"--seed={seed}", f"--output_dir={folder}"]
     flags += [f"--instance_data_dir={TINYWORLD / 'subjects' / subject}"]
@@ -328,7 +341,7 @@ class Ruler:
         # The bound on the KL divergence holds for ancestral sampling.
         scheduler, self.pipeline.scheduler = self.pipeline.scheduler, self.evaluation.probe_scheduler(self.pipeline)
         self.ancestral_scheduler = self.pipeline.scheduler
-        generators = [torch.Generator().manual_seed(1000 * seed + number) for number in range(4)]
+        generators = [torch.Generator().manual_seed(1000 * seed + number) for number in range(len(prompts[:4]))]
         with record(self.pipeline.unet, layers=False, guidance_scale=GUIDANCE) as self.ancestral:
             with self.ancestral.held_out():
                 steps = {"num_inference_steps": 25, "guidance_scale": GUIDANCE, "output_type": "latent"}

@@ -28,7 +28,7 @@ def parser_of(name: str):
 
 
 def test_the_scripts_take_the_commands_of_readme_and_docs():
-    (sd,) = [block for block in blocks("bash") if "accelerate launch" in block]
+    (sd,) = [block for block in blocks("bash") if "train_dreambooth_lipschitz.py" in block]
     sdxl, bf16, *_ = blocks("bash", "docs/train.md")
     sd, sdxl, bf16 = (
         shlex.split(block[max(0, block.find("accelerate launch")) :].replace("\\\n", "")) for block in (sd, sdxl, bf16)

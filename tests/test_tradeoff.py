@@ -18,9 +18,12 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import paper_table  # noqa: E402
 import plot_tradeoff  # noqa: E402
+import rivals  # noqa: E402
 import tradeoff  # noqa: E402
 from examine import other_things  # noqa: E402
 from world import caption_of  # noqa: E402
+
+from lipschitz_reg import record  # noqa: E402
 
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -100,12 +103,57 @@ def test_selective_decay_undoes_growth_that_the_gradient_is_against():
     for name, second, strength in [("for", -0.5, 1.0), ("against", 0.5, 1.0), ("half", 0.5, 0.5)]:
         parameter = torch.nn.Parameter(torch.zeros(1))
         optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=0.9)
-        tradeoff.SelectiveDecay(optimizer, strength)
+        rivals.SelectiveDecay(optimizer, strength)
         for gradient in (-1.0, second):
             parameter.grad = torch.tensor([gradient])
             optimizer.step()
         ends[name] = parameter.item()
     assert ends == pytest.approx({"for": 2.4, "against": 1.0, "half": 1.2})
+
+
+def test_what_a_step_does_in_the_null_space_changes_no_output_on_the_leading_inputs():
+    layer = torch.nn.Linear(6, 4)
+    with record(layer) as recording:
+        layer(torch.randn(50, 2) @ torch.randn(2, 6))  # inputs of two directions
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    rivals.NullSpace(optimizer, recording, 0.999)
+    before = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    layer(torch.randn(5, 6)).square().sum().backward()
+    optimizer.step()
+    change = layer.weight.detach() - before["weight"]
+    root = recording.layers["weight"].root
+    assert change.norm() > 0.1 and (change @ root).norm() < 1e-4 * change.norm() * root.norm()
+    assert torch.equal(layer.bias, before["bias"])
+
+
+def test_eight_bits_are_within_half_a_step_of_what_they_round():
+    tensor = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    error = (rivals.rounded_to_8_bits(tensor) - tensor).flatten().abs()
+    assert 0 < error.max() <= tensor.abs().max() / 127 / 2 * 1.001
+
+
+def test_output_preservation_adds_its_error_on_the_class_prompt():
+    """At the base it is 0, elsewhere what the base and the model differ by on the same noisy latents."""
+    script = tradeoff.load_script("train_dreambooth_lipschitz")
+    pipeline = tradeoff.load(tradeoff.SD.base)
+    plain = script.compute_loss
+    script.attach_lipschitz = lambda *_: None
+    rivals.class_preservation(script, 3.0, class_prompt="a photo of a mug")
+    script.attach_lipschitz(None, None, pipeline)
+    scheduler = script.DDPMScheduler.from_config(pipeline.scheduler.config)
+    args = script.parse_args([*PATHS, "--lipschitz_weight=0"])
+    embeds = script.encode_prompts(["a photo of a sks mug"], [pipeline.tokenizer], [pipeline.text_encoder])
+    images, sizes = [[torch.rand(3, 64, 64)]], torch.zeros(1, 1, 6)
+
+    def loss(compute):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return compute(args, scheduler, pipeline.vae, pipeline.unet, embeds, images, sizes)[0]
+
+    assert loss(script.compute_loss) == pytest.approx(loss(plain).item(), rel=1e-6)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += 0.1
+    assert loss(script.compute_loss) - loss(plain) == pytest.approx(3 * 0.1**2, rel=1e-3)
 
 
 # Sharing out and going on
