@@ -11,11 +11,11 @@ began with "Preserve and Personalize" (arXiv 2505.19519, Algorithm 1):
         --instance_data_dir=photos --instance_prompt="a photo of sks dog" --output_dir=sks-dog \
         --train_batch_size=1 --learning_rate=2e-6 --max_train_steps=1000
 
-The base first draws prompts of other things, and what its layers and predictions do there is held during training.
+The base first draws prompts about other things. Training then holds its layers' outputs and its predictions there.
 `--lipschitz_weight` alone holds its weights instead, as the paper does.
-`--method` says which parameters train, what they are anchored to and what is saved: `full` all of the U-Net, `lora`
-small matrices added to its attention, `custom_diffusion` its cross-attention's keys and values and new words.
-With `--lipschitz_weight=0` it is plain DreamBooth; with `--with_prior_preservation` besides, the classic alternative.
+`--method` says which parameters train: `full` all of the U-Net, `lora` small matrices added to its attention,
+`custom_diffusion` its cross-attention's keys and values, and new words.
+`--lipschitz_weight=0` is plain DreamBooth; add `--with_prior_preservation` for the classic alternative.
 `grep -i lipschitz` on this file shows the whole method.
 """
 
@@ -235,12 +235,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> Callable:
         help=f"{FAMILY} pipeline: a folder, a name on the Hub, or one file, .safetensors or .ckpt.",
     )
     add("--revision", help="Git revision of the pipeline on the Hub.")
-    add("--variant", help="Variant of its weight files, such as fp16; training is in float32 all the same.")
+    add("--variant", help="Variant of the weight files, such as fp16; training is in float32 all the same.")
     add(
         "--pretrained_config",
         type=user_path,
-        help="For a base in one file: a pipeline of the same kind, a folder or a name on the Hub, whose tokenizer and"
-        " configuration are taken; default: the model on the Hub that the file was made from.",
+        help="For a base in one file: a pipeline of the same kind (a folder or a name on the Hub) that gives tokenizer"
+        " and configuration; default: the model on the Hub that the file was made from.",
     )
     return add
 
@@ -251,21 +251,21 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> Callable:
         "--method",
         choices=list(DEFAULTS),
         default=next(iter(DEFAULTS)),
-        help="What is trained. full: all weights. lora: small matrices that are added to those of attention."
+        help="What is trained. full: all weights. lora: small matrices added to attention weights."
         " custom_diffusion: keys and values of cross-attention, and the embeddings of --modifier_token. Default:"
         " %(default)s.",
     )
     add("--rank", type=positive_int, help="lora: rank of the added matrices; default: 4.")
-    add("--lora_alpha", type=positive_int, help="lora: they are scaled by this over the rank; default: the rank.")
-    add("--lora_dropout", type=share, help="lora: share of their inputs left out in training; default: 0.")
-    add("--use_dora", action="store_true", help="lora: train the lengths of the weights' rows apart from directions.")
+    add("--lora_alpha", type=positive_int, help="lora: added matrices are scaled by this / rank; default: the rank.")
+    add("--lora_dropout", type=share, help="lora: dropout on the inputs of the added matrices; default: 0.")
+    add("--use_dora", action="store_true", help="lora: train lengths and directions of the weights' rows separately.")
     add(
         "--output_kohya_format",
         action="store_true",
-        help="lora: also save it under kohya's key names, for programs other than diffusers.",
+        help="lora: also save the result under kohya's key names, for programs other than diffusers.",
     )
-    add("--modifier_token", help='custom_diffusion: new words, one for each concept: "<new1>+<new2>".')
-    add("--initializer_token", help="custom_diffusion: words whose meaning they begin with; default: ktn+pll+ucd.")
+    add("--modifier_token", help='custom_diffusion: new words, one for each subject: "<new1>+<new2>".')
+    add("--initializer_token", help="custom_diffusion: words that the new words start as; default: ktn+pll+ucd.")
     return add
 
 
@@ -274,32 +274,33 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--instance_data_dir",
         type=user_path,
-        help="Folder with the photos of the subject. A text file of a photo's name, 1.txt for 1.jpg, is its caption.",
+        help="Folder with the photos of the subject. A text file beside a photo, 1.txt for 1.jpg, is its caption.",
     )
     add(
         "--instance_prompt",
-        help='What they show, a rare word included: "a photo of sks dog". Prompt of photos without a caption.',
+        help='What the photos show, with a rare word as name: "a photo of sks dog". Photos without captions use it.',
     )
     add(
         "--dataset_name",
         type=user_path,
-        help="Photos that may have captions of their own, instead of --instance_data_dir: a data set on the Hub, or a"
-        " folder with photos and metadata.jsonl, with lines like"
-        ' {"file_name": "1.jpg", "text": "a photo of sks dog in the snow"}. Its split train is read, or its only one.',
+        help="Photos that may have captions, instead of --instance_data_dir: a data set on the Hub, or a folder with"
+        " photos and a metadata.jsonl with lines like"
+        ' {"file_name": "1.jpg", "text": "a photo of sks dog in the snow"}. The split named train is read, or the only'
+        " one.",
     )
-    add("--dataset_config_name", help="Configuration of the data set, where it has several.")
-    add("--image_column", default="image", help="Its column of photos; in a folder, image.")
+    add("--dataset_config_name", help="Configuration of the data set, if it has several.")
+    add("--image_column", default="image", help="The data set's column of photos (for a folder, image).")
     add(
         "--caption_column",
-        help="Its column of captions, called text in the example above. A photo's caption is its prompt. Photos"
+        help="The data set's column of captions; in the example above, text. A photo's caption is its prompt. Photos"
         " without one use --instance_prompt; without this flag, all photos do.",
     )
     add("--cache_dir", type=user_path, help="Folder for the downloaded data set.")
     add(
         "--concepts_list",
         type=user_path,
-        help="Several subjects instead of one: a JSON list of objects with instance_data_dir and instance_prompt, and"
-        " for prior preservation class_data_dir and class_prompt.",
+        help="Several subjects instead of one: a JSON list of objects with instance_data_dir and instance_prompt;"
+        " for prior preservation, also class_data_dir and class_prompt.",
     )
     add(
         "--resolution",
@@ -310,16 +311,16 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--center_crop",
         action="store_true",
-        help="Crop the middle of an image; otherwise a new random part each time.",
+        help="Crop the middle of each image; without this flag, a new random part each time.",
     )
-    add("--random_flip", action="store_true", help="Mirror an image left to right, or not, by chance each time.")
+    add("--random_flip", action="store_true", help="Mirror images left to right at random, anew each time.")
     add(
         "--image_interpolation_mode",
         choices=list(INTERPOLATION),
         default="lanczos",
         help="How images are scaled to the resolution.",
     )
-    add("--repeats", type=positive_int, default=1, help="Times that each photo comes in an epoch.")
+    add("--repeats", type=positive_int, default=1, help="How often each photo is used in an epoch.")
     add("--dataloader_num_workers", type=count, default=0, help="Processes that read images; 0: the main one.")
     return add
 
@@ -330,7 +331,7 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
         "If none of --lipschitz_weight, --lipschitz_layers and --lipschitz_predictions is given, the last two are on.",
     ).add_argument
     for name, what in {
-        "weight": "how far weights have moved, as in the paper (its lambda). 0: plain DreamBooth",
+        "weight": "how far weights have moved, as in the paper (arXiv 2505.19519; its lambda). 0: plain DreamBooth",
         "layers": "how much the outputs of layers change, on recorded inputs",
         "predictions": "how much the denoiser's predictions change, on recorded calls; each step repeats one",
     }.items():
@@ -346,14 +347,14 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
         "--lipschitz_reduction",
         choices=["sum", "tensor_mean", "mean"],
         default="tensor_mean",
-        help="Squared distances are summed as they are (sum), divided by the size of their tensor (tensor_mean: the"
-        " authors' weights and the default mean this), or divided by the size of the model (mean).",
+        help="How squared distances are summed. tensor_mean (the default, and what the default weights are for): each"
+        " divided by the size of its tensor. sum: as they are. mean: divided by the size of the model.",
     )
     add(
         "--lipschitz_mode",
         choices=["coupled", "proximal", "projected"],
         default="coupled",
-        help="coupled: the penalty's gradient joins that of the loss, as in the paper. proximal: a pull after each"
+        help="coupled: the penalty's gradient is added to the loss's, as in the paper. proximal: a pull after each"
         " optimizer step, not rescaled by Adam. projected: no pull, but a bound on the distance, --lipschitz_radius.",
     )
     add(
@@ -362,7 +363,7 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--lipschitz_anchor_device",
         choices=["cpu"],
-        help="cpu: keep the pretrained weights in host memory and stream them at each step; slower, saves GPU memory.",
+        help="cpu: keep the pretrained weights in host memory and copy them at each step: slower, less GPU memory.",
     )
     add(
         "--lipschitz_anchor_model",
@@ -373,7 +374,7 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--lipschitz_lora",
         choices=["delta", "factors"],
-        help="lora: penalize what is added to the weights (delta, the default), or its two factors one by one"
+        help="lora: penalize what is added to the weights (delta, the default), or its two factors separately"
         " (factors: the authors' way, with their weight of 1e-7 and --lipschitz_reduction sum).",
     )
     add(
@@ -391,9 +392,9 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--lipschitz_prompts_file",
         type=user_path,
-        help="Prompts whose pictures should stay as they are, one a line; none of them should name the subject. Every"
-        f" second one only measures drift. Default: {len(PROMPTS)} prompts of everyday things. Those that are held are"
-        f" drawn in {RECORDED_STEPS} steps, those that measure in fewer.",
+        help="Prompts whose pictures should stay as they are, one per line; none of them should name the subject."
+        f" Every second one only measures drift, and is drawn in fewer steps than the {RECORDED_STEPS} of the others."
+        f" Default: {len(PROMPTS)} prompts about everyday things.",
     )
     return add
 
@@ -404,14 +405,16 @@ def add_prior_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--class_data_dir",
         type=user_path,
-        help="Folder of class images; those that are missing are drawn by the base model.",
+        help="Folder of class images. The base model draws those that are missing.",
     )
     add("--class_prompt", help='What the class images show: "a photo of dog".')
     add("--num_class_images", type=positive_int, default=100, help="Class images to train on.")
     add("--prior_loss_weight", type=non_negative, default=1.0, help="Weight of the class images in the loss.")
     add("--sample_batch_size", type=positive_int, default=4, help="Class images drawn at a time, per process.")
     add(
-        "--prior_generation_precision", choices=list(PRECISIONS), help="For drawing; default: fp16 on CUDA, else fp32."
+        "--prior_generation_precision",
+        choices=list(PRECISIONS),
+        help="Precision for drawing class images; default: fp16 on CUDA, else fp32.",
     )
     return add
 
@@ -426,7 +429,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> Callable:
         + ".",
     )
     add("--seed", type=number(int, 0, below=2**32), help="Makes a run repeatable.")
-    add("--train_text_encoder", action="store_true", help="Also train and penalize the text encoder, or both of SDXL.")
+    add("--train_text_encoder", action="store_true", help="Also train and penalize the text encoder; in SDXL, both.")
     add("--train_batch_size", type=positive_int, default=4, help="Photos in a batch, per process.")
     add(
         "--gradient_accumulation_steps",
@@ -455,18 +458,18 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> Callable:
         type=non_negative,
         help=f"Peak learning rate; default: {defaults_of('learning_rate')}.",
     )
-    add("--scale_lr", action="store_true", help="Multiply it by processes, accumulation steps and batch size.")
+    add("--scale_lr", action="store_true", help="Multiply the rate by processes, accumulation steps and batch size.")
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     add("--lr_scheduler", choices=schedules, default="constant", help="How the learning rate changes.")
     add(
         "--lr_warmup_steps",
         type=count,
-        help="Steps of rising rate, in all schedules but constant; default: 500, or half of the training where that is"
-        " less.",
+        help="Steps in which the learning rate rises, in all schedules but constant; default: 500, or half of the"
+        " training steps if that is less.",
     )
     add("--lr_num_cycles", type=positive_int, default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=non_negative, default=1.0, help="Exponent of polynomial.")
-    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, with a quarter of the state.")
+    add("--lr_power", type=non_negative, default=1.0, help="Exponent of the polynomial schedule.")
+    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes; its state takes a quarter of the memory.")
     add("--adam_beta1", type=share, default=0.9, help="Decay of the mean of gradients.")
     add("--adam_beta2", type=share, default=0.999, help="Decay of the mean of their squares.")
     add(
@@ -475,7 +478,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> Callable:
         help=f"Weight decay, a pull towards zero; default: {WEIGHT_DECAY:g}, or 0 with the Lipschitz penalty, which"
         " pulls towards the pretrained weights instead.",
     )
-    add("--adam_epsilon", type=positive, default=1e-8, help="Added to the denominator.")
+    add("--adam_epsilon", type=positive, default=1e-8, help="Added to Adam's denominator.")
     add(
         "--max_grad_norm",
         type=non_negative,
@@ -492,9 +495,9 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--enable_xformers_memory_efficient_attention",
         action="store_true",
-        help="In place of PyTorch's own; CUDA only.",
+        help="Attention of xformers instead of PyTorch's own; CUDA only.",
     )
-    add("--allow_tf32", action="store_true", help="Faster float32 products with a shorter mantissa; CUDA only.")
+    add("--allow_tf32", action="store_true", help="Faster, less precise float32 products; CUDA only.")
     return add
 
 
@@ -505,20 +508,20 @@ def add_logging_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--drift_every",
         type=positive_int,
-        help="Optimizer steps from one measurement of drift to the next; default: never. It logs drift/prediction,"
+        help="Optimizer steps between measurements of drift; default: never. It logs drift/prediction,"
         " the mean relative change of predictions on held-out prompts; drift/guided_prediction, the same for what the"
         " sampler gets; with the penalty, drift/lipschitz_constant, the largest change divided by lipschitz/distance;"
-        " and drift/seconds. If --lipschitz_anchor_model is given, it is the base. Measuring does not change"
+        " and drift/seconds. Drift is measured from --lipschitz_anchor_model, if given. Measuring does not change"
         " training.",
     )
     add(
         "--report_to",
         default="tensorboard",
-        help='"tensorboard", "wandb", "comet_ml", "all" that are installed, or "none".',
+        help='Where to log: "tensorboard", "wandb", "comet_ml", "all" that are installed, or "none".',
     )
     add("--logging_dir", type=user_path, default="logs", help="Folder of the logs, inside --output_dir.")
     add("--push_to_hub", action="store_true", help="Upload the result.")
-    add("--hub_token", help="Token for it; better, log in with `hf auth login`.")
+    add("--hub_token", help="Token for the upload; better, log in with `hf auth login`.")
     add("--hub_model_id", help="Repository to upload to; by default named after --output_dir.")
     return add
 
@@ -1846,7 +1849,7 @@ def record_base(
     if accelerator.is_main_process and args.lipschitz_recording is None and not own.exists():
         recording.save(own)  # that of a checkpoint elsewhere, for the checkpoints of this run
     calls = len(recording.calls) - held_out
-    logger.info(f"Recorded: {len(recording.layers)} weights of layers, {calls} calls, and {held_out} to measure by.")
+    logger.info(f"Recorded: {len(recording.layers)} layer weights, {calls} calls, and {held_out} to measure drift by.")
     return recording.attach(pipeline.unet, **{name: trained[name] for name in others})
 
 
@@ -2215,8 +2218,8 @@ def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschit
         logger.warning(f"--drift_budget: predictions are changed by {changes[-1]:.2%}, and that cannot be taken back")
         return
     logger.info(
-        f"--drift_budget: the training changed predictions by {changes[0]:.2%}; {share:.1%} of its way is kept, with a"
-        f" change of {change:.2%}"
+        f"--drift_budget: training changed predictions by {changes[0]:.2%}; {share:.1%} of the change of weights is"
+        f" kept, and predictions now differ by {change:.2%}"
     )
 
 
