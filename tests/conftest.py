@@ -177,6 +177,18 @@ def load_script(name):
     return module
 
 
+def with_penalty(flags):
+    """
+    Flags of a training, as strings. What does not ask for another form of the penalty gets the paper's: by default the
+    base would draw 64 prompts first.
+    """
+    flags = [*map(str, flags)]
+    forms = ("--lipschitz_weight", "--lipschitz_layers", "--lipschitz_predictions", "--lipschitz_prompts_file")
+    return (
+        flags if any(flag.startswith((*forms, "--drift_budget")) for flag in flags) else ["--lipschitz_weight", *flags]
+    )
+
+
 def runner(script):
     """Runs the script's `main` in this process; flags given later win."""
     from accelerate.state import AcceleratorState, GradientState
@@ -184,7 +196,8 @@ def runner(script):
     def call(*flags):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        script.main(script.parse_args([*map(str, flags)]))
+        flags = with_penalty(flags) if hasattr(script, "WEIGHTS") else [*map(str, flags)]
+        script.main(script.parse_args(flags))
 
     return call
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import with_penalty
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -43,7 +44,7 @@ def start(alone, launcher, flags, **options):
     folder, packages = alone
     environment = {**os.environ, "PYTHONPATH": str(packages), "WANDB_MODE": "offline"}
     return subprocess.Popen(
-        [*launcher, SCRIPT, *map(str, flags)],
+        [*launcher, SCRIPT, *with_penalty(flags)],
         cwd=folder,
         env=environment,
         text=True,
@@ -208,22 +209,20 @@ def test_model_card_names_a_base_from_the_hub(script, tmp_path):
 def test_model_card_has_the_flags_of_the_penalty_that_were_given(script, tmp_path):
     flags = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=y"]
     expected = {
-        "--lipschitz_weight=0": {"lipschitz_weight": 0.0},
-        "--lipschitz_layers --lipschitz_prompts_file=some.txt": {
-            "lipschitz_weight": 0.0,
-            "lipschitz_layers": 5.0,
-            "lipschitz_prompts_file": "some.txt",
-        },
-        "--drift_budget=0.05 --method=lora": {
-            "lipschitz_weight": 0.0,
-            "lipschitz_layers": 0.2,
-            "lipschitz_predictions": 1.0,
-            "lipschitz_lora": "delta",
-            "drift_budget": 0.05,
-        },
-        "--drift_budget=0.05 --lipschitz_weight=2": {"lipschitz_weight": 2.0, "drift_budget": 0.05},
+        "": ((0.0, 5.0, 1.0), {}),
+        "--lipschitz_weight=0": ((0.0, 0.0, 0.0), {}),
+        "--lipschitz_layers --lipschitz_prompts_file=some.txt": (
+            (0.0, 5.0, 0.0),
+            {"lipschitz_prompts_file": "some.txt"},
+        ),
+        "--drift_budget=0.05 --method=lora": (
+            (0.0, 0.2, 1.0),
+            {"lipschitz_lora": "delta", "drift_budget": 0.05},
+        ),
+        "--drift_budget=0.05 --lipschitz_weight=2": ((2.0, 0.0, 0.0), {"drift_budget": 0.05}),
     }
-    for more, settings in expected.items():
+    for more, (weights, others) in expected.items():
+        settings = dict(zip(("lipschitz_weight", "lipschitz_layers", "lipschitz_predictions"), weights)) | others
         card = script.describe_result(script.parse_args([*flags, *more.split()]), None)
         script.save_model_card(card, None, [], tmp_path)
         front = ModelCard.load(tmp_path / "README.md").data.to_dict()
@@ -239,11 +238,28 @@ def test_prompts_are_the_lines_that_are_not_empty(script, tmp_path):
     assert script.read_prompts(args) == ["a photo of a cat", "a dog"]
 
 
+@pytest.mark.parametrize(
+    "flags, weights",
+    {
+        "": (0, 5, 1),
+        "--lipschitz_weight": (500, 0, 0),
+        "--lipschitz_predictions": (0, 0, 1),
+        "--lipschitz_layers --lipschitz_weight=3": (3, 5, 0),
+        "--lipschitz_mode=proximal": (500, 0, 0),
+        "--method=lora": (0, 0.2, 1),
+    }.items(),
+)
+def test_layers_and_predictions_are_held_unless_another_form_is_asked_for(script, flags, weights):
+    needed = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=y"]
+    args = script.parse_args([*needed, *flags.split()])
+    assert (args.lipschitz_weight, args.lipschitz_layers, args.lipschitz_predictions) == weights
+
+
 @pytest.mark.parametrize("flags, usual", [("", 5), ("--method=custom_diffusion", 0.08)])
 def test_a_weight_of_the_scale_of_parameters_is_warned_of(script, flags, usual, capsys):
     needed = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=y"]
     flags = [*needed, *flags.split()]
-    weight = script.parse_args(flags).lipschitz_weight
+    weight = script.parse_args([*flags, "--lipschitz_weight"]).lipschitz_weight
     script.parse_args([*flags, f"--lipschitz_layers={4 * usual}"])
     assert capsys.readouterr().err == ""
     script.parse_args([*flags, f"--lipschitz_layers={weight}"])
@@ -1014,7 +1030,7 @@ MISTAKES = {
     ),
     "checkpoint with the penalty, run without": (
         "--resume_from_checkpoint={world}/checkpoint-4 --lipschitz_weight=0",
-        "was trained with --lipschitz_weight 50.0 (now 0.0), --lipschitz_layers 1.0 (now None)",
+        "was trained with --lipschitz_weight 50.0 (now 0.0), --lipschitz_layers 1.0 (now 0.0)",
     ),
     "folder and data set": ("--dataset_name={world}/broken", "--instance_data_dir and --dataset_name both give"),
     "captions without a data set": ("--caption_column=text", "--caption_column is about a data set"),
@@ -1036,7 +1052,7 @@ MISTAKES = {
         "--lipschitz_prompts_file: 'a cup' is there twice",
     ),
     "prompts for nothing": (
-        "--lipschitz_prompts_file={world}/one.txt",
+        "--lipschitz_weight=0 --lipschitz_prompts_file={world}/one.txt",
         "--lipschitz_prompts_file needs --drift_budget, --lipschitz_layers, --lipschitz_predictions or --drift_every",
     ),
     "recording for nothing": (
