@@ -653,12 +653,13 @@ def check_method(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> 
 def check_spaces(args: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
     """Fills in the weights of spaces, and refuses what they do not go with."""
     names = list(WEIGHTS[args.method])
-    if all(getattr(args, name) is None for name in names):
+    if args.lipschitz_weight is None and not (args.lipschitz_layers or args.lipschitz_predictions):
         # What only the paper's form has asks for it.
         papers = args.lipschitz_mode != "coupled" or args.lipschitz_lora == "factors"
         papers = papers or args.lipschitz_reduction != "tensor_mean"
         for name in names:
-            setattr(args, name, papers == (name == "lipschitz_weight"))
+            if getattr(args, name) is None:  # not turned off
+                setattr(args, name, papers == (name == "lipschitz_weight"))
     for name in names:
         weight = getattr(args, name) or 0.0
         if weight is True and name != "lipschitz_predictions" and args.lipschitz_reduction != "tensor_mean":

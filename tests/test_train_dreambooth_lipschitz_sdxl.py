@@ -513,18 +513,20 @@ def test_defaults_are_those_of_the_method(sdxl_script):
     names += ("lipschitz_layers", "lipschitz_predictions")
     lora, full, custom_diffusion = "lora-dreambooth-model", "dreambooth-model", "custom-diffusion-model"
     expected = {
-        (): [1e-4, 5e-6, 1, 0, lora, None, None],
-        ("--lipschitz_weight=0",): [1e-4, 5e-6, 0, 1e-4, lora, None, None],
-        ("--method=full",): [1e-6, 1e-6, 500, 0, full, None, None],
-        ("--method=full", "--learning_rate=2e-6"): [2e-6, 2e-6, 500, 0, full, None, None],
-        ("--method=custom_diffusion",): [1e-4, 1e-4, 50, 0, custom_diffusion, None, None],
-        ("--optimizer=prodigy",): [1, 1, 1, 0, lora, None, None],
-        ("--method=full", "--lipschitz_layers"): [1e-6, 1e-6, 0, 0, full, 5, None],
-        ("--lipschitz_layers", "--lipschitz_weight=2"): [1e-4, 5e-6, 2, 0, lora, 0.2, None],
-        ("--lipschitz_predictions=0",): [1e-4, 5e-6, 1, 0, lora, None, 0],
+        (): [1e-4, 5e-6, 0, 0, lora, 0.2, 1],
+        ("--lipschitz_weight",): [1e-4, 5e-6, 1, 0, lora, 0, 0],
+        ("--lipschitz_weight=0",): [1e-4, 5e-6, 0, 1e-4, lora, 0, 0],
+        ("--method=full",): [1e-6, 1e-6, 0, 0, full, 5, 1],
+        ("--method=full", "--learning_rate=2e-6"): [2e-6, 2e-6, 0, 0, full, 5, 1],
+        ("--method=full", "--lipschitz_weight"): [1e-6, 1e-6, 500, 0, full, 0, 0],
+        ("--method=custom_diffusion", "--lipschitz_weight"): [1e-4, 1e-4, 50, 0, custom_diffusion, 0, 0],
+        ("--optimizer=prodigy",): [1, 1, 0, 0, lora, 0.2, 1],
+        ("--method=full", "--lipschitz_layers"): [1e-6, 1e-6, 0, 0, full, 5, 0],
+        ("--lipschitz_layers", "--lipschitz_weight=2"): [1e-4, 5e-6, 2, 0, lora, 0.2, 0],
+        ("--lipschitz_predictions=0",): [1e-4, 5e-6, 0, 0, lora, 0.2, 0],
         ("--drift_budget=0.05",): [1e-4, 5e-6, 0, 0, lora, 0.2, 1],
-        ("--drift_budget=0.05", "--lipschitz_predictions=1"): [1e-4, 5e-6, 0, 0, lora, None, 1],
-        ("--drift_budget=0.05", "--lipschitz_weight=2"): [1e-4, 5e-6, 2, 0, lora, None, None],
+        ("--drift_budget=0.05", "--lipschitz_predictions=1"): [1e-4, 5e-6, 0, 0, lora, 0, 1],
+        ("--drift_budget=0.05", "--lipschitz_weight=2"): [1e-4, 5e-6, 2, 0, lora, 0, 0],
     }
     for flags, values in expected.items():
         args = sdxl_script.parse_args([*NEEDED, *flags])
@@ -650,7 +652,7 @@ def test_base_of_edm_is_trained_and_drawn_with_its_own_kind_of_scheduler(
 def test_measuring_drift_changes_no_training(playground, train, prompts_flag, tmp_path):
     """On a base of EDM, whose denoiser is called in another way."""
     for name, more in {"moved": ["--drift_every=2", prompts_flag], "not": []}.items():
-        flags = [f"--pretrained_model_name_or_path={playground}", "--max_train_steps=3", *more]
+        flags = [f"--pretrained_model_name_or_path={playground}", "--max_train_steps=3", "--lipschitz_weight=1", *more]
         train(*flags, f"--output_dir={tmp_path / name}")
     moved = scalars(tmp_path / "moved")[0]["drift/prediction"]
     assert list(moved) == [2, 3] and 0 < moved[2] < 1
