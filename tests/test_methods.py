@@ -448,7 +448,8 @@ def test_penalty_counts_from_the_anchor_model(method, personalized, train, tmp_p
 
 def test_drift_of_predictions_counts_from_the_anchor_model(personalized, train, tmp_path):
     flags = [f"--pretrained_model_name_or_path={personalized}", f"--lipschitz_anchor_model={BASE}", "--drift_every=2"]
-    train(*METHODS["full"], *flags, "--learning_rate=0", "--max_train_steps=1", f"--output_dir={tmp_path}")
+    flags += ["--lipschitz_weight=1", "--learning_rate=0", "--max_train_steps=1", f"--output_dir={tmp_path}"]
+    train(*METHODS["full"], *flags)
     models = [StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32) for folder in (personalized, BASE)]
     plain, _ = prediction_changes(*models, seed=0)
     assert scalars(tmp_path)[0]["drift/prediction"][1] == pytest.approx((plain[0] / plain[1]).mean(), rel=1e-3)
@@ -500,7 +501,7 @@ MISTAKES = {
     "layers and a pull": ("--lipschitz_layers --lipschitz_mode=proximal", "needs --lipschitz_mode coupled"),
     "checkpoint without layers": (
         "--lipschitz_layers --resume_from_checkpoint={full}/checkpoint-2",
-        "was trained with --lipschitz_weight 50.0 (now 0.0), --lipschitz_layers None (now 5.0)",
+        "was trained with --lipschitz_weight 50.0 (now 0.0), --lipschitz_layers 0.0 (now 5.0)",
     ),
     "layers and another reduction": (
         "--lipschitz_layers --lipschitz_reduction=sum",
