@@ -9,7 +9,7 @@ from torch import nn
 from lipschitz_reg import LipschitzRegularizer, find_lora_adapters, record
 
 
-STEPS, ROWS = 4, 4
+STEPS, ROWS, CLIP = 4, 6, 0.1
 
 
 class Case(NamedTuple):
@@ -19,7 +19,7 @@ class Case(NamedTuple):
     mode: str = "coupled"
     reduction: str = "tensor_mean"
     lora: str | None = None  # the `lora_form`
-    clips: bool = False  # both gradients together
+    clips: str | None = None  # the gradient of the "loss", or "both" gradients together
     groups: int = 2
 
 
@@ -29,7 +29,8 @@ CASES = {
         for mode in ("coupled", "proximal", "projected")
         for reduction in ("sum", "tensor_mean", "mean")
     },
-    "coupled clipped": Case(clips=True),
+    "coupled, both clipped": Case(clips="both"),
+    "coupled, loss clipped": Case(clips="loss"),
     **{f"lora coupled {reduction}": Case(lora="delta", reduction=reduction) for reduction in ("sum", "mean")},
     "lora projected": Case(lora="delta", mode="projected", groups=1),
     "lora factors proximal": Case(lora="factors", mode="proximal"),
@@ -125,9 +126,10 @@ def train(model, optimizer, regularizer, case, steps, dtype, rank=0, size=1):
     for step in steps:
         optimizer.zero_grad()
         loss_of(model, step, dtype, rank, size).backward()
-        if case.clips:
+        if case.clips == "both":
             regularizer.add_gradient()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        if case.clips:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
 
 

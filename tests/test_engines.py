@@ -96,7 +96,7 @@ def run_distributed_checkpoint(folder, rank, size):
 
 def load(model, optimizer, regularizer, state, folder):
     states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer)))
-    checkpoint.load(states, checkpoint_id=folder)
+    checkpoint.load(states, checkpoint_id=folder, no_dist=not torch.distributed.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     regularizer.load_state_dict(state)
 
