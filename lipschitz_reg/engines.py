@@ -11,14 +11,15 @@ import gc
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import Coefficient, Moment, squared_norm
+from .functional import Coefficient, Moment, saturating_add_, squared_norm
 
 
 class Piece:
@@ -120,10 +121,12 @@ class Engine:
 
     Attributes:
         parts (`int`): How many times the optimizer's `step` is called in a step of the training.
+        replays (`bool`): Whether calls of the model can be replayed when the optimizer steps.
     """
 
     parts = 1
     is_deepspeed = False
+    replays = True
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
@@ -135,6 +138,14 @@ class Engine:
     def part(self) -> int:
         """Which part of the step is being taken."""
         return 0
+
+    @contextmanager
+    def whole_gradients(self, parameters: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """Those of the parameters that have a gradient, as `parameter.grad`; what is added to it counts."""
+        yield [parameter for parameter in parameters if parameter.grad is not None]
+
+    def add_kept_gradients(self) -> None:
+        """What was added in `whole_gradients` to parameters that are stepped in this part."""
 
     def piece(self, tensor: Tensor) -> Piece:
         """What this process holds of a tensor of the model."""
@@ -160,8 +171,10 @@ class Zero(Engine):
         super().__init__(optimizer)
         self.pieces: dict[Tensor, Piece] = {}
         self._groups = list(optimizer.param_groups)
+        self._kept: dict[Tensor, Tensor] = {}
+        stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+        self.replays = not stage3  # in which the model has no parameters while it is stepped
         try:
-            stage3 = hasattr(zero, "fp16_groups")
             self._check(zero, stage3)
             (self._read_stage3 if stage3 else self._read_stages12)(zero)
         except AttributeError as error:
@@ -215,6 +228,22 @@ class Zero(Engine):
         stepped = [id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]]
         return next(part for part, buffer in enumerate(self._buffers) if id(buffer) in stepped)
 
+    @contextmanager
+    def whole_gradients(self, parameters: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        yield parameters
+        for parameter, gradient in zip(parameters, before, strict=True):
+            self._kept[parameter] = self.pieces[parameter].cut(parameter.grad).clone()
+            parameter.grad = gradient
+
+    def add_kept_gradients(self) -> None:
+        part = self.part()
+        for parameter in [parameter for parameter in self._kept if self.pieces[parameter].part == part]:
+            gradient = self.pieces[parameter].gradient()
+            saturating_add_(gradient, self._kept.pop(parameter).to(gradient))
+
     def piece(self, tensor: Tensor) -> Piece:
         return self.pieces[tensor] if tensor in self.pieces else super().piece(tensor)
 
@@ -240,7 +269,7 @@ def engine_of(optimizer: torch.optim.Optimizer) -> Engine:
     zero = next((wrapper for wrapper in wrappers if getattr(wrapper, "optimizer", None) is optimizer), None)
     if zero is None:
         return Engine(optimizer)
-    if not (hasattr(zero, "single_partition_of_fp32_groups") or hasattr(zero, "fp16_groups")):
+    if not (hasattr(zero, "single_partition_of_fp32_groups") or hasattr(zero, "fp32_partitioned_groups_flat")):
         raise ValueError(
             f"DeepSpeed's {type(zero).__name__} cannot be penalized: use ZeRO 1, 2 or 3 (ZeRO 1 with gradients "
             "accumulated in the precision of the model)."

@@ -212,10 +212,10 @@ class Terms:
                 "mode 'projected' moves all parameters together, but DeepSpeed steps them one param group after the "
                 "other: use one param group, and with ZeRO 3 a `sub_group_size` above the number of parameters."
             )
-        if self.engine.is_deepspeed and "predictions" in self.spaces:
+        if not self.engine.replays and "predictions" in self.spaces:
             raise ValueError(
-                "The space of predictions does not work with DeepSpeed, which has other gradients when it steps: use "
-                "DDP or FSDP2."
+                "The space of predictions does not work with ZeRO 3, which has given up the parameters when it steps: "
+                "use DDP, FSDP2 or ZeRO 2."
             )
         if any(adapter.weight in anchors and is_shared(adapter.weight) for adapter in adapters):
             raise ValueError("LoRA on sharded weights that are not their own anchors cannot be penalized: use DDP.")

@@ -151,7 +151,7 @@ class LipschitzRegularizer:
         self._distance_at_start = self._terms.distance() if anchors or adapters else 0.0
         self._handles = []
         if self._terms.is_shared:
-            self.state_dict()  # computes the fingerprint while all processes are here
+            self._anchors_fingerprint()  # while all processes are here
         if self.spaces:
             self._attach()
             self.optimizer.defaults = _Defaults(self.optimizer.defaults)
@@ -248,17 +248,13 @@ class LipschitzRegularizer:
         The configuration, the number of steps taken, and fingerprints of the anchors and of the recording, but not
         these themselves.
         """
-        if self._fingerprint is None:
-            # The second is what lora_form "factors" adds.
-            terms = dict.fromkeys([*self._terms.all, *self._terms.in_space.get("parameters", [])])
-            self._fingerprint = fingerprint(anchor for term in terms for anchor in term.anchors())
         return {
             "weight": self.weight,
             "reduction": self.reduction,
             "mode": self.mode,
             "radius": self.radius,
             "steps": self._steps,
-            "anchors": self._fingerprint,
+            "anchors": self._anchors_fingerprint(),
             "recording": self._recorded(),
             "replays": self._replay.count if self._replay else None,
             "loss_scale": self._replay.loss_scale if self._replay else None,
@@ -368,17 +364,26 @@ class LipschitzRegularizer:
 
     def _add_gradient(self, step: int, scale: Tensor | None = None) -> None:
         scale = 1.0 if scale is None else scale
-        self._replayed = []
         if self._mode.uses_gradients:
             self._set_values(self._mode.before_step(self._stepped_rows(), scale))
-        if self._replay:
+        if self._replay and self._engine.part() == 0:
+            self._replayed = []
             weights = {p: weight for p, weight in self._terms.weights("predictions").items() if weight > 0}
             if len(set(weights.values())) > 1:
                 raise ValueError("In the space of predictions all param groups need one weight, or 0.")
-            parameters = [parameter for parameter in weights if parameter.grad is not None]
-            if parameters:
-                weight = weights[parameters[0]]
-                self._replayed = [self._replay.add_gradient(weight, parameters, scale, step)]
+            with self._engine.whole_gradients(list(weights)) as parameters:
+                if parameters:
+                    averages = not self._engine.is_deepspeed
+                    replayed = self._replay.add_gradient(weights[parameters[0]], parameters, scale, step, averages)
+                    self._replayed = [replayed]
+        self._engine.add_kept_gradients()
+
+    def _anchors_fingerprint(self) -> str:
+        if self._fingerprint is None:
+            # The second is what lora_form "factors" adds.
+            terms = dict.fromkeys([*self._terms.all, *self._terms.in_space.get("parameters", [])])
+            self._fingerprint = fingerprint(anchor for term in terms for anchor in term.anchors())
+        return self._fingerprint
 
     def _uses_gradients(self) -> bool:
         return self._mode.uses_gradients or self._replay is not None

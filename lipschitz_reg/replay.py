@@ -41,11 +41,14 @@ class Replay:
         self._outside: list[nn.Module] | None = None
         self._watch()
 
-    def add_gradient(self, weight: float, parameters: Sequence[Tensor], scale: Tensor | float, step: int) -> Tensor:
+    def add_gradient(
+        self, weight: float, parameters: Sequence[Tensor], scale: Tensor | float, step: int, averages: bool = True
+    ) -> Tensor:
         """
         Add the gradient of the term to those of the parameters.
 
         Args:
+            averages: Whether several processes step each parameter, so that they need the same bits.
             scale: What the gradients are multiplied by.
             step: Its number, which decides the calls that are drawn.
 
@@ -83,7 +86,7 @@ class Replay:
             self._replaying = False
         if overflow and torch.stack([flag.to(overflow[0].device) for flag in overflow]).any():
             self.loss_scale /= 2
-        if not sharded:
+        if averages and not sharded:
             self._average(parameters)
         return weight * value
 

@@ -27,6 +27,7 @@ from lipschitz_reg import LipschitzRegularizer
 
 
 ENGINES = ["DDP", "FSDP2", "accelerate's FSDP2"]
+FEW = ["coupled mean", "lora coupled sum", "layers", "predictions"]
 RESUMED = CASES["coupled tensor_mean"]
 EXACT, ROUNDED = 1e-12, 1e-6  # weights are in float64, and norms of anchors in float32
 
@@ -77,9 +78,35 @@ def start(engine, case):
 
 
 def run_case(engine, case, rank, size):
-    model, optimizer, regularizer, _ = start(engine, case)
+    model, optimizer, regularizer, *_ = start(engine, case)
     train(model, optimizer, regularizer, case, range(STEPS), torch.float64, rank, size)
     return outcome(model, regularizer, case, whole)
+
+
+def run_copies(case, rank, size):
+    """FSDP2 on a mesh of two copies, each of which is whole: sums must not be over the copies."""
+    from torch.distributed.tensor import init_device_mesh
+
+    model = make_model(case, torch.float64)
+    recording = record_base(model, case, torch.float64)
+    shard(model, mesh=init_device_mesh("cpu", (size, 1), mesh_dim_names=("copies", "shards")))
+    optimizer = make_optimizer(model, case)
+    regularizer = make_regularizer(model, optimizer, case, recording)
+    train(model, optimizer, regularizer, case, range(STEPS), torch.float64, rank, size)
+    return outcome(model, regularizer, case, whole)
+
+
+def run_bfloat16(case, rank, size):
+    """Weights in float32, the model in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = make_model(case, torch.float32)
+    recording = record_base(model, case, torch.float32)
+    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    optimizer = make_optimizer(model, case)
+    regularizer = make_regularizer(model, optimizer, case, recording)
+    train(model, optimizer, regularizer, case, range(STEPS), torch.float32, rank, size)
+    return regularizer.metrics()
 
 
 def run_distributed_checkpoint(folder, rank, size):
@@ -173,6 +200,8 @@ def work(rank, size, port, folder):
     results = {
         (engine, name): run_case(engine, case, rank, size) for engine in ENGINES for name, case in CASES.items()
     }
+    results["copies"] = {name: run_copies(CASES[name], rank, size) for name in FEW}
+    results["bfloat16"] = {name: run_bfloat16(CASES[name], rank, size) for name in FEW}
     results["checkpoint"] = run_distributed_checkpoint(f"{folder}/distributed", rank, size)
     results["accelerate"] = run_accelerate_checkpoint(f"{folder}/accelerate", rank, size)
     results["pull"] = pull_and_base(rank, size)
@@ -225,6 +254,18 @@ def test_the_penalty_matters_in_every_case(name, alone):
 def test_all_processes_get_the_same_metrics(engine, results):
     for name in CASES:
         assert str(results[0][engine, name]["metrics"]) == str(results[1][engine, name]["metrics"])
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_sums_are_over_the_processes_that_share_a_parameter(name, results, alone):
+    weights, metrics = differences(results[0]["copies"][name], alone[name])
+    assert weights < EXACT and metrics < ROUNDED
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_in_bfloat16_two_processes_train_nearly_like_one(name, results, alone):
+    distance, expected = (m["lipschitz/distance"] for m in (results[0]["bfloat16"][name], alone[name]["metrics"]))
+    assert distance == pytest.approx(expected, rel=0.02)
 
 
 def test_checkpoints_of_two_processes_resume_on_two(results, alone):
