@@ -9,7 +9,6 @@ DDP and FSDP2, which need no further package, are tested by tests/test_engines.p
 """
 
 import argparse
-import copy
 import os
 import socket
 import sys
@@ -99,7 +98,7 @@ def run_checkpoint(zero, folder, rank, size):
     engine, regularizer = initialize(zero, RESUMED)
     train(engine, range(2), rank, size)
     engine.save_checkpoint(folder)
-    state = copy.deepcopy(regularizer.state_dict())
+    state = regularizer.state_dict()
     engine, regularizer = initialize(zero, RESUMED)
     engine.load_checkpoint(folder)
     regularizer.load_state_dict(state)
@@ -169,13 +168,15 @@ def work(rank, size, port, folder, engines, cases):
     torch.distributed.destroy_process_group()
 
 
-def say(what, result, expected):
-    """A line of the table, and whether it is as it should be."""
+def say(what, result, expected, case):
+    """A line of the table, and whether it is as it should be: with the fingerprint of the base, too."""
     if isinstance(result, str):
         print(f"{what:50s} refused: {result}")
         return True
     weights, metrics = differences(result, expected)
-    right = weights < EXACT and metrics < 100 * EXACT and result["state"]["anchors"] is not None
+    right = weights < EXACT and metrics < 100 * EXACT
+    # The weights under adapters are float32 here, and float64 in the reference.
+    right = right and (case.lora is not None or result["state"]["anchors"] == expected["state"]["anchors"])
     print(f"{what:50s} {weights:8.1e} {metrics:8.1e}  {'' if right else 'WRONG'}")
     return right
 
@@ -203,8 +204,8 @@ def main():
                 right = right and near
             else:
                 what = key if isinstance(key, str) else ", ".join(key)
-                expected = alone[key[1]] if key[1] in CASES else alone["coupled tensor_mean"]
-                right = say(what, result, expected) and right
+                name = key[1] if key[1] in CASES else "coupled tensor_mean"
+                right = say(what, result, alone[name], CASES[name]) and right
     sys.exit(not right)
 
 

@@ -86,7 +86,8 @@ def traffic(numel, lora, cards):
     return {
         name: {
             "the engine": ring * count * numel,
-            "predictions": {"DDP": ring * 2 * 4 * numel, "FSDP2": ring * (2 * 2 + 4) * numel}.get(name),
+            # ZeRO 3 refuses; with ZeRO 1 and 2 each card keeps its share of a gradient that all compute
+            "predictions": None if name == "ZeRO 3" else ring * 8 * numel if name in ("DDP", "FSDP2") else 0.0,
             "LoRA": 0.0 if name == "DDP" else ring * 2 * 4 * lora,
         }
         for name, count in own.items()
@@ -117,14 +118,15 @@ def main():
     )
     engines = list(full_memory(1, 1))
     for cards in args.cards:
+        shown = engines if cards > 1 else engines[:1]  # alone, all are the same
         print(f"GB of a card, {cards} cards: training, + the anchors where they are on the card\n")
         rows = []
         for name, (numel, lora, _) in known.items():
             memory, anchors = full_memory(numel, cards), anchor_memory(numel, cards)
-            rows.append([f"{name}, whole", *(f"{gigabytes(memory[e])} + {gigabytes(anchors[e])}" for e in engines)])
+            rows.append([f"{name}, whole", *(f"{gigabytes(memory[e])} + {gigabytes(anchors[e])}" for e in shown)])
             of_lora = lora_memory(numel, lora, cards)
-            rows.append([f"{name}, LoRA", *(gigabytes(of_lora[e]) for e in engines)])
-        table(["model", *engines], rows)
+            rows.append([f"{name}, LoRA", *(gigabytes(of_lora[e]) for e in shown)])
+        table(["model", *shown], rows)
     cards = max(args.cards)
     print(f"GB that a card sends in a step, {cards} cards: training whole; the penalty on predictions; that on LoRA\n")
     rows = []

@@ -87,7 +87,13 @@ class _DTensorPiece(Piece):
 
     @torch.no_grad()
     def gradient(self) -> Tensor | None:
-        return None if self.tensor.grad is None else self.tensor.grad.to_local()
+        gradient = self.tensor.grad
+        if gradient is not None and gradient.placements != self.tensor.placements:
+            raise ValueError(
+                f"A gradient that is sharded as {gradient.placements} is for a parameter that is sharded as "
+                f"{self.tensor.placements}: the penalty works where both are the same, as with FSDP2."
+            )
+        return None if gradient is None else gradient.to_local()
 
 
 class _ZeroPiece(Piece):
@@ -226,7 +232,7 @@ class Zero(Engine):
 
     def part(self) -> int:
         stepped = [id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]]
-        return next(part for part, buffer in enumerate(self._buffers) if id(buffer) in stepped)
+        return next((part for part, buffer in enumerate(self._buffers) if id(buffer) in stepped), 0)
 
     @contextmanager
     def whole_gradients(self, parameters: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:

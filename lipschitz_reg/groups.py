@@ -66,7 +66,7 @@ class Terms:
         own = {p: _anchor(pieces[p], anchors.get(p), anchor_device) for p in trained if p not in factors}
         offsets = {adapter: build_offset(adapter, anchors.get(adapter.weight), anchor_device) for adapter in adapters}
         plain = [ParameterTerm(p, anchor, pieces[p]) for p, anchor in own.items()]
-        products = [LoraTerm(adapter, offset, engine) for adapter, offset in offsets.items()]
+        products = [LoraTerm(adapter, engine, offset) for adapter, offset in offsets.items()]
         self.all: list[Term] = plain + products
         self.in_space: dict[str, list[Term]] = {}
         if "parameters" in self.spaces:
@@ -76,7 +76,7 @@ class Terms:
         if "layers" in self.spaces:
             moments = _moments(recording, {*own, *(adapter.weight for adapter in adapters)})
             self.in_space["layers"] = [ParameterTerm(p, a, pieces[p], moments.get(p)) for p, a in own.items()]
-            self.in_space["layers"] += [LoraTerm(a, o, engine, moments.get(a.weight)) for a, o in offsets.items()]
+            self.in_space["layers"] += [LoraTerm(a, engine, o, moments.get(a.weight)) for a, o in offsets.items()]
         self.is_shared = any(piece.group is not None for piece in pieces.values())
         self._anchored = {*own, *factors}
         self._squared_anchors: dict[Term, float] = {}

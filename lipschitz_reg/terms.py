@@ -51,10 +51,7 @@ class ParameterTerm:
 
     def __init__(self, parameter: Tensor, anchor: Anchor, piece: Piece, moment: Moment | None = None):
         self.parameter, self.anchor, self.piece, self.moment = parameter, anchor, piece, moment
-
-    @property
-    def part(self) -> int:
-        return self.piece.part
+        self.part = piece.part  # of the engine's step
 
     def numel(self) -> int:
         return self.piece.numel()
@@ -91,28 +88,19 @@ class LoraTerm:
     """
 
     def __init__(
-        self,
-        adapter: LoraAdapter,
-        offset: Tensor | None = None,
-        engine: Engine | None = None,
-        moment: Moment | None = None,
+        self, adapter: LoraAdapter, engine: Engine, offset: Tensor | None = None, moment: Moment | None = None
     ):
         self.adapter, self.offset, self.moment = adapter, offset, moment
         self.pieces = [engine.piece(factor) for factor in (adapter.down, adapter.up)]
         self.weight_piece = None if adapter.weight is None else engine.piece(adapter.weight)
         self.is_shared = any(piece.group is not None for piece in self.pieces)
-        if (
-            len({piece.part for piece, factor in zip(self.pieces, (adapter.down, adapter.up)) if factor.requires_grad})
-            > 1
-        ):
+        parts = {piece.part for piece in self.pieces if piece.tensor.requires_grad}
+        self.part = min(parts, default=0)
+        if len(parts) > 1:
             raise ValueError(
                 f"DeepSpeed steps the factors of the LoRA adapter {adapter.name} one after the other: put both into "
                 "one param group, and set `sub_group_size` of ZeRO 3 to more than the parameters of all adapters."
             )
-
-    @property
-    def part(self) -> int:
-        return next((piece.part for piece in self.pieces if piece.tensor.requires_grad), 0)
 
     def numel(self) -> int:
         down, up = self.pieces
