@@ -21,6 +21,7 @@ class Case(NamedTuple):
     lora: str | None = None  # the `lora_form`
     clips: str | None = None  # the gradient of the "loss", or "both" gradients together
     groups: int = 2
+    moved: bool = False  # the anchors are half the present values
 
 
 CASES = {
@@ -29,6 +30,7 @@ CASES = {
         for mode in ("coupled", "proximal", "projected")
         for reduction in ("sum", "tensor_mean", "mean")
     },
+    "coupled, other anchors": Case(moved=True),
     "coupled, both clipped": Case(clips="both"),
     "coupled, loss clipped": Case(clips="loss"),
     **{f"lora coupled {reduction}": Case(lora="delta", reduction=reduction) for reduction in ("sum", "mean")},
@@ -99,13 +101,16 @@ def record_base(model, case, dtype):
 
 
 def make_regularizer(model, optimizer, case, recording, strength=1.0):
+    model = getattr(model, "module", model)  # out of DDP
+    base = dict(make_model(case, torch.float32).named_parameters()) if case.moved else {}
     return LipschitzRegularizer(
         optimizer,
         weight={case.space: strength * (3.0 if case.space != "parameters" else WEIGHTS[case.reduction])},
         reduction=case.reduction,
         mode=case.mode,
         radius=0.05 / strength if case.mode == "projected" else None,
-        adapters=find_lora_adapters(getattr(model, "module", model)) if case.lora else (),
+        anchors={parameter: base[name].detach() / 2 for name, parameter in model.named_parameters() if name in base},
+        adapters=find_lora_adapters(model) if case.lora else (),
         lora_form=case.lora or "delta",
         recording=recording,
     )
