@@ -67,6 +67,12 @@ class Terms:
         offsets = {adapter: build_offset(adapter, anchors.get(adapter.weight), anchor_device) for adapter in adapters}
         plain = [ParameterTerm(p, anchor, pieces[p]) for p, anchor in own.items()]
         products = [LoraTerm(adapter, engine, offset) for adapter, offset in offsets.items()]
+        split = [term.adapter.name for term in products if len(term.parts) > 1]
+        if split and lora_form == "delta":
+            raise ValueError(
+                f"DeepSpeed steps the factors of the LoRA adapter {split[0]} one after the other: put both into one "
+                "param group, and set `sub_group_size` of ZeRO 3 to more than the parameters of all adapters."
+            )
         self.all: list[Term] = plain + products
         self.in_space: dict[str, list[Term]] = {}
         if "parameters" in self.spaces:

@@ -94,13 +94,8 @@ class LoraTerm:
         self.pieces = [engine.piece(factor) for factor in (adapter.down, adapter.up)]
         self.weight_piece = None if adapter.weight is None else engine.piece(adapter.weight)
         self.is_shared = any(piece.group is not None for piece in self.pieces)
-        parts = {piece.part for piece in self.pieces if piece.tensor.requires_grad}
-        self.part = min(parts, default=0)
-        if len(parts) > 1:
-            raise ValueError(
-                f"DeepSpeed steps the factors of the LoRA adapter {adapter.name} one after the other: put both into "
-                "one param group, and set `sub_group_size` of ZeRO 3 to more than the parameters of all adapters."
-            )
+        self.parts = {piece.part for piece in self.pieces if piece.tensor.requires_grad}
+        self.part = min(self.parts, default=0)
 
     def numel(self) -> int:
         down, up = self.pieces
