@@ -4,10 +4,13 @@ no arithmetic of the penalty and nothing about optimizers.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from .engines import Piece, all_reduce_
 
 
 # Both belong to the meaning of a fingerprint: with another value, no saved one would match.
@@ -41,7 +44,7 @@ def check_whole(parameter: Tensor) -> None:
     if getattr(parameter, "_fsdp_flattened", False):
         raise ValueError(
             "Parameters of FullyShardedDataParallel (FSDP1) cannot be penalized, because each process has other "
-            "pieces of them: use DDP."
+            "pieces of them: use DDP or FSDP2 (`fully_shard`)."
         )
 
 
@@ -57,7 +60,7 @@ def make_anchor(parameter: Tensor, device: torch.device | str | None = None) -> 
             memory is pinned, so that the copy can be sent to that device without waiting.
 
     Raises:
-        `ValueError`: If the parameter is of another dtype, sparse or sharded.
+        `ValueError`: If the parameter is of another dtype, sparse or a DTensor.
     """
     check_whole(parameter)
     if parameter.dtype not in _INTEGER or parameter.layout != torch.strided or hasattr(parameter, "to_local"):
@@ -72,25 +75,40 @@ def make_anchor(parameter: Tensor, device: torch.device | str | None = None) -> 
 
 
 @torch.no_grad()
-def fingerprint(anchors: Iterable[Tensor]) -> str:
+def fingerprint(anchors: Iterable[Tensor | tuple[Tensor, Piece]]) -> str:
     """
     A digest of the anchors' shapes and values, in order. It is the same on every device, in every memory layout, and
-    in every dtype up to float32 that holds the same values.
+    in every dtype up to float32 that holds the same values. Of an anchor that several processes share, each has its
+    piece, all have to call this, and the digest is that of the whole.
 
     The bits of each block, two float32 numbers to an integer of 64 bits, are multiplied by factors that depend on the
     position and summed modulo 2**64, where every order gives the same sum. The sums are hashed.
     """
     digest = hashlib.sha256()
     for anchor in anchors:
-        positions = torch.arange(min(anchor.numel(), _BLOCK), device=anchor.device)
+        anchor, piece = anchor if isinstance(anchor, tuple) else (anchor, Piece(anchor))
+        numel = piece.numel()
+        positions = torch.arange(min(numel + numel % 2, _BLOCK), device=anchor.device)
         factors = (positions * _MULTIPLIER) | 1
-        sums = []
-        for block in _blocks(anchor):
+        sums = torch.zeros(max(math.ceil(numel / _BLOCK), 1), dtype=torch.int64, device=anchor.device)
+        for index, block in _blocks_of(piece, anchor):
             wide = block.to(torch.promote_types(block.dtype, torch.float32))
             bits = torch.nn.functional.pad(wide, (0, len(wide) % 2)).view(torch.int64)
-            sums.append((bits * factors[: len(bits)]).sum())
-        digest.update(f"{tuple(anchor.shape)} {torch.stack(sums).tolist()}".encode())
+            sums[index] = (bits * factors[: len(bits)]).sum()
+        if piece.group is not None:
+            all_reduce_(sums, piece.group)
+        digest.update(f"{tuple(piece.shape)} {sums.tolist()}".encode())
     return digest.hexdigest()
+
+
+def _blocks_of(piece: Piece, anchor: Tensor) -> Iterable[tuple[int, Tensor]]:
+    """The blocks of the whole that a piece reaches, with zeros for what others have, which add nothing to a sum."""
+    if piece.group is None:
+        return enumerate(_blocks(anchor))
+    numel, stop = piece.numel(), piece.start + anchor.numel()
+    first, last = piece.start // _BLOCK * _BLOCK, min(math.ceil(stop / _BLOCK) * _BLOCK, numel)
+    padded = torch.nn.functional.pad(anchor.reshape(-1), (piece.start - first, last - stop))
+    return enumerate(padded.split(_BLOCK), first // _BLOCK) if anchor.numel() else ()
 
 
 def _survives(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .anchors import check_whole
+from .engines import Engine, Piece, is_shared
 from .functional import Moment, reductions
 from .lora import LoraAdapter
 from .modes import Mode, Row
@@ -23,8 +24,8 @@ SPACES = ("parameters", "layers", "predictions")
 
 class Terms:
     """
-    Everything that is penalized in an optimizer's param groups, as they were when this was built. Arguments as in
-    `LipschitzRegularizer`.
+    Everything that is penalized in an optimizer's param groups, as they were when this was built. `engine` steps that
+    optimizer (engines.py); the other arguments are as in `LipschitzRegularizer`.
 
     In `lora_form` `"delta"` the factors of adapters have no term of their own; in `"factors"` they are parameters with
     anchor 0, but distance is still measured by the products.
@@ -37,7 +38,7 @@ class Terms:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         weight: float | Mapping[str, float],
         mode: Mode,
         anchor_device: torch.device | str | None,
@@ -47,33 +48,42 @@ class Terms:
         recording: Recording | None,
         parameters: Collection[Tensor] | None = None,
     ):
-        self.optimizer = optimizer
+        self.engine = engine
         self.penalized = None if parameters is None else set(parameters)
         self.weight = by_space("weight", weight)
-        of_groups = [self._group_weights(index, group) for index, group in enumerate(optimizer.param_groups)]
+        groups = engine.groups()
+        of_groups = [self._group_weights(index, group) for index, (group, _) in enumerate(groups)]
         self.spaces = [space for space in SPACES if any(weights[space] > 0 for weights in of_groups)]
         self._check(mode, anchors, adapters, lora_form, recording)
 
         factors = {factor for adapter in adapters for factor in (adapter.down, adapter.up)}
         trained = [
-            p for group, own in zip(optimizer.param_groups, of_groups) if any(own.values()) for p in self._of(group)
+            p for (_, own), weights in zip(groups, of_groups) if any(weights.values()) for p in self._penalized(own)
         ]
-        own = {p: _anchor(p, anchors.get(p, p), anchor_device) for p in trained if p not in factors}
+        for parameter in trained:
+            check_whole(parameter)  # the factors of adapters too, which have no anchor
+        pieces = {p: engine.piece(p) for p in trained}
+        own = {p: _anchor(pieces[p], anchors.get(p), anchor_device) for p in trained if p not in factors}
         offsets = {adapter: build_offset(adapter, anchors.get(adapter.weight), anchor_device) for adapter in adapters}
-        plain = [ParameterTerm(p, anchor) for p, anchor in own.items()]
-        products = [LoraTerm(adapter, offset) for adapter, offset in offsets.items()]
+        plain = [ParameterTerm(p, anchor, pieces[p]) for p, anchor in own.items()]
+        products = [LoraTerm(adapter, engine, offset) for adapter, offset in offsets.items()]
+        split = [term.adapter.name for term in products if len(term.parts) > 1]
+        if split and lora_form == "delta":
+            raise ValueError(
+                f"DeepSpeed steps the factors of the LoRA adapter {split[0]} one after the other: put both into one "
+                "param group, and set `sub_group_size` of ZeRO 3 to more than the parameters of all adapters."
+            )
         self.all: list[Term] = plain + products
         self.in_space: dict[str, list[Term]] = {}
         if "parameters" in self.spaces:
-            zeros = {p: Anchor.copy(zeros_like(p), anchor_device) for p in trained if p in factors}
-            of_factors = [ParameterTerm(p, anchor) for p, anchor in zeros.items()]
+            zeros = {p: Anchor.copy(zeros_like(pieces[p].value()), anchor_device) for p in trained if p in factors}
+            of_factors = [ParameterTerm(p, anchor, pieces[p]) for p, anchor in zeros.items()]
             self.in_space["parameters"] = plain + (of_factors if lora_form == "factors" else products)
         if "layers" in self.spaces:
             moments = _moments(recording, {*own, *(adapter.weight for adapter in adapters)})
-            self.in_space["layers"] = [ParameterTerm(p, anchor, moments.get(p)) for p, anchor in own.items()]
-            self.in_space["layers"] += [LoraTerm(a, offset, moments.get(a.weight)) for a, offset in offsets.items()]
-        for parameter in trained:
-            check_whole(parameter)  # the factors of adapters too, which have no anchor
+            self.in_space["layers"] = [ParameterTerm(p, a, pieces[p], moments.get(p)) for p, a in own.items()]
+            self.in_space["layers"] += [LoraTerm(a, engine, o, moments.get(a.weight)) for a, o in offsets.items()]
+        self.is_shared = any(piece.group is not None for piece in pieces.values())
         self._anchored = {*own, *factors}
         self._squared_anchors: dict[Term, float] = {}
         self._factors = list(factors)
@@ -85,13 +95,14 @@ class Terms:
 
     def _read_weights(self, space: str) -> dict[Tensor, float]:
         weights = {}
-        for index, group in enumerate(self.optimizer.param_groups):
-            weights |= dict.fromkeys(self._of(group), self._group_weights(index, group)[space])
+        for index, (group, own) in enumerate(self.engine.groups()):
+            weights |= dict.fromkeys(self._penalized(own), self._group_weights(index, group)[space])
         if any(weight > 0 and parameter not in self._anchored for parameter, weight in weights.items()):
             raise ValueError(
                 "A param group with a weight above 0 has a parameter without an anchor: it came into the optimizer, "
-                "or its group got the weight, after LipschitzRegularizer was built, or after remove(). Build it when "
-                "the param groups are complete and have their weights."
+                "or its group got the weight, after LipschitzRegularizer was built, or after remove(), or FSDP2 or "
+                "DeepSpeed replaced it. Build it when the param groups are complete and have their weights, and after "
+                "`accelerator.prepare`, `fully_shard` or `deepspeed.initialize`."
             )
         if any(weights.values()) and space not in self.spaces:
             raise ValueError(
@@ -108,7 +119,7 @@ class Terms:
         return self._cached(("rows", reduction), lambda: self._read_rows(reduction))
 
     def _read_rows(self, reduction: str) -> list[Row]:
-        groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        groups = {p: group for group, own in self.engine.groups() for p in own}
         rows = []
         for space in SPACES:
             weights = self.weights(space)
@@ -142,15 +153,13 @@ class Terms:
         self.all, self._anchored, self._squared_anchors, self._known = [], set(), {}, ([], {})
         self.in_space = {space: [] for space in self.in_space}
 
-    def _of(self, group: Mapping[str, Any]) -> list[Tensor]:
-        return [p for p in group["params"] if self.penalized is None or p in self.penalized]
+    def _penalized(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        return [p for p in parameters if self.penalized is None or p in self.penalized]
 
     def _cached(self, key: Any, read: Callable[[], Any]) -> Any:
         """What `read` gave before, unless something has changed since that it depends on: it takes long every step."""
-        groups = self.optimizer.param_groups
-        state = [
-            [id(group), self._group_weights(i, group), *map(id, group["params"])] for i, group in enumerate(groups)
-        ]
+        groups = self.engine.groups()
+        state = [[id(group), self._group_weights(i, group), *map(id, own)] for i, (group, own) in enumerate(groups)]
         state.append([factor.requires_grad for factor in self._factors])
         if state != self._known[0]:
             self._known = state, {}
@@ -178,7 +187,7 @@ class Terms:
         recording: Recording | None,
     ) -> None:
         """Refuse combinations that do not work."""
-        groups = self.optimizer.param_groups if "parameters" in self.spaces else []
+        groups = [group for group, _ in self.engine.groups()] if "parameters" in self.spaces else []
         if not mode.uses_gradients and any("train_mode" in group for group in groups):
             raise ValueError(
                 "Schedule-free optimizers train one point and save an average, which only mode 'coupled' holds."
@@ -204,19 +213,36 @@ class Terms:
                 "mode 'proximal' has no closed form for the product of LoRA factors: use mode 'coupled' or "
                 "'projected', or `lora_form` 'factors'."
             )
+        if self.engine.parts > 1 and groups and mode.at_once:
+            raise ValueError(
+                "mode 'projected' moves all parameters together, but DeepSpeed steps them one param group after the "
+                "other: use one param group, and with ZeRO 3 a `sub_group_size` above the number of parameters."
+            )
+        if not self.engine.replays and "predictions" in self.spaces:
+            raise ValueError(
+                "The space of predictions does not work with ZeRO 3, which has given up the parameters when it steps: "
+                "use DDP, FSDP2 or ZeRO 2."
+            )
+        if any(adapter.weight in anchors and is_shared(adapter.weight) for adapter in adapters):
+            raise ValueError("LoRA on sharded weights that are not their own anchors cannot be penalized: use DDP.")
         if any(adapter.weight in anchors for adapter in adapters) and not (mode.offsets and lora_form == "delta"):
             raise ValueError(
                 "LoRA on weights that are not their own anchors needs mode 'coupled' and `lora_form` 'delta'."
             )
-        for tensor, anchor in anchors.items():
-            anchor = anchor.value if isinstance(anchor, Anchor) else anchor
-            if tensor.shape != anchor.shape:
-                shapes = tuple(anchor.shape), tuple(tensor.shape)
+        for tensor, given in anchors.items():
+            anchor = given.value if isinstance(given, Anchor) else given
+            shape = self.engine.piece(tensor).shape
+            if shape != anchor.shape and not (isinstance(given, Anchor) and is_shared(tensor)):
+                shapes = tuple(anchor.shape), tuple(shape)
                 raise ValueError(f"An anchor of shape {shapes[0]} is for a tensor of {shapes[1]}.")
 
 
-def _anchor(parameter: Tensor, value: Tensor | Anchor, device: torch.device | str | None) -> Anchor:
-    return value if isinstance(value, Anchor) else Anchor.copy(value.to(parameter.device), device)
+def _anchor(piece: Piece, value: Tensor | Anchor | None, device: torch.device | str | None) -> Anchor:
+    """Of the parameter as it is, unless there is a value: an anchor, or a whole tensor."""
+    if isinstance(value, Anchor):
+        return value
+    held = piece.value()
+    return Anchor.copy(held if value is None else piece.cut(value).to(held.device), device)
 
 
 def by_space(name: str, weight: float | Mapping[str, float]) -> dict[str, float]:

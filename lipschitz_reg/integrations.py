@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .anchors import make_anchor
+from .engines import trained_by, unwrapped
 from .lora import find_adapters
 from .regularizer import LipschitzRegularizer
 from .terms import ParameterTerm
@@ -44,7 +45,7 @@ class _Callback:
     def _attach(self, optimizers: Iterable[torch.optim.Optimizer], states: list[dict[str, Any]] | None) -> None:
         """`states` are those of a checkpoint that was loaded."""
         for optimizer in optimizers:
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = trained_by(optimizer)
             adapters = find_adapters(parameters)
             anchors = {p: self._anchors.pop(p) for p in parameters if p in self._anchors}
             known = {*anchors, *(factor for adapter in adapters for factor in (adapter.down, adapter.up))}
@@ -79,7 +80,7 @@ def _transformers_callback() -> type:
             self._take_anchors(model)
 
         def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-            if any(r.optimizer is getattr(optimizer, "optimizer", optimizer) for r in self.regularizers):
+            if any(r.optimizer is unwrapped(optimizer) for r in self.regularizers):
                 return  # a second call of train()
             self.regularizers = []
             saved = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else None

@@ -29,10 +29,10 @@ class Mode:
     """
     What all modes have. `uses_gradients`: whether it needs those of the loss; `uses_rates`: the learning rates. What
     it can act on: `products` of LoRA, the space of `layers`, and adapters on weights that have `offsets` from their
-    anchors.
+    anchors. `at_once`: whether it has to move all parameters together.
     """
 
-    uses_gradients = uses_rates = products = layers = offsets = False
+    uses_gradients = uses_rates = products = layers = offsets = at_once = False
 
     def __init__(self, radius: float | None = None):
         self.radius = radius
@@ -91,7 +91,7 @@ class Proximal(Mode):
 class Projected(Mode):
     """Moves all parameters after the step to a distance of at most `radius` from the anchors, together."""
 
-    products = True
+    products = at_once = True
 
     def __init__(self, radius: float | None = None):
         if radius is None:

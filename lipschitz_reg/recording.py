@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from .calls import Call, Store, autocast_of, rows_agree
 from .drift import Drift, measure_drift
+from .engines import is_shared
 from .functional import Moment, squared_norm
 from .lora import adapted_weight, lora_factors
 
@@ -267,7 +268,10 @@ def base_parameters(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 def canonical(name: str) -> str:
     """The name of a parameter before peft, DDP or torch.compile wrapped its model."""
-    return _WRAPPERS.sub("", name).replace("._orig_mod.", ".").replace(".base_layer.", ".")
+    name = _WRAPPERS.sub("", name).replace(
+        "_checkpoint_wrapped_module.", ""
+    )  # that of FSDP's activation checkpointing
+    return name.replace("._orig_mod.", ".").replace(".base_layer.", ".")
 
 
 @contextmanager
@@ -499,6 +503,8 @@ def _rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
 @torch.no_grad()
 def _sample(parameter: Tensor) -> Tensor:
     """A few elements, evenly spaced, float32, in host memory: they tell one base from another."""
+    if is_shared(parameter):
+        raise ValueError("Record a base, or load its recording, before FSDP2 or ZeRO 3 shards the model.")
     count = parameter.numel()
     indices = torch.arange(min(_SAMPLE, count)) * max(count // _SAMPLE, 1)
     flat = parameter.detach().reshape(-1)

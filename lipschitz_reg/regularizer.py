@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .anchors import fingerprint
+from .engines import engine_of, unwrapped
 from .functional import reductions
 from .groups import Terms, by_space
 from .lora import LoraAdapter
@@ -46,13 +47,14 @@ class LipschitzRegularizer:
       each step repeats (replay.py).
 
     Build it while the parameters are the pretrained ones, that is, before a checkpoint is loaded, and after whatever
-    replaces the parameters of the optimizer (FSDP). A param group may carry its own `lipschitz_weight`, as it may
-    carry its own `lr`; 0 leaves the group alone. Both are read anew at each step. A parameter without a gradient is
-    moved at that step neither by the optimizer nor by the penalty; only `"projected"` mode moves it.
+    replaces the parameters of the optimizer (FSDP2, DeepSpeed), in all processes. A param group may carry its own
+    `lipschitz_weight`, as it may carry its own `lr`; 0 leaves the group alone. Both are read anew at each step. A
+    parameter without a gradient is moved at that step neither by the optimizer nor by the penalty; only `"projected"`
+    mode moves it.
 
     Args:
         optimizer (`torch.optim.Optimizer`):
-            The optimizer, or accelerate's wrapper of it.
+            The optimizer, or the wrapper that accelerate or DeepSpeed made of it.
         weight (`float` or `Mapping[str, float]`):
             The paper's lambda, at least 0: a number in the space of parameters, or one for each space, such as
             `{"layers": 4.0, "predictions": 3.0}`. If no group has a weight above 0, nothing is attached, and training
@@ -75,8 +77,8 @@ class LipschitzRegularizer:
             to which each step then copies them, one tensor at a time.
         anchors (`Mapping[torch.Tensor, torch.Tensor]`, *optional*):
             Anchors for parameters, and for weights that adapters act on, where these are not the present values: for a
-            model that was fine-tuned before and should stay near the one that it began as. They are copied; an
-            `Anchor` (terms.py) is used as it is.
+            model that was fine-tuned before and should stay near the one that it began as. They are whole, also where
+            the parameters are sharded, and are copied; an `Anchor` (terms.py) is used as it is.
         adapters (`Sequence[LoraAdapter]`, *optional*):
             The LoRA adapters of the model, from `find_lora_adapters`. Their factors are penalized as `lora_form` says;
             every other parameter, such as the magnitudes of DoRA, has its anchor as always.
@@ -115,7 +117,7 @@ class LipschitzRegularizer:
         parameters: Collection[Tensor] | None = None,
     ):
         # accelerate's wrapper is an Optimizer too, but has no hooks of its own.
-        self.optimizer = getattr(optimizer, "optimizer", optimizer)
+        self.optimizer = unwrapped(optimizer)
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise ValueError(f"`optimizer` must be a torch.optim.Optimizer, not {type(self.optimizer).__name__}.")
         hooks = getattr(self.optimizer, "_optimizer_step_pre_hooks", {}).values()
@@ -136,7 +138,8 @@ class LipschitzRegularizer:
         self.recording = recording
         self._mode = MODES[mode](radius)
         options = (anchor_device, anchors or {}, adapters, lora_form, recording, parameters)
-        self._terms = Terms(self.optimizer, weight, self._mode, *options)
+        self._engine = engine_of(self.optimizer)
+        self._terms = Terms(self._engine, weight, self._mode, *options)
         self._replay = Replay(recording, replays) if "predictions" in self.spaces else None
         self._steps = 0
         self._gradient_added = False
@@ -147,6 +150,8 @@ class LipschitzRegularizer:
         # With anchors of their own, or adapters that were loaded, the parameters may be away before the first step.
         self._distance_at_start = self._terms.distance() if anchors or adapters else 0.0
         self._handles = []
+        if self._terms.is_shared:
+            self._anchors_fingerprint()  # while all processes are here
         if self.spaces:
             self._attach()
             self.optimizer.defaults = _Defaults(self.optimizer.defaults)
@@ -179,6 +184,8 @@ class LipschitzRegularizer:
         the call, the penalty is added after clipping, at its full size. Call it in every step or in none: once, after
         the last backward pass of the step, and with a `GradScaler` after `scaler.unscale_(optimizer)`.
         """
+        if self._engine.is_deepspeed:
+            raise ValueError("`add_gradient` does not work with DeepSpeed, which clips in its own step.")
         if not self._uses_gradients():
             raise ValueError(f"`add_gradient` is for mode 'coupled'; mode {self.mode!r} acts after the step.")
         self._add_gradient(self._steps + 1)
@@ -186,7 +193,8 @@ class LipschitzRegularizer:
 
     def metrics(self, per_adapter: bool = False) -> dict[str, float]:
         """
-        Where the model is now. Reads all penalized parameters and waits for the device: call it when you log.
+        Where the model is now. Reads all penalized parameters and waits for the device: call it when you log. Where
+        processes share parameters, all have to call it, and get the same numbers.
 
         Args:
             per_adapter (`bool`, *optional*, defaults to `False`):
@@ -208,8 +216,8 @@ class LipschitzRegularizer:
         if self._steps == 0 and not math.isclose(distance, self._distance_at_start, rel_tol=1e-4):
             warnings.warn(
                 "The parameters have moved, but the penalty has acted in no step: this loop does not call step() of "
-                "the optimizer that LipschitzRegularizer was given (DeepSpeed and optimizers that are fused into the "
-                "backward pass do not), or weights were loaded after the anchors were taken.",
+                "the optimizer that LipschitzRegularizer was given (those that are fused into the backward pass do "
+                "not), or weights were loaded after the anchors were taken.",
                 stacklevel=2,
             )
         norm = self._terms.anchor_norm(terms)
@@ -240,17 +248,13 @@ class LipschitzRegularizer:
         The configuration, the number of steps taken, and fingerprints of the anchors and of the recording, but not
         these themselves.
         """
-        if self._fingerprint is None:
-            # The second is what lora_form "factors" adds.
-            terms = dict.fromkeys([*self._terms.all, *self._terms.in_space.get("parameters", [])])
-            self._fingerprint = fingerprint(anchor for term in terms for anchor in term.anchors())
         return {
             "weight": self.weight,
             "reduction": self.reduction,
             "mode": self.mode,
             "radius": self.radius,
             "steps": self._steps,
-            "anchors": self._fingerprint,
+            "anchors": self._anchors_fingerprint(),
             "recording": self._recorded(),
             "replays": self._replay.count if self._replay else None,
             "loss_scale": self._replay.loss_scale if self._replay else None,
@@ -304,6 +308,8 @@ class LipschitzRegularizer:
 
     def pull(self, fraction: float) -> None:
         """Move everything that is penalized this fraction of the way back to the base, or away from it if below 0."""
+        if self._engine.is_deepspeed:
+            raise ValueError("`pull` does not work with DeepSpeed, which keeps a second copy of the parameters.")
         pull(self._terms.all, [fraction] * len(self._terms.all), measured=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -324,7 +330,8 @@ class LipschitzRegularizer:
         ]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        self._steps += 1
+        if self._engine.part() == 0:
+            self._steps += 1
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if self._uses_gradients():
             if closure is not None:
@@ -353,27 +360,45 @@ class LipschitzRegularizer:
         found_inf = getattr(optimizer, "found_inf", None)
         taken = 1.0 if found_inf is None else 1.0 - found_inf
         if not self._mode.uses_gradients:
-            self._values = self._mode.after_step(self._rows(), taken)
+            self._set_values(self._mode.after_step(self._stepped_rows(), taken))
 
     def _add_gradient(self, step: int, scale: Tensor | None = None) -> None:
         scale = 1.0 if scale is None else scale
-        self._replayed = []
         if self._mode.uses_gradients:
-            self._values = self._mode.before_step(self._rows(), scale)
-        if self._replay:
+            self._set_values(self._mode.before_step(self._stepped_rows(), scale))
+        if self._replay and self._engine.part() == 0:
+            self._replayed = []
             weights = {p: weight for p, weight in self._terms.weights("predictions").items() if weight > 0}
             if len(set(weights.values())) > 1:
                 raise ValueError("In the space of predictions all param groups need one weight, or 0.")
-            parameters = [parameter for parameter in weights if parameter.grad is not None]
-            if parameters:
-                weight = weights[parameters[0]]
-                self._replayed = [self._replay.add_gradient(weight, parameters, scale, step)]
+            with self._engine.whole_gradients(list(weights)) as parameters:
+                if parameters:
+                    averages = not self._engine.is_deepspeed
+                    replayed = self._replay.add_gradient(weights[parameters[0]], parameters, scale, step, averages)
+                    self._replayed = [replayed]
+        self._engine.add_kept_gradients()
+
+    def _anchors_fingerprint(self) -> str:
+        if self._fingerprint is None:
+            # The second is what lora_form "factors" adds.
+            terms = dict.fromkeys([*self._terms.all, *self._terms.in_space.get("parameters", [])])
+            self._fingerprint = fingerprint(anchor for term in terms for anchor in term.anchors())
+        return self._fingerprint
 
     def _uses_gradients(self) -> bool:
         return self._mode.uses_gradients or self._replay is not None
 
     def _rows(self) -> list[Row]:
         return self._terms.rows(self.reduction)
+
+    def _stepped_rows(self) -> list[Row]:
+        """Those of the part of the step that is being taken."""
+        rows, part = self._rows(), self._engine.part()
+        return [row for row in rows if row.term.part == part] if self._engine.parts > 1 else rows
+
+    def _set_values(self, values: list[Tensor]) -> None:
+        earlier = self._values if self._engine.part() > 0 else None
+        self._values = [*(earlier or []), *values]
 
     def _recorded(self) -> str | None:
         return self.recording.digest() if self.recording is not None and self.spaces else None

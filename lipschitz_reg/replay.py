@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Autocast, Call, evaluating
+from .engines import is_shared
 from .lora import living_modules
 from .recording import Recording
 
@@ -40,11 +41,14 @@ class Replay:
         self._outside: list[nn.Module] | None = None
         self._watch()
 
-    def add_gradient(self, weight: float, parameters: Sequence[Tensor], scale: Tensor | float, step: int) -> Tensor:
+    def add_gradient(
+        self, weight: float, parameters: Sequence[Tensor], scale: Tensor | float, step: int, averages: bool = True
+    ) -> Tensor:
         """
         Add the gradient of the term to those of the parameters.
 
         Args:
+            averages: Whether several processes step each parameter, so that they need the same bits.
             scale: What the gradients are multiplied by.
             step: Its number, which decides the calls that are drawn.
 
@@ -52,7 +56,9 @@ class Replay:
             `torch.Tensor`: ``weight * mean (f_theta - f_base)^2`` over these calls.
         """
         model, value = self.recording.model, 0.0
-        half = self._is_half(model)
+        half, sharded = self._is_half(model), any(map(is_shared, parameters))
+        if sharded and half:
+            raise ValueError("The space of predictions does not work with float16 under FSDP2: use bfloat16.")
         loss_scale = self.loss_scale if half else 1.0
         factor = weight / loss_scale * scale
         overflow = []
@@ -67,19 +73,21 @@ class Replay:
         self._replaying = True
         try:
             whole = nn.ModuleList([model, *self._beside(model, parameters)])
-            with _Standins(whole, parameters, to_gradient), evaluating(whole), torch.enable_grad():
+            prepared = _Alone(whole, parameters) if sharded else _Standins(whole, parameters, to_gradient)
+            with prepared, evaluating(whole), torch.enable_grad():
                 for call in self._draw(step):
                     answer = call.again(model, self.autocast)
                     answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
                     loss = (answer - call.answer.to(answer)).square().mean() / self.count
                     if loss.requires_grad:
-                        (loss * loss_scale).backward()
+                        (loss * (factor if sharded else loss_scale)).backward()
                     value = value + loss.detach()
         finally:
             self._replaying = False
         if overflow and torch.stack([flag.to(overflow[0].device) for flag in overflow]).any():
             self.loss_scale /= 2
-        self._average(parameters)
+        if averages and not sharded:
+            self._average(parameters)
         return weight * value
 
     def _beside(self, model: nn.Module, parameters: Sequence[Tensor]) -> list[nn.Module]:
@@ -136,6 +144,25 @@ class Replay:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+class _Alone:
+    """
+    Lets an ordinary backward pass add to the gradients of the parameters only. FSDP2 gathers parameters and shares
+    gradients out by hooks, which have to run; their mean over processes, all of which replay the same call, is right.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor]):
+        wanted = set(parameters)
+        self.others = [(p, p.grad) for p in model.parameters() if p.requires_grad and p not in wanted]
+
+    def __enter__(self) -> None:
+        for parameter, _ in self.others:
+            parameter.grad = None
+
+    def __exit__(self, *_) -> None:
+        for parameter, gradient in self.others:
+            parameter.grad = gradient
 
 
 class _Standins:

@@ -9,18 +9,24 @@ coefficients ``c = weight * r_i``:
 - `add_gradients`: add ``2 c (theta - anchor)`` to the gradients, and return what ``c ||theta - anchor||^2`` add up to;
 - `squares`: each ``||theta - anchor||^2`` in its space;
 - `pull`: move a fraction of the way to the anchors, and return what `squares` were before.
+
+Where processes share a tensor (engines.py), each has the piece of it and of its anchor that it moves, and what is
+returned is that of the whole. All processes have to call the functions, with the same terms.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .anchors import make_anchor
+from .engines import Engine, Piece, PieceMoment, all_reduce_, sum_over, whole_of
 from .functional import Coefficient, Moment, add_penalty_gradient_, pull_, pull_all_, squared_distances
-from .lora import LoraAdapter, add_lora_penalty_gradient_, squared_delta
+from .lora import LoraAdapter, add_lora_penalty_gradient_, saturating_add_, squared_delta
 
 
 class Anchor:
@@ -43,11 +49,12 @@ class Anchor:
 class ParameterTerm:
     """A parameter and its anchor. With a moment, displacements are measured by what they do to a layer's outputs."""
 
-    def __init__(self, parameter: Tensor, anchor: Anchor, moment: Moment | None = None):
-        self.parameter, self.anchor, self.moment = parameter, anchor, moment
+    def __init__(self, parameter: Tensor, anchor: Anchor, piece: Piece, moment: Moment | None = None):
+        self.parameter, self.anchor, self.piece, self.moment = parameter, anchor, piece, moment
+        self.part = piece.part  # of the engine's step
 
     def numel(self) -> int:
-        return self.parameter.numel()
+        return self.piece.numel()
 
     def weight(self, weights: Mapping[Tensor, float]) -> float:
         return weights.get(self.parameter, 0.0)
@@ -57,29 +64,42 @@ class ParameterTerm:
         return groups.get(self.parameter)
 
     def has_gradient(self) -> bool:
-        return self.parameter.grad is not None
+        return self.piece.gradient() is not None
 
     def squared_anchor(self) -> Tensor | None:
         """``||anchor||^2``."""
-        return squared_distances([self.anchor.value], [zeros_like(self.anchor.value)])[0]
+        return _squared_norm(self.anchor.value, self.piece)
 
-    def anchors(self) -> list[Tensor]:
-        return [self.anchor.value]
+    def anchors(self) -> list[tuple[Tensor, Piece]]:
+        return [(self.anchor.value, self.piece)]
 
-    def place(self) -> tuple[Tensor, Tensor, Moment | None]:
-        """The parameter, its anchor, and its moment, which is on the same device."""
-        self.moment = on_device(self.moment, self.parameter)
-        return self.parameter, self.anchor.of(self.parameter), self.moment
+    def place(self) -> tuple[Tensor, Tensor, Moment | PieceMoment | None]:
+        """The piece of the parameter, that of its anchor, and its moment, which is on the same device."""
+        held = self.piece.value()
+        self.moment = on_device(self.moment, held)
+        moment = PieceMoment(self.moment, self.piece) if self.moment is not None and self.piece.flat else self.moment
+        return held, self.anchor.of(held), moment
 
 
 class LoraTerm:
-    """What a LoRA adapter adds to a weight, plus the difference between that weight and its anchor."""
+    """
+    What a LoRA adapter adds to a weight, plus the difference between that weight and its anchor. If processes share
+    the factors, each computes with the whole ones, which are small, and moves its pieces.
+    """
 
-    def __init__(self, adapter: LoraAdapter, offset: Tensor | None = None, moment: Moment | None = None):
+    def __init__(
+        self, adapter: LoraAdapter, engine: Engine, offset: Tensor | None = None, moment: Moment | None = None
+    ):
         self.adapter, self.offset, self.moment = adapter, offset, moment
+        self.pieces = [engine.piece(factor) for factor in (adapter.down, adapter.up)]
+        self.weight_piece = None if adapter.weight is None else engine.piece(adapter.weight)
+        self.is_shared = any(piece.group is not None for piece in self.pieces)
+        self.parts = {piece.part for piece in self.pieces if piece.tensor.requires_grad}
+        self.part = min(self.parts, default=0)
 
     def numel(self) -> int:
-        return self.adapter.numel()
+        down, up = self.pieces
+        return up.shape[0] * math.prod(down.shape[1:])
 
     def weight(self, weights: Mapping[Tensor, float]) -> float:
         """The weight of the param groups in which the factors are; a frozen factor has no say."""
@@ -96,31 +116,40 @@ class LoraTerm:
         return None  # only `Proximal` uses it, which is not for products
 
     def has_gradient(self) -> bool:
-        return self.adapter.down.grad is not None or self.adapter.up.grad is not None
+        return any(piece.gradient() is not None for piece in self.pieces)
 
-    def add_gradient(self, coefficient: Coefficient) -> Tensor:
-        gradients = self.adapter.down.grad, self.adapter.up.grad
-        return add_lora_penalty_gradient_(gradients, self.adapter, coefficient, self.offset, self._moment())
+    def add_gradient(self, coefficient: Coefficient, adapter: LoraAdapter) -> Tensor:
+        """`adapter` has the whole factors."""
+        gradients = [piece.gradient() for piece in self.pieces]
+        whole = gradients
+        if self.is_shared:
+            factors = (adapter.down, adapter.up)
+            whole = [None if g is None else torch.zeros_like(f) for g, f in zip(gradients, factors, strict=True)]
+        value = add_lora_penalty_gradient_(whole, adapter, coefficient, self.offset, self._moment(adapter))
+        for gradient, change, piece in zip(gradients, whole, self.pieces, strict=True):
+            if gradient is not change:
+                saturating_add_(gradient, piece.cut(change).to(gradient))
+        return value
 
-    def squared(self) -> Tensor:
-        return squared_delta(self.adapter, self.offset, self._moment())
+    def squared(self, adapter: LoraAdapter) -> Tensor:
+        return squared_delta(adapter, self.offset, self._moment(adapter))
 
-    def pull(self, fraction: Coefficient) -> Tensor:
+    def pull(self, fraction: Coefficient) -> None:
         """The nearest product in a ball around 0 is the product made smaller, and scaling one factor does that."""
-        square = self.squared()
-        pull_(self.adapter.up, zeros_like(self.adapter.up), fraction)
-        return square
+        up = self.pieces[1].value()
+        pull_(up, zeros_like(up), fraction)
 
     def squared_anchor(self) -> Tensor | None:
         """``||W||^2``; `None` where W is not known."""
-        weight = self.adapter.weight
-        return None if weight is None else squared_distances([weight], [zeros_like(weight)])[0]
+        piece = self.weight_piece
+        return None if piece is None else _squared_norm(piece.value(), piece)
 
-    def anchors(self) -> list[Tensor]:
-        return [tensor.detach() for tensor in (self.adapter.weight, self.offset) if tensor is not None]
+    def anchors(self) -> list[tuple[Tensor, Piece]]:
+        anchors = [] if self.weight_piece is None else [(self.weight_piece.value().detach(), self.weight_piece)]
+        return anchors if self.offset is None else [*anchors, (self.offset, Piece(self.offset))]
 
-    def _moment(self) -> Moment | None:
-        self.moment = on_device(self.moment, self.adapter.down)
+    def _moment(self, adapter: LoraAdapter) -> Moment | None:
+        self.moment = on_device(self.moment, adapter.down)
         return self.moment
 
 
@@ -129,27 +158,33 @@ Term = ParameterTerm | LoraTerm
 
 def add_gradients(terms: Sequence[Term], coefficients: Sequence[float], scale: Tensor | float) -> list[Tensor]:
     """The gradients are still multiplied by `scale`; what is returned is not."""
-    columns, values = [], []
+    columns, values = defaultdict(list), []
+    adapters = _whole_adapters(terms)
     for term, c in zip(terms, coefficients, strict=True):
         if isinstance(term, LoraTerm):
-            values.append(term.add_gradient(c * scale) / scale)
+            values.append(term.add_gradient(c * scale, adapters[term]) / scale)
             continue
-        gradient = term.parameter.grad
+        gradient = term.piece.gradient()
         if gradient.layout != torch.strided:
             raise ValueError(
                 "mode 'coupled' cannot add to sparse gradients: build the embedding with sparse=False, use mode "
                 "'proximal', or set `lipschitz_weight` to 0 in its param group."
             )
         parameter, anchor, moment = term.place()
-        columns.append((gradient, parameter, anchor, c, moment))
-    return values + (add_penalty_gradient_(*zip(*columns), scale) if columns else [])
+        columns[term.piece.group].append((gradient, parameter, anchor, c, moment))
+    for group, rows in columns.items():
+        own = add_penalty_gradient_(*zip(*rows), scale)
+        values += own if group is None else [all_reduce_(torch.stack(own).sum(), group)]
+    return values
 
 
 def squares(terms: Sequence[Term]) -> list[Tensor]:
     def of_parameters(terms: Sequence[ParameterTerm]) -> list[Tensor]:
-        return squared_distances(*zip(*(term.place() for term in terms)))
+        own = squared_distances(*zip(*(term.place() for term in terms)))
+        return sum_over([term.piece.group for term in terms], own)
 
-    return _together(of_parameters, lambda term: term.squared(), terms)
+    adapters = _whole_adapters(terms)
+    return _together(of_parameters, lambda term: term.squared(adapters[term]), terms)
 
 
 def pull(terms: Sequence[Term], fractions: Sequence[Coefficient], measured: bool = True) -> list[Tensor]:
@@ -157,10 +192,32 @@ def pull(terms: Sequence[Term], fractions: Sequence[Coefficient], measured: bool
 
     def of_parameters(terms: Sequence[ParameterTerm], fractions: Sequence[Coefficient]) -> list[Tensor]:
         parameters, anchors, _ = zip(*(term.place() for term in terms))
-        return pull_all_(parameters, anchors, fractions, measured) or [None] * len(terms)
+        own = pull_all_(parameters, anchors, fractions, measured)
+        return sum_over([term.piece.group for term in terms], own) if measured else [None] * len(terms)
 
-    before = _together(of_parameters, lambda term, fraction: term.pull(fraction), terms, fractions)
+    adapters = _whole_adapters(terms) if measured else {}
+
+    def of_product(term: LoraTerm, fraction: Coefficient) -> Tensor | None:
+        square = term.squared(adapters[term]) if measured else None
+        term.pull(fraction)
+        return square
+
+    before = _together(of_parameters, of_product, terms, fractions)
     return before if measured else []
+
+
+def _whole_adapters(terms: Sequence[Term]) -> dict[LoraTerm, LoraAdapter]:
+    """The adapters of the terms with whole factors."""
+    products = [term for term in terms if isinstance(term, LoraTerm)]
+    shared = [term for term in products if term.is_shared]
+    factors = iter(whole_of([piece for term in shared for piece in term.pieces]))
+    whole = {term: replace(term.adapter, down=next(factors), up=next(factors)) for term in shared}
+    return {term: whole.get(term, term.adapter) for term in products}
+
+
+def _squared_norm(held: Tensor, piece: Piece) -> Tensor:
+    """Of the whole tensor."""
+    return sum_over([piece.group], squared_distances([held], [zeros_like(held)]))[0]
 
 
 def _together(of_parameters: Callable, of_product: Callable, terms: Sequence[Term], *columns: Sequence) -> list:

@@ -841,6 +841,7 @@ def test_file_is_for_the_base_whatever_wraps_it(saved, wrapper):
         "base_model.model.conv.base_layer.weight",
         "module.base_model.model.conv.base_layer.weight",
         "conv._orig_mod.weight",
+        "_checkpoint_wrapped_module.conv._checkpoint_wrapped_module.weight",
     ],
 )
 def test_names_are_those_of_the_base(name):
