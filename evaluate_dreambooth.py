@@ -43,6 +43,7 @@ from typing import Any, NoReturn
 if not sys.warnoptions:
     for name, message in {
         "torchao": "Failed to load",
+        "torchao.kernel.intmm": "Detected no triton",
         "torch.utils._pytree": "is an Enum subclass and is now natively supported",
         "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
         "transformers.utils.import_utils": "requires torchvision (not installed)",

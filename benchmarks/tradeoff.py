@@ -37,7 +37,7 @@ GUIDANCE = 4.0  # of the pictures that are judged
 from demo import BASE_NAME, SD, SDXL, Setup, hash_of, save_picture  # noqa: E402
 from examine import Examiner, load, subject_prompt  # noqa: E402
 from rivals import RIVALS  # noqa: E402
-from world import CLASSES, LOOKS, SUBJECTS  # noqa: E402
+from world import LOOKS, SUBJECTS  # noqa: E402
 
 
 class Row(NamedTuple):
@@ -333,8 +333,6 @@ class Ruler:
         self.base = {name: weight.cpu().clone() for name, weight in self.pipeline.unet.state_dict().items()}
         self.examiner = Examiner(settings["others"], settings["per_scene"], seed)
         self.examiner.base = self.examiner.draw_others(self.pipeline)
-        for kind in CLASSES:
-            self.examiner.base_of_class[kind] = self.examiner.draw_class(self.pipeline, kind)
         prompts = self.examiner.other_prompts
         options = {"guidance_scale": GUIDANCE, "seed": 1000 * seed, "progress": False}
         self.recording = record_pipeline(self.pipeline, None, prompts, layers=False, **options)
@@ -355,6 +353,10 @@ class Ruler:
         `folder` is that of the result or checkpoint, from which a new word is read if it learned one. Without
         `pictures`, only predictions and parameters are measured.
         """
+        kind = LOOKS[subject].kind
+        if pictures and kind not in self.examiner.base_of_class:
+            self.pipeline.unet.load_state_dict(self.base)
+            self.examiner.base_of_class[kind] = self.examiner.draw_class(self.pipeline, kind)
         self.pipeline.unet.load_state_dict(unet)
         drift = self.recording.drift()
         squares = [(unet[name].double() - weight.double()).square().sum() for name, weight in self.base.items()]

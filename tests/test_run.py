@@ -1,5 +1,6 @@
 # What `python -m lipschitz_reg.run` promises: any training script, unedited. Its main paths as users run them, the
 # others by its `main` in this process. Holds no test of the penalty's arithmetic.
+import functools
 import json
 import os
 import signal
@@ -138,7 +139,9 @@ def test_a_signal_ends_the_script_as_without_the_launcher(tmp_path):
     command = [sys.executable, "-m", "lipschitz_reg.run", WEIGHT, "train.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    # In the background of a shell, SIGINT is ignored, and children inherit that.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=heard, **pipes)
     assert process.stdout.readline() == "trained\n"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -334,9 +337,9 @@ def test_a_recording_holds_layers_and_predictions(launch, tmp_path):
 def test_a_recording_of_another_architecture_is_one_line(launch, tmp_path):
     from lipschitz_reg import record
 
-    base = nn.Linear(2, 2)
+    base = nn.Sequential(nn.Linear(7, 11), nn.Linear(11, 13), nn.Linear(13, 17))  # like none of other tests
     with record(base) as recording:
-        base(torch.ones(1, 2))
+        base(torch.ones(1, 7))
     recording.save(tmp_path / "base.safetensors")
     del recording, base
     flags = ["--lipschitz_layers=3", "--lipschitz_recording=base.safetensors"]
