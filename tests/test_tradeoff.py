@@ -234,8 +234,13 @@ def results(tmp_path_factory, one_device):
             raise KeyboardInterrupt
         append_line(path, result)
 
+    def draw_quickly(pipeline, prompts, seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(prompts, num_inference_steps=2, guidance_scale=4.0, generator=generators).images
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tradeoff.GRIDS, "test", GRID)
+        patch.setattr("examine.generate", draw_quickly)
         args = tradeoff.parse_args(command)
         patch.setattr(tradeoff, "append_line", killed)
         with pytest.raises(KeyboardInterrupt):
