@@ -1174,8 +1174,11 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
 
 # A user hears of mistakes before the imports that take seconds.
 if __name__ == "__main__":
-    ARGS = parse_args()
-    INPUTS = check_inputs(ARGS)
+    try:
+        ARGS = parse_args()
+        INPUTS = check_inputs(ARGS)
+    except KeyboardInterrupt:  # nothing has been done yet
+        sys.exit(130)
 
 import diffusers
 import torch

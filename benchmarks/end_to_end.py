@@ -10,9 +10,7 @@ which other programs change less; on a GPU the clock's. With `--prior` the peer 
 """
 
 import argparse
-import importlib.util
 import os
-import re
 import shutil
 import statistics
 import sys
@@ -22,41 +20,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pil_transforms import copy_script
 
 
 ROOT = Path(__file__).resolve().parents[1]
 TINYWORLD = ROOT / "examples" / "tinyworld"
-# What diffusers' scripts use of torchvision, for where that is not installed.
-TRANSFORMS = """
-import random
-import numpy, PIL.Image, torch
-
-class InterpolationMode:
-    BILINEAR, LANCZOS = PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.LANCZOS
-
-class Compose:
-    def __init__(self, steps): self.steps = steps
-    def __call__(self, image):
-        for step in self.steps: image = step(image)
-        return image
-
-def Resize(size, interpolation=InterpolationMode.BILINEAR):
-    def resize(image):
-        scale = size / min(image.size)
-        return image.resize([max(size, int(side * scale)) for side in image.size], interpolation)
-    return resize
-
-def crop(size, choose):
-    def crop(image):
-        left, top = (choose(side - size) for side in image.size)
-        return image.crop((left, top, left + size, top + size))
-    return crop
-
-def CenterCrop(size): return crop(size, lambda free: free // 2)
-def RandomCrop(size): return crop(size, lambda free: random.randint(0, free))
-def ToTensor(): return lambda image: torch.from_numpy(numpy.array(image)).permute(2, 0, 1).float() / 255
-def Normalize(mean, std): return lambda pixels: (pixels - mean[0]) / std[0]
-"""
 
 
 class Run(NamedTuple):
@@ -79,18 +47,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--peer_flags", default="", help="More flags of the peer.")
     parser.add_argument("--prior", action="store_true", help="Prior preservation for the peer: 100 class images.")
     return parser.parse_args()
-
-
-def copy_peer(path: Path, folder: Path) -> Path:
-    """The peer, with transforms of our own if torchvision is missing."""
-    code = path.read_text(encoding="utf-8")
-    if importlib.util.find_spec("torchvision") is None:
-        folder.joinpath("photo_transforms.py").write_text(TRANSFORMS)
-        code = re.sub(r"(?m)^from torchvision import transforms$", "import photo_transforms as transforms", code)
-        code = re.sub(r"(?m)^from torchvision.transforms.functional import crop$", "", code)
-    copy = folder / path.name
-    copy.write_text(code, encoding="utf-8")
-    return copy
 
 
 def launch(script: Path, flags: list[str], log: Path) -> Run:
@@ -122,7 +78,7 @@ def main() -> None:
         common += [f"--train_batch_size={args.batch}", "--learning_rate=5e-6", "--lr_warmup_steps=0"]
         common += [f"--output_dir={folder / 'model'}"]
         prior = ["--with_prior_preservation", "--class_prompt=a photo of a mug", "--num_class_images=100"]
-        peer, own = copy_peer(args.peer, folder), args.flags.split()
+        peer, own = copy_script(args.peer.absolute(), folder), args.flags.split()
         variants = {
             "diffusers": (peer, args.peer_flags.split()),
             "this, without the penalty": (args.script, [*own, "--lipschitz_weight=0"]),

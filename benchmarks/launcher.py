@@ -5,7 +5,6 @@
 #
 # Where torchvision is not installed, a copy of the script imports pil_transforms.py in its place.
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -50,6 +49,7 @@ from transformers import (
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from conftest import make_text_config, make_tokenizer, make_vae  # noqa: E402
+from pil_transforms import copy_script  # noqa: E402
 
 
 SIZE = 32  # pixels
@@ -57,25 +57,23 @@ STEPS = 8
 PROMPT = "a photo of sks dog"
 DREAMBOOTH = [f"--instance_prompt={PROMPT}", f"--resolution={SIZE}", "--train_batch_size=1", "--lr_warmup_steps=0"]
 DREAMBOOTH += ["--lr_scheduler=constant", "--instance_data_dir=photos"]
+SHORT = [*DREAMBOOTH, "--max_sequence_length=16"]
 IMAGES = [f"--resolution={SIZE}", "--train_batch_size=1", "--train_data_dir=captioned", "--caption_column=text"]
 CUSTOM = [f"--resolution={SIZE}", "--train_batch_size=1", "--concepts_list=concepts.json", "--modifier_token=<new1>"]
 CUSTOM += ["--no_safe_serialization"]
 
 # Script, pipeline, weight, flags.
 SCRIPTS = {
-    "dreambooth_lora_sd3": ("dreambooth", "sd3", 1e4, [*DREAMBOOTH, "--learning_rate=1e-2"]),
-    "dreambooth_sd3": ("dreambooth", "sd3", 1e4, [*DREAMBOOTH, "--learning_rate=1e-3"]),
-    "dreambooth_lora_flux": ("dreambooth", "flux", 1e4, [*DREAMBOOTH, "--learning_rate=1e-2"]),
-    "dreambooth_flux": ("dreambooth", "flux", 1e4, [*DREAMBOOTH, "--learning_rate=1e-3"]),
+    "dreambooth_lora_sd3": ("dreambooth", "sd3", 1e4, [*SHORT, "--learning_rate=1e-2"]),
+    "dreambooth_sd3": ("dreambooth", "sd3", 1e4, [*SHORT, "--learning_rate=1e-3"]),
+    "dreambooth_lora_flux": ("dreambooth", "flux", 1e4, [*SHORT, "--learning_rate=1e-2"]),
+    "dreambooth_flux": ("dreambooth", "flux", 1e4, [*SHORT, "--learning_rate=1e-3"]),
     "dreambooth_lora_sana": ("dreambooth", "sana", 1e4, [*DREAMBOOTH, "--learning_rate=1e-2"]),
-    "dreambooth_lora_qwen_image": ("dreambooth", "qwen", 1e4, [*DREAMBOOTH, "--learning_rate=1e-2"]),
+    "dreambooth_lora_qwen_image": ("dreambooth", "qwen", 1e4, [*SHORT, "--learning_rate=1e-2"]),
     "text_to_image": ("text_to_image", "sd", 1e4, [*IMAGES, "--learning_rate=1e-4"]),
     "text_to_image_lora": ("text_to_image", "sd", 1e4, [*IMAGES, "--learning_rate=1e-2"]),
     "custom_diffusion": ("custom_diffusion", "sd", 1e4, [*CUSTOM, "--learning_rate=1e-3"]),
 }
-SCRIPTS["dreambooth_sd3"][3].append("--max_sequence_length=16")
-for name in ("dreambooth_lora_sd3", "dreambooth_lora_flux", "dreambooth_flux", "dreambooth_lora_qwen_image"):
-    SCRIPTS[name][3].append("--max_sequence_length=16")
 
 
 def make_clip(kind=CLIPTextModelWithProjection):
@@ -226,20 +224,6 @@ def make_data(folder):
     folder.joinpath("captioned", "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     concept = {"instance_prompt": "photo of a <new1> mug", "instance_data_dir": "photos"}
     folder.joinpath("concepts.json").write_text(json.dumps([concept | {"class_prompt": "", "class_data_dir": ""}]))
-
-
-def copy_script(script, folder):
-    """Without torchvision: the same script with other transforms."""
-    if importlib.util.find_spec("torchvision"):
-        return script
-    text = script.read_text()
-    text = text.replace("from torchvision import transforms\n", "import pil_transforms as transforms\n")
-    text = text.replace("from torchvision.transforms.functional import crop\n", "from pil_transforms import crop\n")
-    text = text.replace("from torchvision.transforms import functional as TF\n", "import pil_transforms as TF\n")
-    shutil.copy(Path(__file__).with_name("pil_transforms.py"), folder)
-    copy = folder / script.name
-    copy.write_text(text)
-    return copy
 
 
 def launch(script, folder, weight, flags):

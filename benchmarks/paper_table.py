@@ -151,7 +151,7 @@ def print_results(lines: list[dict]) -> None:
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train methods on the drawn world and evaluate them as users do.")
-    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=LOOKS, help="All.")
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=LOOKS, help="The first eight.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Of trainings and pictures.")
     parser.add_argument("--shard", type=shard, default="1/1", help="i/n: part i of n, for n machines or cores.")
     parser.add_argument("--output_dir", type=Path, default=Path("paper_table"), help="A file for each shard.")

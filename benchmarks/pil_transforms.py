@@ -1,11 +1,29 @@
 # Stands in for `torchvision.transforms` and its `functional` in diffusers' example scripts, where torchvision is not
 # installed: what these scripts use of it, with Pillow. Knows no batches, no tensors as inputs and no antialiasing.
+# `copy_script` makes a script use it.
+import importlib.util
 import random
+import shutil
 from enum import Enum
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+
+def copy_script(script: Path, folder: Path) -> Path:
+    """The script; where torchvision is not installed, a copy in the folder that imports this file in its place."""
+    if importlib.util.find_spec("torchvision"):
+        return script
+    text = script.read_text(encoding="utf-8")
+    text = text.replace("from torchvision import transforms\n", "import pil_transforms as transforms\n")
+    text = text.replace("from torchvision.transforms.functional import crop\n", "from pil_transforms import crop\n")
+    text = text.replace("from torchvision.transforms import functional as TF\n", "import pil_transforms as TF\n")
+    shutil.copy(__file__, folder)
+    copy = folder / script.name
+    copy.write_text(text, encoding="utf-8")
+    return copy
 
 
 class InterpolationMode(Enum):

@@ -408,7 +408,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train and measure a grid of methods on the drawn world.")
     parser.add_argument("--sdxl", action="store_true", help="Personalize the tiny SDXL.")
     parser.add_argument("--grid", nargs="+", default=list(GRIDS), choices=GRIDS, help="Parts of the grid; all.")
-    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=LOOKS)
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=LOOKS, help="The first eight.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Of trainings and pictures.")
     parser.add_argument("--others", type=positive, default=16, help="Pictures that do not show the subject.")
     parser.add_argument("--per_scene", type=positive, default=2, help="Pictures of it in each of five new scenes.")

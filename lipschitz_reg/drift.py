@@ -55,7 +55,7 @@ class Drift(NamedTuple):
     def dial(self) -> float:
         """
         What a budget is about: the change of what the sampler gets, the guided prediction where there is one, plus
-        its standard error: on other prompts it is rarely more than a tenth above that.
+        its standard error: the margin for prompts that were not measured.
         """
         change = self.prediction if self.guided_prediction is None else self.guided_prediction
         return change + self.standard_error

@@ -31,7 +31,7 @@ from .anchors import fingerprint
 from .commands import one_line
 from .found import BaseWeights, find_models, names_in
 from .lora import LoraAdapter, find_adapters, squared_delta
-from .recording import Recording, _sample
+from .recording import Recording, sample
 from .regularizer import LipschitzRegularizer
 from .report import Report, describe
 from .terms import Anchor, to_floats
@@ -272,13 +272,13 @@ class Launcher:
             watch = self.watches.get(parameter)
             if watch is not None:
                 self.check_unmoved(parameter)
-                watch[1] = _sample(parameter)
+                watch[1] = sample(parameter)
 
         self.watches[parameter] = [parameter.register_hook(on_gradient), None]
 
     def check_unmoved(self, parameter: Tensor) -> None:
         before = self.watches[parameter][1]
-        if before is not None and not torch.equal(before, _sample(parameter)):
+        if before is not None and not torch.equal(before, sample(parameter)):
             raise Stop(
                 f"{self.names[parameter]} was trained, but step() of its optimizer was never called, in which the "
                 "penalty acts: nothing was penalized. Optimizers that are fused into the backward pass (LOMO) cannot "

@@ -69,7 +69,7 @@ class Recording:
         self.calls: list[Call] = []
         self.splits = False
         self.drawn: dict[str, Any] = {}
-        self.base = {name: _sample(parameter) for name, parameter in self.parameters().items()}
+        self.base = {name: sample(parameter) for name, parameter in self.parameters().items()}
         self.holding_out = False
         self._digest: str | None = None
 
@@ -175,7 +175,7 @@ class Recording:
         recording = cls({"": model, **others}, metadata["guidance_scale"])
         for name, parameter in recording.parameters().items() if anchors else ():
             if parameter in anchors:
-                recording.base[name] = _sample(anchors[parameter])
+                recording.base[name] = sample(anchors[parameter])
         recording.splits, recording.drawn = metadata["splits"], metadata["drawn"]
         stored = {name.removeprefix("base/"): tensor for name, tensor in tensors.items() if name.startswith("base/")}
         recording._check(path, stored, metadata["models"])
@@ -216,7 +216,7 @@ class Recording:
     def check(self, parameter_values: Mapping[str, Tensor]) -> None:
         """Raise a ValueError unless these are parameters of the recorded base, by their names there."""
         for name, value in parameter_values.items():
-            if name in self.base and not _same(self.base[name], _sample(value)):
+            if name in self.base and not _same(self.base[name], sample(value)):
                 raise ValueError(f"The recording was made of another base: {name} is not the same. Record this one.")
 
     def _check(self, path: str | Path, stored: Mapping[str, Tensor], recorded_models: list[str]) -> None:
@@ -501,7 +501,7 @@ def _rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _sample(parameter: Tensor) -> Tensor:
+def sample(parameter: Tensor) -> Tensor:
     """A few elements, evenly spaced, float32, in host memory: they tell one base from another."""
     if is_shared(parameter):
         raise ValueError("Record a base, or load its recording, before FSDP2 or ZeRO 3 shards the model.")

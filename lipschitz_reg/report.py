@@ -67,11 +67,11 @@ class Report:
         line += f", relative {metrics['lipschitz/relative_distance']:.3g}"
         if recording is not None and any(call.held_out for call in recording.calls):
             try:
-                metrics["drift"] = recording.drift().prediction
-                line += f"; drift of the predictions {metrics['drift']:.3g}"
+                metrics["drift/prediction"] = recording.drift().prediction
+                line += f"; drift of the predictions {metrics['drift/prediction']:.3g}"
             except Exception as error:  # the script may have left its model in any state
                 line += f"; drift could not be measured: {one_line(error)}"
-        if steps % self.log_every or "drift" in metrics:
+        if steps % self.log_every or "drift/prediction" in metrics:
             self.log_metrics(steps, metrics)
         self.say(line)
 

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .commands import Parser, check_file, number
@@ -133,7 +133,7 @@ def make_launcher(args: argparse.Namespace) -> Launcher | None:
     )
 
 
-def find_script(script: str):
+def find_script(script: str) -> tuple[types.ModuleType, Callable[[], types.CodeType]]:
     """The module `__main__` as Python itself would make it for the script, and a function that compiles it."""
     if not os.path.isfile(script):
         raise ValueError(f"SCRIPT: there is no {script}.")
@@ -145,7 +145,7 @@ def find_script(script: str):
     return module, lambda: compile(Path(path).read_bytes(), path, "exec", dont_inherit=True)
 
 
-def find_module(name: str):
+def find_module(name: str) -> tuple[types.ModuleType, Callable[[], types.CodeType]]:
     """The same for a module, as `python -m` would."""
     try:
         spec = importlib.util.find_spec(name)

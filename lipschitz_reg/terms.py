@@ -25,8 +25,16 @@ from torch import Tensor
 
 from .anchors import make_anchor
 from .engines import Engine, Piece, PieceMoment, all_reduce_, sum_over, whole_of
-from .functional import Coefficient, Moment, add_penalty_gradient_, pull_, pull_all_, squared_distances
-from .lora import LoraAdapter, add_lora_penalty_gradient_, saturating_add_, squared_delta
+from .functional import (
+    Coefficient,
+    Moment,
+    add_penalty_gradient_,
+    pull_,
+    pull_all_,
+    saturating_add_,
+    squared_distances,
+)
+from .lora import LoraAdapter, add_lora_penalty_gradient_, squared_delta
 
 
 class Anchor:
