@@ -1,6 +1,6 @@
 """Both halves of the promise in one picture and one table: the subject is learned, the rest of the model stays.
 
-    python examples/tinyworld/demo.py                                # one subject, ten minutes on one core
+    python examples/tinyworld/demo.py                                # one subject, six minutes on two cores
     python examples/tinyworld/demo.py --subjects all --seeds 0 1     # all of them: as long for each of 16 pairs
     python examples/tinyworld/demo.py --sdxl                         # the same on the tiny SDXL
 
