@@ -102,20 +102,26 @@ def table(lines: list[dict]) -> None:
     for (method, rate, steps, budget), rows in sorted(groups.items(), key=str):
         mean = {}
         for name in ("share", "guided drift", "prediction drift", "fidelity", "drift"):
-            mean[name] = statistics.mean(row[name] for row in rows if name in row) if name in rows[0] else math.nan
+            if name in rows[0]:
+                mean[name] = statistics.mean(row[name] for row in rows if name in row)
         of = [row["guided drift"] / budget for row in rows if budget and row["share"] < 1]
         ratios = f"{min(of):.2f} to {max(of):.2f}" if of else ""
         what = f"{budget:.0%}" if budget else "none"
+        pictures = f"{mean['fidelity']:.0%} | {mean['drift']:.1f}" if "drift" in mean else " | "
         print(
             f"| {method} | {rate:g} | {steps} | {what} | {mean['share']:.0%} | {mean['guided drift']:.2%} |"
-            f" {mean['prediction drift']:.2%} | {ratios} | {mean['fidelity']:.0%} | {mean['drift']:.1f} |"
+            f" {mean['prediction drift']:.2%} | {ratios} | {pictures} |"
         )
+    print("\n| base | method | guided over budget | mean | models |\n|---|---|---|---|---|")
+    over = {}
+    for line in lines:
+        if line["budget"] and line["share"] < 1:  # the others were within the budget as they were trained
+            for method in (line["method"], "together"):
+                over.setdefault((line["base"], method), []).append(line["guided drift"] / line["budget"])
+    for (base, method), of in sorted(over.items()):
+        print(f"| {base} | {method} | {min(of):.2f} to {max(of):.2f} | {statistics.mean(of):.2f} | {len(of)} |")
     for base, rows in itertools.groupby(sorted(lines, key=lambda row: row["base"]), lambda row: row["base"]):
         rows = list(rows)
-        of = [row["guided drift"] / row["budget"] for row in rows if row["budget"] and row["share"] < 1]
-        if of:
-            span = f"{min(of):.2f} to {max(of):.2f}, mean {statistics.mean(of):.3f}"
-            print(f"\n{base}: of the budget {span}, {len(of)} models")
         for name in ("prediction drift", "guided drift"):
             logs = [math.log(row["drift"] / row[name]) for row in rows if row.get("drift") and row[name] > 0]
             if len(logs) > 1:

@@ -67,7 +67,7 @@ FACTORS = PENALTY + " --lipschitz_lora=factors --lipschitz_reduction=sum"
 # Of 32 captions of things, and 32 more to measure a budget by; none of them is measured here.
 RECORDING = " --lipschitz_recording={recording}"
 LAYERS, PREDICTIONS = "--lipschitz_layers={}" + RECORDING, "--lipschitz_predictions={}" + RECORDING
-BOTH = LAYERS + " --lipschitz_predictions=3"
+BOTH = LAYERS + " --lipschitz_predictions=1"
 LORA = "--method=lora --rank=16 "
 CUSTOM = f"--method=custom_diffusion --modifier_token={WORD} --initializer_token=sks "
 
@@ -103,7 +103,7 @@ GRIDS = {
     ],
     "predictions": [
         Row("penalty on predictions", (1e-3,), (3, 10), PREDICTIONS, steps=(120,)),
-        Row("layers and predictions", (1e-3,), (1, 4, 16), BOTH, steps=(120,)),
+        Row("layers and predictions", (1e-3,), (1, 4, 16), BOTH, steps=(120,), shares=(0.75,)),
     ],
     # The spaces side by side: the table in docs/methods.md.
     "spaces": [
@@ -112,7 +112,7 @@ GRIDS = {
         Row("penalty on layers", (1e-3,), (4,), LAYERS, steps=(120,)),
         Row("penalty on predictions", (1e-3,), (3,), PREDICTIONS, steps=(120,)),
         Row("layers and predictions", (1e-3,), (4,), BOTH, steps=(120,)),
-        Row("layers and predictions, weight 1", (1e-3,), (4,), LAYERS + " --lipschitz_predictions=1", steps=(120,)),
+        Row("layers and predictions, weight 3", (1e-3,), (4,), LAYERS + " --lipschitz_predictions=3", steps=(120,)),
     ],
     # What people use besides, and relatives of it (rivals.py).
     "rivals": [
