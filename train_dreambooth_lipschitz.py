@@ -1234,6 +1234,10 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except ValueError as error:
         stop(f"--report_to: {error}" if "logging" in str(error) else error)
+    # As torchrun starts them on a CPU, where accelerate wants a variable of its own: two trainings in one folder.
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > accelerator.num_processes:
+        stop(f"these {processes} processes do not find each other: start them by accelerate launch, not by torchrun")
     if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         stop(f"{accelerator.distributed_type.value} shards the weights, which this script does not support")
     # accelerate lets this pass, and trains in float32.
@@ -1784,7 +1788,14 @@ def build_optimizer(args: argparse.Namespace, accelerator: Accelerator, groups: 
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, **options)
+    return build_adamw(accelerator, groups, options)
+
+
+def build_adamw(accelerator: Accelerator, groups: list[dict], options: dict[str, Any]) -> torch.optim.AdamW:
+    # Fused, a step takes a fifth of the time on a CPU, and no temporary copies on a GPU. With a GradScaler, accelerate
+    # would not see that a step was skipped.
+    fused = accelerator.scaler is None and accelerator.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, **options, fused=fused or None)
 
 
 def build_lr_scheduler(

@@ -819,6 +819,16 @@ def test_two_processes_train_one_model_and_save_it_once(alone, base_flags, penal
     assert list(values["loss"]) == list(values["drift/prediction"]) == [1, 2, 3]
 
 
+def test_processes_that_do_not_find_each_other_do_not_train_in_one_folder(alone, base_flags, tmp_path):
+    folder, packages = alone
+    environment = {**os.environ, "PYTHONPATH": str(packages), "CUDA_VISIBLE_DEVICES": ""}
+    del environment["ACCELERATE_USE_CPU"]
+    command = [*TORCHRUN, SCRIPT, *base_flags, f"--output_dir={tmp_path / 'model'}"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.count("2 processes do not find each other") == 1, done.stderr
+    assert not (tmp_path / "model").exists()
+
+
 # A budget, and recordings
 
 BUDGET = 0.02
