@@ -289,3 +289,39 @@ def test_penalty_tensor_is_the_penalty(train):
     parameter.grad = torch.zeros(3)
     regularizer.optimizer.step()
     assert regularizer.penalty_tensor().item() == regularizer.penalty() == 6.0
+
+
+# The benchmark for a GPU
+
+
+def test_the_benchmark_for_a_gpu_is_rehearsed(tmp_path):
+    """It goes on where it was stopped, and every kind of result that it has to write is there without a GPU."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    output = tmp_path / "gpu.json"
+    output.write_text(json.dumps({"what": "machine", "head": "of the run before"}) + "\n")
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), f"--output={output}", "--rehearse", "--resume"]
+    command += ["--cases", "8-bit Adam, the paper"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    machine, checks, training, penalty = map(json.loads, output.read_text().splitlines())
+    assert machine["head"] == "of the run before" and machine["head"] in done.stdout
+    assert set(checks["errors"]) == {"coupled", "layers", "proximal", "projected"}
+    assert max(checks["errors"].values()) < 1e-5
+    assert len(training["seconds"]) == 3 and min(training["seconds"]) > 0 and 0.1 < training["peak"] < 4
+    assert "| coupled, layers |" in penalty["table"]
+
+
+def test_the_arithmetic_of_full_size_counts_what_is_trained():
+    """Full: 8 bytes of weights and gradients, 8 of Adam, 4 of anchors, for the 859.5 million parameters of SD1.5."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from full_size import CASES, arithmetic
+        from penalty import CONFIGS
+    finally:
+        sys.path.pop(0)
+    of = {case.name: arithmetic(case, CONFIGS["sd15"], 0) for case in CASES if case.shapes == "sd15"}
+    assert of["full, plain"] == pytest.approx(0.8595 * 16, rel=1e-3)
+    assert of["full, the paper's penalty"] == pytest.approx(0.8595 * 20, rel=1e-3)
+    assert of["full, 8-bit Adam, layers and predictions"] == pytest.approx(0.8595 * 14 + 0.19, rel=1e-2)
+    # Rank 4 on the attention: 0.8 million parameters beside the frozen ones, which nobody else counts here.
+    assert of["LoRA, plain"] == pytest.approx(0.8595 * 4 + 16e-3 * 0.797, rel=1e-2)
