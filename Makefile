@@ -12,7 +12,7 @@ demo: .venv/demo
 	@$(BIN)/python examples/tinyworld/demo.py $(if $(SDXL),--sdxl)
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto --dist loadfile -rs
+	$(BIN)/python -m pytest -n auto --dist worksteal -rs
 
 style: .venv/ready
 	$(BIN)/python utils/copies.py --write
