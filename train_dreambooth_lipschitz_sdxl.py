@@ -2489,8 +2489,8 @@ def log_drift(
 
 
 # Copied from train_dreambooth_lipschitz.py
-def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschitz: LipschitzRegularizer) -> None:
-    """Takes back what the training has changed beyond `drift_budget`."""
+def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschitz: LipschitzRegularizer) -> str:
+    """Takes back what the training has changed beyond `drift_budget`. Returns what there is to say of it."""
     stays, changes = 1.0, []
 
     def change_at(share: float) -> float:
@@ -2507,14 +2507,19 @@ def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschit
         share, change = fit_share(change_at, args.drift_budget)
     except ValueError as error:  # the training is not lost because of it
         logger.warning(f"--drift_budget: {error}")
-        return
+        return f"The drift budget was not kept: {error}."
     if share != stays:  # with an anchor model that is not the base, even the base may be too far
-        logger.warning(f"--drift_budget: predictions are changed by {changes[-1]:.2%}, and that cannot be taken back")
-        return
-    logger.info(
-        f"--drift_budget: training changed predictions by {changes[0]:.2%}; {share:.1%} of the change of weights is"
-        f" kept, and predictions now differ by {change:.2%}"
-    )
+        said = f"predictions are changed by {changes[-1]:.2%}, and that cannot be taken back"
+        logger.warning(f"--drift_budget: {said}")
+        return f"The drift budget was not kept: {said}."
+    said = f"training changed predictions by {changes[0]:.2%}"
+    if share == 1:
+        said += f", within the budget of {args.drift_budget:g}: nothing was taken back, and more budget would change"
+        said += " nothing. To learn more, train longer or at a higher rate"
+    else:
+        said += f"; {share:.1%} of the change of weights is kept, and predictions now differ by {change:.2%}"
+    logger.info(f"--drift_budget: {said}")
+    return f"Drift budget, on prompts that do not name the subject: {said}."
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -2868,7 +2873,9 @@ def describe_result(args: argparse.Namespace, repo_id: str | None) -> str:
         instance_prompt=args.instance_prompt,
         **settings,
     )
-    how = "with" if is_penalized(args) else "without"
+    paper = "the Lipschitz penalty of [Preserve and Personalize](https://arxiv.org/abs/2505.19519)"
+    held = [name for name in ("layers", "predictions") if getattr(args, f"lipschitz_{name}")]
+    forms = [paper] * bool(args.lipschitz_weight) + [f"its {' and '.join(held)} held near the base's"] * bool(held)
     parts = {
         "full": "U-Net",
         "lora": f"LoRA of rank {args.rank} on the U-Net",
@@ -2879,8 +2886,8 @@ def describe_result(args: argparse.Namespace, repo_id: str | None) -> str:
     trained += f", and the new words `{args.modifier_token}`" if args.modifier_token else ""
     text = f"""# {name}
 
-`{base}`, {CARD_WORDS} {how} the Lipschitz penalty of
-[Preserve and Personalize](https://arxiv.org/abs/2505.19519). Prompt of the subject: `{args.instance_prompt}`
+`{base}`, {CARD_WORDS} {"with " + ", and ".join(forms) if forms else "without a penalty"}.
+Prompt of the subject: `{args.instance_prompt}`
 
 ```python
 {loading_code(args, repo_id)}
@@ -3098,7 +3105,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     if accelerator.is_main_process:
         stop_if_not_finite(args, trained_parameters(trained), "A weight", global_step)
         if args.drift_budget is not None:
-            keep_budget(args, measure, lipschitz)
+            card += f"\n{keep_budget(args, measure, lipschitz)}\n"
         images = log_state(args, accelerator, pipeline, lipschitz, validation_embeds, global_step)
         if args.drift_every is not None:
             log_drift(accelerator, measure, lipschitz, global_step)

@@ -888,7 +888,12 @@ def trained_in(folder):
 def test_finished_model_has_drifted_by_the_budget(method, budgeted, tiny_sd, recorded):
     """As it is loaded with the calls of its model card, text encoder and all."""
     folder, flags = budgeted(method)
-    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    card = (folder / "README.md").read_text()
+    assert "layers and predictions held near the base's" in card and "Lipschitz penalty" not in card
+    assert re.search(
+        r"Drift budget, .*% of the change of weights is kept, and predictions now differ by [12]\.\d\d%", card
+    )
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     names = {}
     exec(code, names)
     loaded, base = names["pipeline"], StableDiffusionPipeline.from_pretrained(tiny_sd)
