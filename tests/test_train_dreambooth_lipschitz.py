@@ -328,7 +328,7 @@ def test_weight_zero_is_plain_dreambooth_bit_for_bit(train, script, tiny_sd, pho
     unet, vae = pipeline.unet, pipeline.vae
     vae.enable_slicing()  # images one by one, as in the script, or the last bits are others
     noise_scheduler = DDPMScheduler.from_pretrained(tiny_sd, subfolder="scheduler")
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=1e-2, fused=True)
     tokens = pipeline.tokenizer(
         "a photo of sks dog", padding="max_length", max_length=pipeline.tokenizer.model_max_length, return_tensors="pt"
     )

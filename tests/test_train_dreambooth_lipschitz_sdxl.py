@@ -229,7 +229,7 @@ def test_weight_zero_is_plain_dreambooth_bit_for_bit(train, sdxl_script, tiny_sd
     unet, vae = pipeline.unet, pipeline.vae
     vae.enable_slicing()  # images one by one, as in the script, or the last bits are others
     noise_scheduler = DDPMScheduler.from_pretrained(tiny_sdxl, subfolder="scheduler")
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
     with torch.no_grad():
         embeds, _, pooled, _ = pipeline.encode_prompt("a photo of sks dog")
     images = [sdxl_script.Example(path, "") for path in sorted(photos.iterdir()) if path.suffix != ".txt"]
