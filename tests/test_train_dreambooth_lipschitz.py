@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lipschitz_reg import Recording, draw_held_out, record_pipeline
+from lipschitz_reg import Drift, Recording, draw_held_out, record_pipeline
 
 
 ROOT = Path(__file__).parents[1]
@@ -882,6 +882,13 @@ def trained_in(folder):
     """All tensors that a run saved, but those of checkpoints and recordings."""
     files = [path for path in folder.rglob("*.safetensors") if "-" not in str(path.relative_to(folder))]
     return {f"{path.relative_to(folder)} {key}": value for path in files for key, value in load_file(path).items()}
+
+
+def test_a_budget_that_takes_nothing_back_says_that_more_of_it_is_of_no_use(script):
+    drift = Drift(0.01, 0.02, {}, {}, 0.001, 1.0)
+    args = script.argparse.Namespace(drift_budget=0.5)
+    said = script.keep_budget(args, lambda: drift, lipschitz=None)  # nothing is pulled
+    assert "changed predictions by 2.10%, within the budget of 0.5: nothing was taken back" in said
 
 
 @pytest.mark.parametrize("method", BUDGETED)

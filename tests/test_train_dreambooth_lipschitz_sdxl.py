@@ -665,6 +665,7 @@ def test_finished_model_has_drifted_by_the_budget(method, train, flags_of, promp
     flags = [*flags_of(method), "--drift_budget=0.02", prompts_flag, "--learning_rate=3e-2", "--text_encoder_lr=1e-2"]
     train(*flags, "--drift_every=3", "--max_train_steps=3", f"--output_dir={tmp_path}")
     loaded, base = load(tmp_path), StableDiffusionXLPipeline.from_pretrained(tiny_sdxl)
+    assert "of the change of weights is kept, and predictions now differ by" in (tmp_path / "README.md").read_text()
     (file,) = tmp_path.glob("recording-*")
     recording = Recording.load(file, base.unet, **{name: getattr(base, name) for name in ENCODERS})
     drift = recording.drift(loaded.unet, lambda: draw_held_out(loaded, recording))
