@@ -20,6 +20,7 @@ The base first draws prompts about other things. Training then holds its layers'
 """
 
 import argparse
+import copy
 import functools
 import gc
 import hashlib
@@ -984,7 +985,7 @@ def check_settings(checkpoint: Path | None, settings: dict[str, Any]) -> None:
     """Stops unless the checkpoint is of a run with these settings. Those that it does not know are not compared."""
     saved, differences = read_settings(checkpoint) if checkpoint else {}, []
     words = {"photos": "other photos", "captions": "other captions", "base": "another base model"}
-    words["recording"] = "another recording"
+    words |= {"recording": "another recording", "engine": saved.get("engine")}
     for name in [name for name in settings if name in saved and saved[name] != settings[name]]:
         was, now = saved[name], settings[name]
         if isinstance(was, list) and isinstance(now, list):
@@ -1238,8 +1239,13 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > accelerator.num_processes:
         stop(f"these {processes} processes do not find each other: start them by accelerate launch, not by torchrun")
-    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        stop(f"{accelerator.distributed_type.value} shards the weights, which this script does not support")
+    engine = accelerator.distributed_type.value
+    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM") and not accelerator.is_fsdp2:
+        name = "FSDP1" if engine == "FSDP" else engine
+        stop(f"{name} is not supported here: use FSDP2 (fsdp_version: 2 in accelerate's configuration) or plain DDP")
+    if accelerator.is_fsdp2 and (args.train_text_encoder or args.modifier_token):
+        flag = "--train_text_encoder" if args.train_text_encoder else "--modifier_token"
+        stop(f"{flag}: with FSDP2, accelerate takes one model, the U-Net: leave it out, or use DDP")
     # accelerate lets this pass, and trains in float32.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         stop("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
@@ -1291,6 +1297,8 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator, settings
         needed += [LORA_FILE]
     else:
         needed += [KEYS_VALUES_FILE, TOKENS_FILE] if args.modifier_token else [KEYS_VALUES_FILE]
+    if accelerator.is_fsdp2:  # accelerate knows how the files of weights and optimizer are named
+        needed = [SETTINGS_FILE, "scheduler.bin", "random_states_0.pkl"]
     missing = [name for name in needed if not Path(checkpoint, name).is_file()]
     if missing:
         stop(f"--resume_from_checkpoint: {checkpoint} is incomplete, it lacks {', '.join(missing)}")
@@ -1361,7 +1369,7 @@ def load_text_encoder(source: str, name: str, kind: list[str], **options) -> dic
 
 def load_pipeline(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path", **options) -> Pipeline:
     """The base, in float32 whatever its files hold: small updates would be lost in weights of fewer bits."""
-    source, dtype = getattr(args, flag[2:]), options.get("dtype", torch.float32)
+    source, dtype, given = getattr(args, flag[2:]), options.get("dtype", torch.float32), options.keys()
     options = {"dtype": dtype, **base_options(args, flag, dtype), **options}
     try:
         if os.path.isfile(source):
@@ -1382,7 +1390,8 @@ def load_pipeline(args: argparse.Namespace, flag: str = "--pretrained_model_name
             more = " (name a pipeline folder of its kind with --pretrained_config)"
         stop(f"{flag}: cannot load {source}: {error}{more}")
     for part, module in pipeline.components.items():
-        weights = module.named_parameters() if isinstance(module, torch.nn.Module) else []
+        loaded = isinstance(module, torch.nn.Module) and part not in given
+        weights = module.named_parameters() if loaded else []
         lacking = [name for name, weight in weights if weight.is_meta]
         if lacking:
             stop(f"{flag}: the {part} of {source} lacks {lacking[0]}: its file is incomplete or of another version")
@@ -1821,6 +1830,15 @@ def build_lr_scheduler(
     )
 
 
+def load_anchor_model(args: argparse.Namespace, accelerator: Accelerator, pipeline: Pipeline) -> Pipeline:
+    """`lipschitz_anchor_model`, towards which training is pulled, or the base itself."""
+    if args.lipschitz_anchor_model is None:
+        return pipeline
+    anchor_model = load_pipeline(args, "--lipschitz_anchor_model")
+    anchor_model.scheduler = pipeline.scheduler
+    return anchor_model.to(accelerator.device)
+
+
 def record_base(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -1829,12 +1847,15 @@ def record_base(
     trained: dict[str, torch.nn.Module],
     prompts: list[str],
     checkpoint: Path | None,
-) -> Recording:
+) -> Recording | None:
     """
-    The recording of the base on the prompts, the same in all processes and in all runs that go on from a checkpoint.
-    It is written to `output_dir` under a name of its own.
+    The recording of the anchor model on the prompts, the same in all processes and in all runs that go on from a
+    checkpoint; `None` if nothing needs it. It is written to `output_dir` under a name of its own.
     """
+    if not needs_recording(args):
+        return None
     path, held = find_recording(args, checkpoint), args.lipschitz_layers or args.lipschitz_predictions
+    anchor_model.unet.to(accelerator.device)
     # New words train in the text encoders, too, but nothing there is held.
     others = {name: getattr(anchor_model, name) for name in TEXT_ENCODERS if args.train_text_encoder}
     try:
@@ -1921,22 +1942,15 @@ def attach_lipschitz(
     pipeline: Pipeline,
     optimizer: torch.optim.Optimizer,
     trained: dict[str, torch.nn.Module],
-    prompts: list[str],
-    checkpoint: Path | None,
-) -> tuple[LipschitzRegularizer | None, Recording | None]:
+    anchor_model: Pipeline,
+    recording: Recording | None,
+) -> LipschitzRegularizer | None:
     """
-    The penalty, which pulls towards the weights as they are now or towards those of `lipschitz_anchor_model`, and the
-    recording of that model; each only where it is needed.
+    The penalty, which pulls towards the weights as they are now or towards those of another anchor model, and the
+    outputs towards those of the recording.
     """
-    anchor_model, recording = pipeline, None
-    if args.lipschitz_anchor_model is not None:
-        anchor_model = load_pipeline(args, "--lipschitz_anchor_model")
-        anchor_model.scheduler = pipeline.scheduler
-        anchor_model.to(accelerator.device)
-    if needs_recording(args):
-        recording = record_base(args, accelerator, pipeline, anchor_model, trained, prompts, checkpoint)
     if not is_penalized(args):
-        return None, recording
+        return None
     layers, predictions, adapters = args.lipschitz_layers, args.lipschitz_predictions, []
     if args.method == "lora":
         adapters = [adapter for name in trained for adapter in find_lora_adapters(trained[name], prefix=name)]
@@ -1967,7 +1981,7 @@ def attach_lipschitz(
                 f" {lacking[0]}, as it was made for others: they are held by their own distance. Make one of all with"
                 " python -m lipschitz_reg.record."
             )
-    return lipschitz, recording
+    return lipschitz
 
 
 def encode_prompts(
@@ -2157,6 +2171,11 @@ def diffusion_losses(
     return losses
 
 
+def takes_part(accelerator: Accelerator) -> bool:
+    """Whether this process has to run the models outside of training, too: one does, and with FSDP2 all have to."""
+    return accelerator.is_main_process or accelerator.is_fsdp2
+
+
 @contextmanager
 def evaluating(pipeline: Pipeline) -> Iterator[None]:
     """No dropout, and no gradients, in the models of the pipeline that may be in training, and all on one device."""
@@ -2188,7 +2207,10 @@ def measure_drift(
     """How far predictions have moved from the base's, on the held-out prompts, with the present embeddings."""
     run = functools.partial(draw_held_out, pipeline, recording) if args.train_text_encoder else None
     with drawing(accelerator, pipeline):
-        return recording.drift(run=run)
+        drift = recording.drift(run=run)
+    if accelerator.is_fsdp2:  # what follows from it has to be the same in all processes, to the last bit
+        (drift,) = broadcast_object_list([drift])
+    return drift
 
 
 def log_drift(
@@ -2198,7 +2220,7 @@ def log_drift(
     global_step: int,
 ) -> None:
     """Sends to the trackers what `--drift_every` says."""
-    if not accelerator.is_main_process:
+    if not takes_part(accelerator):
         return
     began, drift = time.perf_counter(), measure()
     logs = {"drift/prediction": drift.prediction}
@@ -2242,6 +2264,22 @@ def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschit
         said += f"; {share:.1%} of the change of weights is kept, and predictions now differ by {change:.2%}"
     logger.info(f"--drift_budget: {said}")
     return f"Drift budget, on prompts that do not name the subject: {said}."
+
+
+def empty_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """The model without the values of its weights. FSDP2 turns the model itself into something that nothing saves."""
+    empty = {id(tensor): tensor.detach().to("meta") for tensor in model.buffers()}
+    for parameter in model.parameters():
+        empty[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    return copy.deepcopy(model, empty)
+
+
+def gather(accelerator: Accelerator, trained: dict[str, torch.nn.Module], whole: dict[str, torch.nn.Module]) -> None:
+    """Gives those empty copies, in the main process, the weights that FSDP2 has shared out. All have to call it."""
+    for name, model in trained.items():
+        weights = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            whole[name].load_state_dict(weights, assign=True)
 
 
 def trained_keys_values(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -2335,7 +2373,9 @@ def save_kohya(args: argparse.Namespace, folder: str | Path) -> None:
 def register_checkpoint_format(
     args: argparse.Namespace, accelerator: Accelerator, trained: dict[str, torch.nn.Module]
 ) -> None:
-    """Makes accelerate's states hold what was trained as `save_trained` writes it."""
+    """Makes accelerate's states hold what was trained as `save_trained` writes it; with FSDP2, as accelerate does."""
+    if accelerator.is_fsdp2:
+        return
 
     def save(models, weights, folder):
         # What stays in these lists, accelerate would save or load once more.
@@ -2362,8 +2402,13 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
 
 def stop_if_not_finite(args: argparse.Namespace, values: Iterable[float | torch.Tensor], what: str, step: int) -> None:
     """Stops a training that is lost, before it takes the place of a checkpoint or a result."""
-    # One transfer from the device.
-    if torch.stack([torch.as_tensor(value).isfinite().all() for value in values]).all():
+    # One transfer from the device. Of parameters that FSDP2 shares out, each process has its part.
+    values = [torch.as_tensor(value) for value in values]
+    own = [value.to_local() if hasattr(value, "to_local") else value for value in values]
+    finite = torch.stack([value.isfinite().all() for value in own]).all().float()
+    if any(hasattr(value, "to_local") for value in values):
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+    if finite:
         return
     if int(os.environ.get("RANK", "0")) == 0:
         shutil.rmtree(Path(args.output_dir, "tmp-pipeline"), ignore_errors=True)
@@ -2465,7 +2510,7 @@ def log_state(
     global_step: int,
 ) -> list[Image.Image]:
     """Sends to the trackers how far the parameters have moved, and draws the validation images, which it returns."""
-    if not accelerator.is_main_process:
+    if not takes_part(accelerator):
         return []
     if lipschitz:
         distances = {name: value for name, value in lipschitz.metrics().items() if "distance" in name}
@@ -2493,7 +2538,8 @@ def log_validation(
     with evaluating(pipeline):
         if text_encoders_of(pipeline)[0] is not None:
             prompt_embeds = encode_for_pipeline(pipeline, args.validation_prompt)
-        for _ in tqdm(range(args.num_validation_images), desc="Validation images", leave=False):
+        hidden = not accelerator.is_main_process
+        for _ in tqdm(range(args.num_validation_images), desc="Validation images", leave=False, disable=hidden):
             with accelerator.autocast():
                 output = pipeline(**prompt_embeds, num_inference_steps=25, generator=generator, output_type="latent")
             images += decode_latents(pipeline, output.images)
@@ -2674,6 +2720,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     accelerator = build_accelerator(args)
     args.mixed_precision = accelerator.mixed_precision
     settings = describe_run(args, concepts, photos, preserved)
+    settings["engine"] = "FSDP2" if accelerator.is_fsdp2 else "no FSDP2"  # their checkpoints differ
     checkpoint = find_checkpoint(args, accelerator, settings)
     find_recording(args, checkpoint)
     repo_id = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
@@ -2700,13 +2747,17 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     optimizer = build_optimizer(args, accelerator, group_parameters(args, accelerator, trained))
     lr_scheduler = build_lr_scheduler(args, accelerator, optimizer, max_train_steps)
     register_checkpoint_format(args, accelerator, trained)
+    place_frozen_models(args, accelerator, pipeline, trained, weight_dtype)
+    anchor_model = load_anchor_model(args, accelerator, pipeline)
+    # Before the model is prepared: FSDP2 leaves a part of each weight.
+    recording = record_base(args, accelerator, pipeline, anchor_model, trained, preserved, checkpoint)
+    settings |= {"recording": recording.digest()} if recording else {}
+    whole = {name: empty_copy(model) for name, model in trained.items()} if accelerator.is_fsdp2 else trained
     *prepared, optimizer, lr_scheduler = accelerator.prepare(*trained.values(), optimizer, lr_scheduler)
     models = dict(zip(trained, prepared))
-    place_frozen_models(args, accelerator, pipeline, trained, weight_dtype)
 
     # Before the checkpoint is loaded: the lipschitz anchors are the pretrained weights.
-    lipschitz, recording = attach_lipschitz(args, accelerator, pipeline, optimizer, trained, preserved, checkpoint)
-    settings |= {"recording": recording.digest()} if recording else {}
+    lipschitz = attach_lipschitz(args, accelerator, pipeline, optimizer, trained, anchor_model, recording)
     measure = functools.partial(measure_drift, args, accelerator, pipeline, recording)
     prompts, validation_embeds = distinct_prompts(photos + class_images), None
     tokenizers = tokenizers_of(pipeline)
@@ -2724,7 +2775,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(Path(args.output_dir, "tmp-pipeline"), ignore_errors=True)  # of a run that was killed
         if args.method == "full":
-            save_frozen_parts(args, trained)
+            save_frozen_parts(args, whole)
     config = {key: value for key, value in vars(args).items() if key != "hub_token"}
     accelerator.init_trackers("dreambooth", config=config)
     logger.info(f"Training from step {global_step} to {max_train_steps} on {sum(map(len, photos))} photos.")
@@ -2787,14 +2838,17 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
 
     progress_bar.close()
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    if takes_part(accelerator):
         stop_if_not_finite(args, trained_parameters(trained), "A weight", global_step)
         if args.drift_budget is not None:
             card += f"\n{keep_budget(args, measure, lipschitz)}\n"
         images = log_state(args, accelerator, pipeline, lipschitz, validation_embeds, global_step)
         if args.drift_every is not None:
             log_drift(accelerator, measure, lipschitz, global_step)
-        names = save_result(args, trained, images, card)
+    if accelerator.is_fsdp2:
+        gather(accelerator, trained, whole)
+    if accelerator.is_main_process:
+        names = save_result(args, whole, images, card)
         logger.info(f"Saved the result in {args.output_dir}")
         if args.push_to_hub:
             push_result(args, repo_id, names)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Call, answer_of, evaluating, map_tensors, replace_answer
+from .engines import forget_gathered
 
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def _answers(recording: "Recording", model: nn.Module, run: Callable[[], Any] | 
     calls = [call for call in recording.calls if call.held_out]
     if not calls:
         raise ValueError("The recording holds no calls that were held out, by which drift is measured.")
+    forget_gathered(model)
     with evaluating(model), torch.no_grad():
         if run is None:
             given = ((call, call.again(model)) for call in calls)

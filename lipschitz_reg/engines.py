@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .functional import Coefficient, Moment, saturating_add_, squared_norm
 
@@ -291,6 +291,16 @@ def trained_by(optimizer: Any) -> list[Tensor]:
 def is_shared(tensor: Tensor) -> bool:
     """Whether a parameter may be held in pieces: a DTensor, or one of ZeRO 3."""
     return hasattr(tensor, "placements") or hasattr(tensor, "ds_tensor")
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """
+    Let the next forward pass see the weights as they are. FSDP2 keeps what it gathered for a forward pass until a
+    backward pass, and without one, it would not see that weights have changed since.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 def all_reduce_(tensor: Tensor, group: Any) -> Tensor:

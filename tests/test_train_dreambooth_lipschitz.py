@@ -786,10 +786,9 @@ import torch
 import train_dreambooth_lipschitz as script
 
 seen, attach = {}, script.attach_lipschitz
-def spy(args, accelerator, pipeline, optimizer, trained, *rest):
-    lipschitz, recording = attach(args, accelerator, pipeline, optimizer, trained, *rest)
+def spy(args, accelerator, pipeline, optimizer, trained, anchor_model, recording):
     seen.update(rank=accelerator.process_index, unet=trained["unet"], recording=recording)
-    return lipschitz, recording
+    return attach(args, accelerator, pipeline, optimizer, trained, anchor_model, recording)
 
 script.attach_lipschitz = spy
 script.main(script.parse_args())
