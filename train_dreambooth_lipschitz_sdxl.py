@@ -1425,6 +1425,9 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     if accelerator.is_fsdp2 and (args.train_text_encoder or args.modifier_token):
         flag = "--train_text_encoder" if args.train_text_encoder else "--modifier_token"
         stop(f"{flag}: with FSDP2, accelerate takes one model, the U-Net: leave it out, or use DDP")
+    # transformers would load no weights in all processes but one, of models that are not sharded either.
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        stop("FSDP2 needs fsdp_cpu_ram_efficient_loading: false in accelerate's configuration")
     # accelerate lets this pass, and trains in float32.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         stop("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")
@@ -3068,12 +3071,14 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     register_checkpoint_format(args, accelerator, trained)
     place_frozen_models(args, accelerator, pipeline, trained, weight_dtype)
     anchor_model = load_anchor_model(args, accelerator, pipeline)
-    # Before the model is prepared: FSDP2 leaves a part of each weight.
-    recording = record_base(args, accelerator, pipeline, anchor_model, trained, preserved, checkpoint)
-    settings |= {"recording": recording.digest()} if recording else {}
+    record = functools.partial(record_base, args, accelerator, pipeline, anchor_model, trained, preserved, checkpoint)
+    # Recorded as accelerate prepares it for training; but FSDP2 leaves a process only a part of each weight.
+    recording = record() if accelerator.is_fsdp2 else None
     whole = {name: empty_copy(model) for name, model in trained.items()} if accelerator.is_fsdp2 else trained
     *prepared, optimizer, lr_scheduler = accelerator.prepare(*trained.values(), optimizer, lr_scheduler)
     models = dict(zip(trained, prepared))
+    recording = recording or record()
+    settings |= {"recording": recording.digest()} if recording else {}
 
     # Before the checkpoint is loaded: the lipschitz anchors are the pretrained weights.
     lipschitz = attach_lipschitz(args, accelerator, pipeline, optimizer, trained, anchor_model, recording)

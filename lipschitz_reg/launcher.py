@@ -4,14 +4,15 @@ attaches a LipschitzRegularizer to each optimizer in its first step. Holds no co
 what it says is in report.py.
 
 What it knows of torch: every optimizer of every library passes its parameters through `Optimizer.add_param_group`, and
-every class whose instances do so fires the global hooks around `step`.
+every class whose instances do so fires the global hooks around `step`. Of accelerate: with FSDP2,
+`Accelerator.prepare` puts sharded parameters in the places of those that came into an optimizer.
 """
 
 import contextlib
 import functools
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .anchors import fingerprint
 from .commands import one_line
+from .engines import engine_of
 from .found import BaseWeights, find_models, names_in
 from .lora import LoraAdapter, find_adapters, squared_delta
 from .recording import Recording, sample
@@ -37,7 +39,8 @@ from .report import Report, describe
 from .terms import Anchor, to_floats
 
 
-_KEY = "lipschitz_fingerprint"  # of a param group: the base's fingerprint, which a checkpoint carries along
+# Of param groups, which checkpoints carry along: the base's fingerprint, and the steps that were penalized.
+_KEY, _STEPS = "lipschitz_fingerprint", "lipschitz_steps"
 
 
 class Stop(SystemExit):
@@ -67,6 +70,12 @@ class _Tracked:
         self.frozen: list[Tensor] = []
         self.attached = 0  # groups
         self.regularizer: weakref.ref | None = None  # it holds the optimizer, which must be free to go
+        self.recording: Recording | None = None  # that was loaded before the model was sharded
+
+
+def steps_in(groups: Sequence[dict[str, Any]]) -> int:
+    """The steps that were penalized, as a checkpoint knows them."""
+    return max(group.get(_STEPS, 0) for group in groups)
 
 
 class Launcher:
@@ -115,6 +124,8 @@ class Launcher:
         self.kept: list[LipschitzRegularizer] = []  # of the optimizers that are in use, for metrics
         self.recordings: weakref.WeakKeyDictionary[LipschitzRegularizer, Recording] = weakref.WeakKeyDictionary()
         self.has_penalized = False
+        self.has_finished = False
+        self.wrapped: dict[str, tuple[Any, Any]] = {}  # by name: the owner of a function, and the function itself
 
     def __enter__(self) -> "Launcher":
         original, launcher = Optimizer.add_param_group, self
@@ -133,6 +144,8 @@ class Launcher:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         Optimizer.add_param_group = self.original
+        for name, (owner, function) in self.wrapped.items():
+            setattr(owner, name, function)
         for handle in self.handles:
             handle.remove()
         left = isinstance(error, SystemExit) and error.code in (None, 0)
@@ -152,6 +165,8 @@ class Launcher:
                 self.kept.clear()
             tracked = self.optimizers[optimizer] = _Tracked(self.name_optimizer(optimizer))
         tracked.groups.append(group)
+        if "accelerate" in sys.modules:
+            self.wrap(sys.modules["accelerate"].Accelerator, "prepare", self.follow_into)
         models = None
         if any(p not in self.names or p in self.factors for p in group["params"]):
             models = find_models()
@@ -176,6 +191,76 @@ class Launcher:
             group[_KEY] = tracked.fingerprints[-1]
         self.has_penalized = True
         self.watch(penalized[0])
+
+    def wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Let a wrapper take the place of a function, which it gets as its first argument, until the launcher ends."""
+        if name not in self.wrapped:
+            function = getattr(owner, name)
+            self.wrapped[name] = owner, function
+
+            @functools.wraps(function)
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                return wrapper(function, *args, **kwargs)
+
+            setattr(owner, name, wrapped)
+
+    def follow_into(self, prepare: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: Any) -> Any:
+        """Prepare, and follow parameters into FSDP2 as soon as their models are sharded."""
+        if not getattr(accelerator, "is_fsdp2", False):
+            return prepare(accelerator, *args, **kwargs)
+        if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            raise Stop(
+                "With fsdp_cpu_ram_efficient_loading, only one process has the base's weights when the optimizer is "
+                "built: set it to false in accelerate's configuration."
+            )
+        with _stopping():
+            entered = self.before_sharding()
+        prepared = prepare(accelerator, *args, **kwargs)
+        with _stopping():
+            for optimizer, groups in entered.items():
+                self.follow(optimizer, groups)
+        return prepared
+
+    def before_sharding(self) -> dict[Optimizer, list[list[Tensor]]]:
+        """The parameters of the optimizers that have taken no step. Recordings are loaded, which is too late after."""
+        waiting = {o: tracked for o, tracked in self.optimizers.items() if tracked.penalized and not tracked.attached}
+        for tracked in waiting.values() if self.recording_file else ():
+            anchors = {p: self.anchors[p] for p in tracked.penalized if p in self.anchors}
+            tracked.recording = self.load_recording(self.models_of(tracked), anchors)
+        return {optimizer: [list(group["params"]) for group in optimizer.param_groups] for optimizer in waiting}
+
+    def follow(self, optimizer: Optimizer, groups: list[list[Tensor]]) -> None:
+        """What is known of the parameters that came in holds for those that took their places."""
+        tracked, engine = self.optimizers[optimizer], engine_of(optimizer)
+        places = zip(chain(*groups), chain(*(group["params"] for group in optimizer.param_groups)), strict=True)
+        now = {old: new for old, new in places if old is not new}
+        for old, new in now.items():
+            self.names[new] = self.names[old]
+            if old in self.factors:
+                self.factors[new] = self.factors[old]
+            if old in self.anchors:
+                piece = engine.piece(new)
+                value = piece.cut(self.anchors.pop(old).value)
+                self.anchors[new] = Anchor.copy(value.to(piece.value().device), self.anchor_device)
+            if old in self.watches:
+                self.watches.pop(old)[0].remove()
+        tracked.groups = list(optimizer.param_groups)
+        tracked.penalized = [now.get(parameter, parameter) for parameter in tracked.penalized]
+        tracked.frozen = [now.get(parameter, parameter) for parameter in tracked.frozen]
+        if now:
+            # Metrics need all processes, and scripts let them part before they end.
+            self.report.needs_all = True
+            self.wrap(torch.distributed, "destroy_process_group", self.finish_before)
+
+    def finish_before(self, destroy: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.kept:
+            self.finish(exited=False)
+        return destroy(*args, **kwargs)
+
+    def models_of(self, tracked: _Tracked) -> list[nn.Module]:
+        """All models; those that train come before copies of them, such as a moving average."""
+        wanted = set(tracked.penalized)
+        return sorted(find_models(), key=lambda model: not any(p in wanted for p in model.parameters()))
 
     def is_inside_another(self, optimizer: Optimizer) -> bool:
         """Whether a method of another optimizer is running."""
@@ -302,6 +387,10 @@ class Launcher:
                 self.check_groups(optimizer, tracked)
             if tracked.attached < len(groups):
                 self.attach(optimizer, tracked, loaded)
+        regularizer = tracked.regularizer() if tracked.regularizer else None
+        if loaded and regularizer is not None:
+            # Which recorded call is replayed depends on it. Loading itself may take a step, as with FSDP2.
+            regularizer._steps = steps_in(groups)
         tracked.groups, tracked.attached = list(groups), len(groups)
 
     def is_inner(self, tracked: _Tracked, frame: Any) -> bool:
@@ -323,8 +412,8 @@ class Launcher:
         for group, entered in zip(optimizer.param_groups, tracked.fingerprints, strict=False):
             if any(p not in self.names for p in group["params"]):
                 raise Stop(
-                    f"The parameters of {tracked.name} were replaced after it was built (FSDP and DeepSpeed do that), "
-                    "and the new ones have no anchors: this is not supported."
+                    f"The parameters of {tracked.name} were replaced after it was built (DeepSpeed does that, and "
+                    "FSDP1), and the new ones have no anchors: this is not supported. Use FSDP2 or DDP."
                 )
             if entered is None or group.get(_KEY) == entered:
                 continue
@@ -353,9 +442,7 @@ class Launcher:
                 "--lipschitz_reduction mean and --lipschitz_mode projected span all parameters, but this script has "
                 "several optimizers: leave some out with --lipschitz_exclude_optimizer."
             )
-        wanted = set(tracked.penalized)
-        # What trains comes before copies of it, such as a moving average.
-        models = sorted(find_models(), key=lambda model: not any(p in wanted for p in model.parameters()))
+        models = self.models_of(tracked)
         known = names_in(models)
         adapters = find_adapters(tracked.penalized)
         factors = {factor for adapter in adapters for factor in (adapter.down, adapter.up)}
@@ -364,7 +451,9 @@ class Launcher:
         if lost:
             raise Stop(f"{self.names[lost[0]]} came in as part of a LoRA adapter, which is gone or not active now.")
         adapted = self.adapted_weights(adapters, known, loaded)
-        recording = self.load_recording(models, anchors) if self.recording_file else None
+        recording = tracked.recording
+        if recording is None and self.recording_file:
+            recording = self.load_recording(models, anchors)
         held = recording if self.weight["layers"] or self.weight["predictions"] else None
         regularizer = LipschitzRegularizer(
             optimizer,
@@ -434,11 +523,16 @@ class Launcher:
     def after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         tracked = self.optimizers.get(optimizer)
         regularizer = tracked.regularizer() if tracked and tracked.regularizer else None
+        for group in optimizer.param_groups if regularizer else ():
+            group[_STEPS] = regularizer.steps
         if self.kept and regularizer is self.kept[0]:
             self.report.after_step(self.kept)
 
     def finish(self, exited: bool) -> None:
-        """The last line; or `Stop`, if the script trained and nothing was penalized."""
+        """The last line, once; or `Stop`, if the script trained and nothing was penalized."""
+        if self.has_finished:
+            return
+        self.has_finished = True
         for parameter in list(self.watches):
             self.check_unmoved(parameter)
         if self.kept:

@@ -30,6 +30,7 @@ class Report:
     def __init__(self, log: Path | None, log_every: int):
         self.is_main = int(os.environ.get("RANK", 0)) == 0
         self.log, self.log_every = log, log_every
+        self.needs_all = False  # processes, for metrics: parameters are shared out
 
     def say(self, line: str) -> None:
         """On a line of its own, also between the progress bars of tqdm."""
@@ -48,19 +49,20 @@ class Report:
     def after_step(self, regularizers: Sequence[LipschitzRegularizer]) -> None:
         """Log the metrics, if it is time and anybody wants them."""
         due = regularizers[0].steps % self.log_every == 0
-        if due and self.is_main and (self.log is not None or _wandb_run() is not None):
+        wanted = self.is_main and (self.log is not None or _wandb_run() is not None)
+        if due and (wanted or self.needs_all):
             self.log_metrics(regularizers[0].steps, all_metrics(regularizers))
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.write({"step": step, **finite})
         run = _wandb_run()
-        if run is not None:
+        if run is not None and self.is_main:
             run.log(dict(metrics), commit=False)  # joins the script's next line: wandb drops steps that go back
 
     def finish(self, regularizers: Sequence[LipschitzRegularizer], recording: Recording | None) -> None:
         """The last line, with the drift where a recording can measure it."""
-        if not self.is_main:
+        if not (self.is_main or self.needs_all):
             return
         metrics, steps = all_metrics(regularizers), regularizers[0].steps
         line = f"{steps} steps; distance from the base {metrics['lipschitz/distance']:.4g}"

@@ -1,4 +1,5 @@
-# The two training scripts under accelerate's FSDP2, on two processes. The penalty itself is in test_engines.py.
+# The two training scripts, and the launcher, under accelerate's FSDP2, on two processes. The penalty itself is in
+# test_engines.py.
 import os
 import shutil
 import subprocess
@@ -13,13 +14,13 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 # accelerate looks for FSDP only where there are GPUs; what it does then works on CPUs, too.
-DRIVER = """
+SHARDED = """
 import importlib, sys
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 
-def sharded(**options):
+def sharded(version, **options):
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=int(sys.argv[2]), auto_wrap_policy="transformer_based_wrap",
+        fsdp_version=int(version), auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["BasicTransformerBlock"], cpu_ram_efficient_loading=False,
         state_dict_type="SHARDED_STATE_DICT",
     )
@@ -27,31 +28,47 @@ def sharded(**options):
     PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     return accelerator
+"""
+DRIVER = """
+import functools, importlib, sys
+from sharded import sharded
 
 script = importlib.import_module(sys.argv[1])
 if int(sys.argv[2]):
-    script.Accelerator = sharded
+    script.Accelerator = functools.partial(sharded, sys.argv[2])
 script.main(script.parse_args(sys.argv[3:]))
 """
 DDP, FSDP1, FSDP2 = "0", "1", "2"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def run(command, folder, fails=False):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails, done.stderr
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
 def launch(photos, tmp_path_factory):
     """Runs a script on two processes, `launch(script, engine, base, *flags)`; returns stderr, or that of a failure."""
     folder = tmp_path_factory.mktemp("sharded")
+    folder.joinpath("sharded.py").write_text(SHARDED)
     folder.joinpath("driver.py").write_text(DRIVER)
     folder.joinpath("prompts.txt").write_text("a photo of a cat\n\na red house\n")
 
     def call(script, engine, base, *flags, fails=False):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "driver.py"]
-        command += [script, engine, f"--pretrained_model_name_or_path={base}", f"--instance_data_dir={photos}"]
+        command = [
+            *TORCHRUN,
+            "driver.py",
+            script,
+            engine,
+            f"--pretrained_model_name_or_path={base}",
+            f"--instance_data_dir={photos}",
+        ]
         command += ["--instance_prompt=a photo of sks dog", "--resolution=16", "--train_batch_size=1", "--seed=7"]
         command += ["--learning_rate=1e-3", f"--lipschitz_prompts_file={folder}/prompts.txt"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run([*command, *flags], cwd=folder, env=environment, capture_output=True, text=True)
-        assert (done.returncode != 0) == fails, done.stderr
-        return done.stderr
+        return run([*command, *flags], folder, fails)
 
     return call
 
@@ -106,3 +123,66 @@ def test_what_it_cannot_do_is_refused(launch, tiny_sd, tmp_path):
     said = launch("train_dreambooth_lipschitz", FSDP2, tiny_sd, *flags, "--train_text_encoder", fails=True)
     assert "--train_text_encoder: with FSDP2" in said
     assert not (tmp_path / "model").exists()
+
+
+# A training as diffusers' scripts have it. It knows nothing of the penalty.
+TRAIN = """
+import sys
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from safetensors.torch import save_file
+from sharded import sharded
+
+engine, base, method, resume = sys.argv[1:]
+accelerator = sharded(engine) if int(engine) else Accelerator()
+model = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+if method == "lora":
+    torch.manual_seed(0)
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"]))
+trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+model, optimizer = accelerator.prepare(model, optimizer)
+begin = 0
+if resume == "resume":
+    accelerator.load_state(f"{engine}-{method}")
+    begin = 2
+for step in range(begin, 4):
+    generator = torch.Generator().manual_seed(10 * step + accelerator.process_index)
+    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    noise, text = torch.randn(latents.shape, generator=generator), torch.randn(1, 5, 16, generator=generator)
+    loss = (model(latents + noise, torch.tensor([500]), text).sample - noise).square().mean()
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    if step == 1 and resume != "resume":
+        accelerator.save_state(f"{engine}-{method}")
+weights = accelerator.get_state_dict(model)
+if accelerator.is_main_process:
+    save_file({name: value.contiguous() for name, value in weights.items()}, f"{engine}-{method}-{resume}.safetensors")
+accelerator.end_training()  # ends the group of processes
+"""
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_launcher_follows_parameters_into_fsdp2(method, tiny_sd, tmp_path):
+    """It takes the base before the model is sharded, holds it in each space after that, and knows its checkpoints."""
+    tmp_path.joinpath("sharded.py").write_text(SHARDED)
+    tmp_path.joinpath("train.py").write_text(TRAIN)
+    (tmp_path / "prompts.txt").write_text("a photo of a cat\n\na red house\n")
+    recording = ["-m", "lipschitz_reg.record", tiny_sd, "--prompts=prompts.txt", "--num_inference_steps=2"]
+    run([sys.executable, *map(str, recording), "--output=base.safetensors"], tmp_path)
+    options = ["-m", "lipschitz_reg.run", "--lipschitz_weight=50", "--lipschitz_layers=1", "--lipschitz_predictions=1"]
+    options += ["--lipschitz_recording=base.safetensors", "train.py"]
+    for engine, *more in (DDP, "start"), (FSDP2, "start"), (FSDP2, "resume"):
+        said = run([*TORCHRUN, *options, engine, str(tiny_sd), method, *more], tmp_path)
+        assert "drift" in said
+    ended = load_file(tmp_path / f"2-{method}-start.safetensors")
+    assert_near(ended, load_file(tmp_path / f"0-{method}-start.safetensors"))
+    assert_near(load_file(tmp_path / f"2-{method}-resume.safetensors"), ended)
+    free = ["train.py", FSDP2, str(tiny_sd), method, "free"]
+    run([*TORCHRUN, *free], tmp_path)
+    away = load_file(tmp_path / f"2-{method}-free.safetensors")
+    assert any((away[name] - value).abs().max() > 1e-3 for name, value in ended.items())
