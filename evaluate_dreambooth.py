@@ -347,6 +347,14 @@ check_min_version("0.40.0")
 PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 
 
+# Copied from train_dreambooth_lipschitz.py
+def check_processes(accelerator: Accelerator) -> None:
+    """On a CPU, accelerate wants a variable that torchrun does not set: each process would think that it is alone."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > accelerator.num_processes:
+        stop(f"these {processes} processes do not find each other: start them by accelerate launch, not by torchrun")
+
+
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     """The `Accelerator`; sets `args.precision` to what this machine draws in."""
     # One process may wait long for another that has more left to draw.
@@ -361,6 +369,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except ValueError as error:
         stop(error)
+    check_processes(accelerator)
     args.precision = args.precision or ("fp16" if accelerator.device.type == "cuda" else "fp32")
     if args.precision == "fp16" and accelerator.device.type == "cpu":
         stop("--precision fp16 needs a GPU: use bf16 or fp32 on a CPU")

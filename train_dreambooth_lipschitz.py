@@ -1221,6 +1221,13 @@ def accelerator_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"mixed_precision": args.mixed_precision}
 
 
+def check_processes(accelerator: Accelerator) -> None:
+    """On a CPU, accelerate wants a variable that torchrun does not set: each process would think that it is alone."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > accelerator.num_processes:
+        stop(f"these {processes} processes do not find each other: start them by accelerate launch, not by torchrun")
+
+
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     """The `Accelerator`, once it is certain that this machine can do what the arguments ask for."""
     try:
@@ -1235,10 +1242,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
         )
     except ValueError as error:
         stop(f"--report_to: {error}" if "logging" in str(error) else error)
-    # As torchrun starts them on a CPU, where accelerate wants a variable of its own: two trainings in one folder.
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > accelerator.num_processes:
-        stop(f"these {processes} processes do not find each other: start them by accelerate launch, not by torchrun")
+    check_processes(accelerator)
     engine = accelerator.distributed_type.value
     if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM") and not accelerator.is_fsdp2:
         name = "FSDP1" if engine == "FSDP" else engine

@@ -140,6 +140,14 @@ def launch(flags, launcher=ACCELERATE):
     return subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=600)
 
 
+def test_processes_that_do_not_find_each_other_do_not_write_to_one_folder(flags, tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = launch([*flags, f"--output_dir={tmp_path / 'evaluation'}"], TORCHRUN)
+    assert done.returncode != 0 and "2 processes do not find each other" in done.stderr
+    assert not (tmp_path / "evaluation").exists()
+
+
 @pytest.fixture
 def evaluate(script, flags):
     """Runs the script's `main` in this process and returns its metrics; flags given later win."""
