@@ -40,7 +40,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -148,7 +148,7 @@ FREE_TO_CHANGE = {
     *["dataloader_num_workers", "sample_batch_size"],
     *["prior_generation_precision", "num_train_epochs", "max_train_steps", "lr_warmup_steps", "checkpointing_steps"],
     *["checkpoints_total_limit", "lipschitz_anchor_device", "set_grads_to_none", "gradient_checkpointing"],
-    *["enable_xformers_memory_efficient_attention", "allow_tf32", "validation_prompt"],
+    *["enable_xformers_memory_efficient_attention", "allow_tf32", "compile", "validation_prompt"],
     *["num_validation_images", "validation_steps", "validation_epochs", "validation_scheduler", "drift_every"],
     *["report_to", "logging_dir", "push_to_hub", "hub_token", "hub_model_id", "output_kohya_format"],
 }
@@ -549,6 +549,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> Callable:
         help="Attention of xformers instead of PyTorch's own; CUDA only.",
     )
     add("--allow_tf32", action="store_true", help="Faster, less precise float32 products; CUDA only.")
+    add("--compile", action="store_true", help="torch.compile the U-Net's blocks: a slow start, then faster steps.")
     return add
 
 
@@ -1362,7 +1363,7 @@ from diffusers import (
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import compute_snr
-from diffusers.utils import check_min_version, is_xformers_available
+from diffusers.utils import check_min_version, is_torch_version, is_xformers_available
 from huggingface_hub import ModelCard, ModelCardData, upload_folder
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -1408,6 +1409,26 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 # Copied from train_dreambooth_lipschitz.py
+def check_compile(accelerator: Accelerator) -> None:
+    if accelerator.is_fsdp2:
+        stop("--compile is not supported with FSDP2: leave it out")
+    if not is_torch_version(">=", "2.6"):
+        stop("--compile needs PyTorch 2.6 or later: pip install -U torch")
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=accelerator.device))
+    except Exception as error:  # of the system, of triton or of a C++ compiler: each of another kind
+        stop(f"--compile: torch.compile does not work here: {str(error).strip().splitlines()[0]}")
+
+
+# Copied from train_dreambooth_lipschitz.py
+def compile_blocks(unet: torch.nn.Module) -> None:
+    """Block by block, which starts sooner than the whole: equal ones share what is compiled."""
+    # The limit is for all widths, modes and batch sizes together; beyond it, blocks run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
+    unet.compile_repeated_blocks()
+
+
+# Copied from train_dreambooth_lipschitz.py
 def build_accelerator(args: argparse.Namespace) -> Accelerator:
     """The `Accelerator`, once it is certain that this machine can do what the arguments ask for."""
     try:
@@ -1446,6 +1467,9 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
             )
         if not is_xformers_available():
             stop("--enable_xformers_memory_efficient_attention needs xformers: pip install xformers")
+
+    if args.compile:
+        check_compile(accelerator)
 
     for library in (transformers, diffusers):
         library.utils.logging.disable_progress_bar()
@@ -2462,14 +2486,18 @@ def takes_part(accelerator: Accelerator) -> bool:
 # Copied from train_dreambooth_lipschitz.py
 @contextmanager
 def evaluating(pipeline: Pipeline) -> Iterator[None]:
-    """No dropout, and no gradients, in the models of the pipeline that may be in training, and all on one device."""
+    """
+    No dropout, and no gradients, in the models of the pipeline that may be in training, all on one device, and none
+    compiled: for a few pictures that would take longer than to draw them.
+    """
     models = [model for model in (pipeline.unet, *text_encoders_of(pipeline)) if model is not None]
     modes = [model.training for model in models]
     for model in models:
         model.eval()
     home = pipeline.vae.device
     pipeline.vae.to(pipeline.unet.device)
-    with torch.no_grad():
+    compiled = any(module._compiled_call_impl is not None for module in pipeline.unet.modules())
+    with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         yield
     pipeline.vae.to(home)
     for model, mode in zip(models, modes):
@@ -3087,6 +3115,8 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
 
     # Before the checkpoint is loaded: the lipschitz anchors are the pretrained weights.
     lipschitz = attach_lipschitz(args, accelerator, pipeline, optimizer, trained, anchor_model, recording)
+    if args.compile:  # after the base was recorded, which needs hooks
+        compile_blocks(pipeline.unet)
     measure = functools.partial(measure_drift, args, accelerator, pipeline, recording)
     prompts, validation_embeds = distinct_prompts(photos + class_images), None
     tokenizers = tokenizers_of(pipeline)

@@ -40,7 +40,7 @@ from lipschitz_reg import functional
 
 
 CHECKPOINTING, FP16 = "--gradient_checkpointing", "--mixed_precision=fp16"
-XFORMERS = "--enable_xformers_memory_efficient_attention"
+XFORMERS, COMPILED = "--enable_xformers_memory_efficient_attention", "--compile"
 # Besides those of full_size.py.
 ON_GPU = [
     Case("full, bf16, plain", "sd15", [*PLAIN, BF16]),
@@ -48,6 +48,7 @@ ON_GPU = [
     Case("full, fp16 (GradScaler), 8-bit Adam, the paper's penalty", "sd15", [*PAPER, FP16, EIGHT_BIT]),
     Case("full, fp16 (GradScaler), 8-bit Adam, layers and predictions", "sd15", [*HELD, FP16, EIGHT_BIT]),
     Case("full, bf16, xformers, plain", "sd15", [*PLAIN, BF16, XFORMERS]),
+    Case("full, bf16, compiled, layers and predictions", "sd15", [*HELD, BF16, COMPILED]),
     Case("LoRA, fp16, layers and predictions", "sd15", [*HELD, LORA, FP16]),
     Case("full in bf16, plain", "sdxl", [*PLAIN, "--method=full", FULL_BF16]),
     Case(
@@ -62,7 +63,7 @@ ON_GPU = [
     ),
 ]
 # What a GPU has to do by itself; the others run in the rehearsal.
-NEEDS_GPU = {FP16, XFORMERS}
+NEEDS_GPU = {FP16, XFORMERS, COMPILED}
 
 
 def check_penalty(device: str) -> dict[str, float]:

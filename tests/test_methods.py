@@ -1,6 +1,7 @@
 # What the methods of train_dreambooth_lipschitz.py promise: full, LoRA and Custom Diffusion, on the model of the drawn
 # world. What they have in common is in test_train_dreambooth_lipschitz.py, the arithmetic of LoRA in test_lora.py.
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -344,6 +345,22 @@ def test_gradient_checkpointing_changes_no_result(train, tmp_path):
             *["--lora_dropout=0", "--max_train_steps=2", f"--output_dir={tmp_path / name}"],
             *flags,
         )
+    after, other = result(tmp_path / "with"), result(tmp_path / "without")
+    assert distance(after, other) < 1e-3 * distance(after, {key: torch.zeros(()) for key in after})
+
+
+def test_compiled_blocks_change_no_result(train, tmp_path, monkeypatch):
+    """By a backend that needs no C++ compiler. Base, drift and pictures are drawn by the same blocks, uncompiled."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    (tmp_path / "prompts.txt").write_text("a photo of a cat\n\na red house\n")
+    flags = ["--method=lora", "--lora_dropout=0", "--gradient_checkpointing", "--max_train_steps=2"]
+    flags += ["--lipschitz_layers=1", "--lipschitz_predictions=1", "--drift_every=1"]
+    flags += [f"--lipschitz_prompts_file={tmp_path / 'prompts.txt'}", "--validation_prompt=a mug"]
+    flags += ["--num_validation_images=1", "--validation_steps=1"]
+    compiled = torch._dynamo.utils.counters["frames"]
+    for name, more in {"with": ["--compile"], "without": []}.items():
+        train(*flags, *more, f"--output_dir={tmp_path / name}")
+        assert compiled["ok"] > 0 and compiled["ok"] == compiled["total"]
     after, other = result(tmp_path / "with"), result(tmp_path / "without")
     assert distance(after, other) < 1e-3 * distance(after, {key: torch.zeros(()) for key in after})
 
