@@ -35,7 +35,16 @@ COSTS = {
     "total seconds": "seconds, class images included",
 }
 # What Custom Diffusion and LoRA reach in the drawn world, and what full fine-tuning does.
-FIDELITIES = (0.4, 0.5, 0.55, 0.7, 0.75, 0.78)
+FIDELITIES = (0.45, 0.5, 0.55, 0.6, 0.75, 0.8)
+HEADS = {
+    "drift": "pictures",
+    "prediction drift": "predictions",
+    "class drift": "pictures of the class",
+    "worst drift": "the worst picture",
+    "KL bound": "KL bound, nats",
+    "total seconds": "seconds",
+}
+SHARES, DIGITS = ("drift", "prediction drift"), {"prediction drift": 3, "KL bound": 0, "total seconds": 0}
 MEASURES = ("fidelity", "alignment", *OBEYED, "seconds", "class seconds", *COSTS)
 
 
@@ -151,14 +160,11 @@ def read_results(paths: list[Path], seeds: list[int] | None = None) -> tuple[Res
         row["total seconds"] = row["seconds"] + row["class seconds"]
         names = ("method", "rate", "weight", "schedule", "steps", "stop", "share", "flags")
         setting = {name: row[name] for name in names}
+        # A part of the way is a setting like any other: whoever has trained a model can take a part of it back.
+        setting["method"] = setting["method"].removesuffix(", interpolated")
         _, found = groups.setdefault(json.dumps(setting), (setting, {}))
         # Earlier results lack what was not measured yet.
         found[row["subject"], row["seed"]] = [row.get(name, np.nan) for name in MEASURES]
-    for setting, _ in list(groups.values()):
-        if setting["share"] != 1:  # all of the way is the training itself
-            end = {**setting, "share": 1.0}
-            whole = {**end, "method": setting["method"].removesuffix(", interpolated")}
-            groups[json.dumps(end)] = (end, groups.get(json.dumps(whole), (whole, {}))[1])
     everyone = next((found.keys() for setting, found in groups.values() if setting["method"] == "base"), None)
     if everyone is None:
         raise SystemExit("plot_tradeoff.py: error: no result of the base in these files: let tradeoff.py run first")
@@ -225,47 +231,46 @@ def print_settings(results: Results) -> None:
     print_table("All settings", ["method", "rate", "weight", "steps", "share", *names], rows)
 
 
-def print_equal_fidelity(results: Results, family: str, fidelities: np.ndarray, cost: str) -> None:
+def print_equal_fidelity(results: Results, family: str, fidelity: float) -> None:
     """
-    Claims 2, 4 and 5: the cost of those fidelities that are reached, and what each penalized method saves, beside its
-    rivals and beside the other penalized ones. Nothing of so little fidelity was measured of the method itself: the
-    cost is at most (≤) and the saving at least (≥) this; of the other: the saving is at most (≤) this; of both: ~.
+    What each method costs at that fidelity, and what the first penalized one costs as a share of each rival, and of
+    the best of all. Nothing of so little fidelity was measured of a method: its cost is at most (≤) this, a share
+    beside it at least (≥), and its own share at most (≤); of both: ~.
     """
     ours, rivals = results.families()[family]
     methods, ease = ours + rivals, results.ease(family)
-    if any(np.isnan(results.curves[method].of(cost)).any() for method in methods):
-        return  # earlier results lack it
-    highest = max(results.curves[method].of("fidelity").mean(1).max() for method in methods)
-    fidelities = fidelities[fidelities <= highest]
-    if not fidelities.size:
+    known = {c: not any(np.isnan(results.curves[m].of(c)).any() for m in methods) for c in COSTS}
+    costs = [cost for cost in HEADS if known[cost]]  # earlier results lack some
+
+    def measure(subjects):
+        """(methods and the best rival, costs)"""
+        asked = np.array([fidelity + ease[subjects].mean()])
+        rows = [[cost_at(asked, results.segments(m, cost, subjects))[0] for cost in costs] for m in methods]
+        return np.array([*rows, np.min(rows[len(ours) :], axis=0) if rivals else np.full(len(costs), np.inf)])
+
+    values, samples = measure(slice(None)), bootstrap(len(results.subjects), measure)
+    reached = np.isfinite(values).all(1)
+    if not reached[: len(ours)].any() and not reached[-1]:
         return
-
-    def costs(subjects):
-        asked = fidelities + ease[subjects].mean()
-        return [cost_at(asked, results.segments(method, cost, subjects)) for method in methods]
-
-    values, samples = np.array(costs(slice(None))), bootstrap(len(results.subjects), costs)
-    digits = 3 if cost == "prediction drift" else 1
-    head = ["", *(f"{fidelity:.0%}" for fidelity in fidelities)]
+    lowest = np.array([results.segments(method, costs[0])[:, :, 0].min() for method in methods])
+    below = fidelity < np.append(lowest, lowest[len(ours) :][reached[len(ours) : -1]].max(initial=-np.inf))
+    with np.errstate(invalid="ignore", divide="ignore"):  # neither gets there
+        shares, resampled = 100 * values[0] / values, 100 * samples[:, :1] / samples
+    shares[~reached] = np.nan
+    shown = [costs.index(name) for name in SHARES]
     rows = []
-    # (methods, fidelities)
-    below = np.array([fidelities < results.segments(method, cost)[:, :, 0].min() for method in methods])
-    for method, row, limits, bound in zip(methods, values, interval(samples).transpose(1, 2, 0), below):
-        cells = [show(*pair, digits=digits) for pair in zip(row, limits)]
-        rows.append([method, *(f"≤ {cell}" if b else cell for b, cell in zip(bound, cells))])
-    print_table(f"{family}: what a subject fidelity costs, {COSTS[cost]}", head, rows)
-    for i, method in enumerate(ours if rivals else []):
-        rows = []
-        for name in [*rivals, "the best of these", *(other for other in ours if other != method)]:
-            theirs = [methods.index(name)] if name in methods else slice(len(ours), None)
-            least, resampled = values[theirs].min(0), samples[:, theirs].min(1)
-            with np.errstate(invalid="ignore"):  # neither gets there
-                saved = np.where(np.isinf(least), np.nan, 100 * (1 - values[i] / least))
-                limits = interval(100 * (1 - samples[:, i] / resampled))
-            marks = [("", "≤ ", "≥ ", "~ ")[2 * own + other] for own, other in zip(below[i], below[theirs].any(0))]
-            cells = map(show, saved, limits.T)
-            rows.append([name, *(cell if cell == "–" else mark + cell for mark, cell in zip(marks, cells))])
-        print_table(f"{family}: {method} needs less of it, by (%)", ["than", *head[1:]], rows)
+    for k, method in enumerate([*methods, "the best rival"] if rivals else methods):
+        cells = [
+            "≤ " * bool(below[k] and reached[k]) + show(values[k, c], limits, digits=DIGITS.get(cost, 1))
+            for c, (cost, limits) in enumerate(zip(costs, interval(samples[:, k]).T))
+        ]
+        for c in shown if k >= len(ours) else ():
+            mark = ("", "≤ ", "≥ ", "~ ")[below[0] + 2 * below[k]]
+            cell = show(shares[k, c], interval(resampled[:, k, c]), digits=0)
+            cells.append(cell if cell == "–" else mark + cell)
+        rows.append([method, *cells, *[""] * (len(costs) + len(shown) - len(cells))])
+    names = [f"{ours[0]}: % of its {HEADS[name]}" for name in SHARES] if rivals else []
+    print_table(f"{family}: drift at a fidelity of {fidelity:.0%}", ["", *(HEADS[c] for c in costs), *names], rows)
 
 
 def print_same_settings(results: Results) -> None:
@@ -462,10 +467,9 @@ def main() -> None:
     print(f"{counted}. Settings not measured on all of them, and left out: {incomplete}.")
     print_settings(results)
     print_same_settings(results)
-    fidelities = np.array(args.fidelities)
     for family in results.families():
-        for cost in (name for name in COSTS if name != "disobeyed"):
-            print_equal_fidelity(results, family, fidelities, cost)
+        for fidelity in args.fidelities:
+            print_equal_fidelity(results, family, fidelity)
     print_monotone(results)
     for family in results.families():
         print_times(results, family)

@@ -390,9 +390,10 @@ def cells_of(claims, title, first):
 
 
 def test_half_of_the_drift_at_equal_fidelity_is_found(claims):
-    title = "full: penalty needs less of it"
-    assert cells_of(claims, title, "DreamBooth") == ["50.0 [50.0, 50.0]"] * 2
-    assert cells_of(claims, title, "the best of these") == ["50.0 [50.0, 50.0]"] * 2
+    for title in ("full: drift at a fidelity of 50%", "full: drift at a fidelity of 70%"):
+        for rival in ("DreamBooth", "the best rival"):
+            assert cells_of(claims, title, rival)[-2:] == ["50 [50, 50]"] * 2
+        assert cells_of(claims, title, "prior preservation") == ["–"] * 5
 
 
 def test_time_that_class_images_take_is_found(claims):
@@ -406,11 +407,15 @@ def test_a_bound_is_called_one(tmp_path, capsys):
     """Of a fidelity between those of the mildest DreamBooth, 0.2, and the heaviest penalty, 0.22, and of less."""
     synthetic_results(tmp_path / "results.jsonl")
     results, _ = plot_tradeoff.read_results([tmp_path / "results.jsonl"])
-    plot_tradeoff.print_equal_fidelity(results, "full", np.array([0.1, 0.212, 0.5]), "drift")
-    printed = capsys.readouterr().out
-    assert [cell[:1] in "≤~≥" for cell in cells_of(printed, "full: what", "penalty")] == [True, True, False]
-    assert [cell[:1] in "≤~≥" for cell in cells_of(printed, "full: what", "DreamBooth")] == [True, False, False]
-    assert [cell[:1] for cell in cells_of(printed, "needs less of it", "DreamBooth")] == ["~", "≥", "5"]
+    marks = {"penalty": [], "DreamBooth": [], "the best rival": []}
+    for fidelity in (0.1, 0.212, 0.5):
+        plot_tradeoff.print_equal_fidelity(results, "full", fidelity)
+        printed = capsys.readouterr().out
+        for method, found in marks.items():
+            cells = cells_of(printed, "full: drift", method)
+            found.append([cell[:1] if cell[:1] in "≤~≥" else "" for cell in (cells[0], *cells[3:4])])
+    assert marks["penalty"] == [["≤"], ["≤"], [""]]
+    assert marks["DreamBooth"] == marks["the best rival"] == [["≤", "~"], ["", "≤"], ["", ""]]
 
 
 def test_drift_that_falls_with_the_weight_and_in_proportion_is_found(claims):
@@ -431,7 +436,7 @@ def test_interpolation_ends_at_the_training_itself(tmp_path):
         row = {"method": method, "share": share, "fidelity": fidelity, "drift": 100 * fidelity}
         tradeoff.append_line(path, fixed | row)
     results, _ = plot_tradeoff.read_results([path])
-    segments = results.segments("DreamBooth, interpolated", "drift")
+    segments = results.segments("DreamBooth", "drift")
     assert plot_tradeoff.cost_at(np.array([0.75, 0.9]), segments) == pytest.approx([75, 90])
 
 
