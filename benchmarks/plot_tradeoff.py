@@ -1,4 +1,4 @@
-# What the results of tradeoff.py say: two figures, and tables of the numbers that settle the claims.
+# What the results of tradeoff.py say: three figures, and tables of the numbers that settle the claims.
 # Reads its JSONL files and nothing else; trains and measures nothing.
 """
 python benchmarks/plot_tradeoff.py tradeoff/*.jsonl --output_dir figures > claims.md
@@ -389,20 +389,35 @@ def print_subjects(results: Results, family: str) -> None:
 # Figures
 
 
-def draw_tradeoff(results: Results, path: Path) -> None:
-    """Fidelity against alignment, and against drift (the paper's Figure 4), a row for full, LoRA, Custom Diffusion."""
+def name_in_family(method: str) -> str:
+    """A method's name where it is clear whether all weights, a LoRA or a Custom Diffusion trains."""
+    for family in ("LoRA", "Custom Diffusion", "DreamBooth"):
+        if method == family:
+            return "plain"
+        method = method.removeprefix(f"{family}, ")
+    return {"penalty": "the paper's penalty", "layers and predictions": "layers and predictions, ours"}.get(
+        method, method
+    )
+
+
+def draw_tradeoff(results: Results, costs: tuple[str, ...], path: Path) -> None:
+    """What fidelity costs (the paper's Figure 4): a column for full, LoRA, Custom Diffusion, a row for each cost."""
     families = results.families()
-    figure, axes = plt.subplots(len(families), 3, figsize=(18, 4.6 * len(families)), squeeze=False)
-    for line, (family, (ours, rivals)) in zip(axes, families.items()):
+    names = dict.fromkeys(name_in_family(m) for ours, rivals in families.values() for m in ours + rivals)
+    colours = {name: f"C{index % 10}" for index, name in enumerate(names)}
+    size = (6 * len(families), 4.6 * len(costs))
+    figure, axes = plt.subplots(len(costs), len(families), figsize=size, squeeze=False)
+    handles = {}
+    for column, (family, (ours, rivals)) in zip(axes.T, families.items()):
         ease = results.ease(family)
-        for axis, cost in zip(line, ("disobeyed", "drift", "prediction drift")):
-            for index, method in enumerate(ours + rivals):
-                points = results.segments(method, cost)
+        for axis, cost in zip(column, costs):
+            for method in ours + rivals:
+                points, name = results.segments(method, cost), name_in_family(method)
                 grid = np.linspace(points[:, :, 0].min(), points[:, :, 0].max(), 60)
 
                 def curve(subjects):
-                    costs = cost_at(grid + ease[subjects].mean(), results.segments(method, cost, subjects))
-                    return np.where(np.isinf(costs), np.nan, costs)
+                    least = cost_at(grid + ease[subjects].mean(), results.segments(method, cost, subjects))
+                    return np.where(np.isinf(least), np.nan, least)
 
                 samples = bootstrap(len(results.subjects), curve, 200)
                 # What prompts ask for and is missing, drawn as what is not missing.
@@ -410,13 +425,19 @@ def draw_tradeoff(results: Results, path: Path) -> None:
                     1 - values if cost == "disobeyed" else values
                     for values in (curve(slice(None)), interval(samples), points[..., 1])
                 )
-                axis.fill_between(grid, *limits, color=f"C{index}", alpha=0.08, linewidth=0)
-                axis.plot(grid, least, "-" if method in ours else "--", color=f"C{index}", label=method)
-                axis.plot(points[..., 0].ravel(), dots.ravel(), ".", color=f"C{index}", alpha=0.5)
-            axis.set_xlabel(f"subject fidelity ({family})")
+                line = {"color": colours[name], "linestyle": "-", "linewidth": 3}
+                line |= {} if method in ours else {"linestyle": "--", "linewidth": 1.5}
+                axis.fill_between(grid, *limits, alpha=0.08, linewidth=0, color=colours[name])
+                axis.plot(grid, least, **line)
+                axis.plot(points[..., 0].ravel(), dots.ravel(), "o", markersize=5, color=colours[name])
+                (handles[name],) = axis.plot([], [], marker="o", markersize=5, **line)
+            axis.set_xlabel("subject fidelity")
             axis.set_ylabel("share of what prompts ask for that is drawn" if cost == "disobeyed" else COSTS[cost])
             axis.grid(alpha=0.25)
-        line[2].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+            if cost != "disobeyed":
+                axis.set_ylim(bottom=0)
+        column[0].set_title({"full": "full fine-tuning", "lora": "LoRA"}.get(family, "Custom Diffusion"))
+    figure.legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
 
@@ -448,7 +469,7 @@ def draw_drift(results: Results, path: Path) -> None:
 
 def save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -476,7 +497,8 @@ def main() -> None:
     for family in results.families():
         print_subjects(results, family)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    draw_tradeoff(results, args.output_dir / "tradeoff.png")
+    draw_tradeoff(results, ("drift",), args.output_dir / "tradeoff.png")
+    draw_tradeoff(results, ("prediction drift", "disobeyed"), args.output_dir / "tradeoff_more.png")
     draw_drift(results, args.output_dir / "drift.png")
 
 
