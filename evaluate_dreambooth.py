@@ -349,7 +349,7 @@ PIPELINES = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffus
 
 # Copied from train_dreambooth_lipschitz.py
 def check_processes(accelerator: Accelerator) -> None:
-    """On a CPU, accelerate wants a variable that torchrun does not set: each process would think that it is alone."""
+    """On a CPU, accelerate needs a variable that torchrun does not set: without it, each runs as the only one."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > accelerator.num_processes:
         stop(f"these {processes} processes do not find each other: start them by accelerate launch, not by torchrun")

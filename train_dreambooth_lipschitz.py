@@ -500,7 +500,7 @@ def add_memory_arguments(parser: argparse.ArgumentParser) -> Callable:
         help="Attention of xformers instead of PyTorch's own; CUDA only.",
     )
     add("--allow_tf32", action="store_true", help="Faster, less precise float32 products; CUDA only.")
-    add("--compile", action="store_true", help="torch.compile the U-Net's blocks: a slow start, then faster steps.")
+    add("--compile", action="store_true", help="torch.compile the U-Net's transformer blocks. The first step is slow.")
     return add
 
 
@@ -986,7 +986,7 @@ def check_settings(checkpoint: Path | None, settings: dict[str, Any]) -> None:
     """Stops unless the checkpoint is of a run with these settings. Those that it does not know are not compared."""
     saved, differences = read_settings(checkpoint) if checkpoint else {}, []
     words = {"photos": "other photos", "captions": "other captions", "base": "another base model"}
-    words |= {"recording": "another recording", "engine": saved.get("engine")}
+    words |= {"recording": "another recording", "engine": f"{saved.get('engine')} as its engine"}
     for name in [name for name in settings if name in saved and saved[name] != settings[name]]:
         was, now = saved[name], settings[name]
         if isinstance(was, list) and isinstance(now, list):
@@ -1223,7 +1223,7 @@ def accelerator_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """On a CPU, accelerate wants a variable that torchrun does not set: each process would think that it is alone."""
+    """On a CPU, accelerate needs a variable that torchrun does not set: without it, each runs as the only one."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > accelerator.num_processes:
         stop(f"these {processes} processes do not find each other: start them by accelerate launch, not by torchrun")
@@ -1236,14 +1236,14 @@ def check_compile(accelerator: Accelerator) -> None:
         stop("--compile needs PyTorch 2.6 or later: pip install -U torch")
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=accelerator.device))
-    except Exception as error:  # of the system, of triton or of a C++ compiler: each of another kind
-        stop(f"--compile: torch.compile does not work here: {str(error).strip().splitlines()[0]}")
+    except Exception as error:  # raised by the platform, Triton or the C++ compiler, with different types
+        stop(f"--compile: torch.compile does not work here: {(str(error).strip() or repr(error)).splitlines()[0]}")
 
 
 def compile_blocks(unet: torch.nn.Module) -> None:
-    """Block by block, which starts sooner than the whole: equal ones share what is compiled."""
-    # The limit is for all widths, modes and batch sizes together; beyond it, blocks run uncompiled.
-    torch._dynamo.config.recompile_limit = 64
+    """Compiles each transformer block, not the whole U-Net: equal blocks share compiled code, which is quicker."""
+    # All widths, train and eval mode, and all batch sizes count towards one limit. Past it, blocks run uncompiled.
+    torch._dynamo.config.cache_size_limit = 64
     unet.compile_repeated_blocks()
 
 
@@ -1266,10 +1266,15 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM") and not accelerator.is_fsdp2:
         name = "FSDP1" if engine == "FSDP" else engine
         stop(f"{name} is not supported here: use FSDP2 (fsdp_version: 2 in accelerate's configuration) or plain DDP")
+    if accelerator.is_fsdp2 and accelerator.mixed_precision == "fp16":
+        stop("--mixed_precision fp16 is not supported with FSDP2: use bf16 or no")
+    if accelerator.is_fsdp2 and (args.use_8bit_adam or args.lipschitz_anchor_model):
+        flag = "--use_8bit_adam" if args.use_8bit_adam else "--lipschitz_anchor_model"
+        stop(f"{flag} is not supported with FSDP2: leave it out, or use DDP")
     if accelerator.is_fsdp2 and (args.train_text_encoder or args.modifier_token):
         flag = "--train_text_encoder" if args.train_text_encoder else "--modifier_token"
-        stop(f"{flag}: with FSDP2, accelerate takes one model, the U-Net: leave it out, or use DDP")
-    # transformers would load no weights in all processes but one, of models that are not sharded either.
+        stop(f"{flag}: with FSDP2, accelerate trains one model only: leave this flag out, or use DDP")
+    # Otherwise transformers loads weights in one process only, even for models that are not sharded.
     if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
         stop("FSDP2 needs fsdp_cpu_ram_efficient_loading: false in accelerate's configuration")
     # accelerate lets this pass, and trains in float32.
@@ -1326,7 +1331,7 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator, settings
         needed += [LORA_FILE]
     else:
         needed += [KEYS_VALUES_FILE, TOKENS_FILE] if args.modifier_token else [KEYS_VALUES_FILE]
-    if accelerator.is_fsdp2:  # accelerate knows how the files of weights and optimizer are named
+    if accelerator.is_fsdp2:  # accelerate names the files of weights and optimizer
         needed = [SETTINGS_FILE, "scheduler.bin", "random_states_0.pkl"]
     missing = [name for name in needed if not Path(checkpoint, name).is_file()]
     if missing:
@@ -1860,7 +1865,7 @@ def build_lr_scheduler(
 
 
 def load_anchor_model(args: argparse.Namespace, accelerator: Accelerator, pipeline: Pipeline) -> Pipeline:
-    """`lipschitz_anchor_model`, towards which training is pulled, or the base itself."""
+    """The model to stay near: `lipschitz_anchor_model`, or the base."""
     if args.lipschitz_anchor_model is None:
         return pipeline
     anchor_model = load_pipeline(args, "--lipschitz_anchor_model")
@@ -1878,7 +1883,7 @@ def record_base(
     checkpoint: Path | None,
 ) -> Recording | None:
     """
-    The recording of the anchor model on the prompts, the same in all processes and in all runs that go on from a
+    The recording of the anchor model on the prompts, the same in all processes and in all runs that resume from a
     checkpoint; `None` if nothing needs it. It is written to `output_dir` under a name of its own.
     """
     if not needs_recording(args):
@@ -1975,8 +1980,8 @@ def attach_lipschitz(
     recording: Recording | None,
 ) -> LipschitzRegularizer | None:
     """
-    The penalty, which pulls towards the weights as they are now or towards those of another anchor model, and the
-    outputs towards those of the recording.
+    The penalty. It holds weights near their present values, or near those of another anchor model, and outputs near
+    the recorded ones.
     """
     if not is_penalized(args):
         return None
@@ -2201,15 +2206,15 @@ def diffusion_losses(
 
 
 def takes_part(accelerator: Accelerator) -> bool:
-    """Whether this process has to run the models outside of training, too: one does, and with FSDP2 all have to."""
+    """Whether this process also runs the models for drift and pictures: the main one, or all of them with FSDP2."""
     return accelerator.is_main_process or accelerator.is_fsdp2
 
 
 @contextmanager
 def evaluating(pipeline: Pipeline) -> Iterator[None]:
     """
-    No dropout, and no gradients, in the models of the pipeline that may be in training, all on one device, and none
-    compiled: for a few pictures that would take longer than to draw them.
+    No dropout, and no gradients, in the models of the pipeline that may be in training, and all on one device.
+    Compiled blocks run uncompiled: to compile them for a few pictures takes longer than to draw those.
     """
     models = [model for model in (pipeline.unet, *text_encoders_of(pipeline)) if model is not None]
     modes = [model.training for model in models]
@@ -2241,7 +2246,7 @@ def measure_drift(
     run = functools.partial(draw_held_out, pipeline, recording) if args.train_text_encoder else None
     with drawing(accelerator, pipeline):
         drift = recording.drift(run=run)
-    if accelerator.is_fsdp2:  # what follows from it has to be the same in all processes, to the last bit
+    if accelerator.is_fsdp2:  # all processes must act on exactly the same numbers
         (drift,) = broadcast_object_list([drift])
     return drift
 
@@ -2300,7 +2305,7 @@ def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschit
 
 
 def empty_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """The model without the values of its weights. FSDP2 turns the model itself into something that nothing saves."""
+    """A copy on the meta device, without values. It can be saved, which a model that FSDP2 has sharded cannot."""
     empty = {id(tensor): tensor.detach().to("meta") for tensor in model.buffers()}
     for parameter in model.parameters():
         empty[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -2308,7 +2313,7 @@ def empty_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def gather(accelerator: Accelerator, trained: dict[str, torch.nn.Module], whole: dict[str, torch.nn.Module]) -> None:
-    """Gives those empty copies, in the main process, the weights that FSDP2 has shared out. All have to call it."""
+    """Fills the empty copies with the sharded weights, in the main process. All processes must call this."""
     for name, model in trained.items():
         weights = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
@@ -2406,7 +2411,7 @@ def save_kohya(args: argparse.Namespace, folder: str | Path) -> None:
 def register_checkpoint_format(
     args: argparse.Namespace, accelerator: Accelerator, trained: dict[str, torch.nn.Module]
 ) -> None:
-    """Makes accelerate's states hold what was trained as `save_trained` writes it; with FSDP2, as accelerate does."""
+    """Makes accelerate's checkpoints hold what `save_trained` writes. With FSDP2, they stay in accelerate's format."""
     if accelerator.is_fsdp2:
         return
 
@@ -2435,7 +2440,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
 
 def stop_if_not_finite(args: argparse.Namespace, values: Iterable[float | torch.Tensor], what: str, step: int) -> None:
     """Stops a training that is lost, before it takes the place of a checkpoint or a result."""
-    # One transfer from the device. Of parameters that FSDP2 shares out, each process has its part.
+    # One transfer from the device. With FSDP2, each process checks its own shard.
     values = [torch.as_tensor(value) for value in values]
     own = [value.to_local() if hasattr(value, "to_local") else value for value in values]
     finite = torch.stack([value.isfinite().all() for value in own]).all().float()
@@ -2753,7 +2758,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     accelerator = build_accelerator(args)
     args.mixed_precision = accelerator.mixed_precision
     settings = describe_run(args, concepts, photos, preserved)
-    settings["engine"] = "FSDP2" if accelerator.is_fsdp2 else "no FSDP2"  # their checkpoints differ
+    settings["engine"] = "FSDP2" if accelerator.is_fsdp2 else "DDP or one process"  # their checkpoints differ
     checkpoint = find_checkpoint(args, accelerator, settings)
     find_recording(args, checkpoint)
     repo_id = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
@@ -2783,7 +2788,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     place_frozen_models(args, accelerator, pipeline, trained, weight_dtype)
     anchor_model = load_anchor_model(args, accelerator, pipeline)
     record = functools.partial(record_base, args, accelerator, pipeline, anchor_model, trained, preserved, checkpoint)
-    # Recorded as accelerate prepares it for training; but FSDP2 leaves a process only a part of each weight.
+    # Recorded after `prepare`, under its autocast; with FSDP2 before, as no process has whole weights afterwards.
     recording = record() if accelerator.is_fsdp2 else None
     whole = {name: empty_copy(model) for name, model in trained.items()} if accelerator.is_fsdp2 else trained
     *prepared, optimizer, lr_scheduler = accelerator.prepare(*trained.values(), optimizer, lr_scheduler)
@@ -2793,7 +2798,8 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
 
     # Before the checkpoint is loaded: the lipschitz anchors are the pretrained weights.
     lipschitz = attach_lipschitz(args, accelerator, pipeline, optimizer, trained, anchor_model, recording)
-    if args.compile:  # after the base was recorded, which needs hooks
+    del anchor_model, record  # another anchor model needs not stay in memory
+    if args.compile:  # after recording: its hooks do not fire in compiled blocks
         compile_blocks(pipeline.unet)
     measure = functools.partial(measure_drift, args, accelerator, pipeline, recording)
     prompts, validation_embeds = distinct_prompts(photos + class_images), None

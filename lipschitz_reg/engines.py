@@ -295,8 +295,8 @@ def is_shared(tensor: Tensor) -> bool:
 
 def forget_gathered(model: nn.Module) -> None:
     """
-    Let the next forward pass see the weights as they are. FSDP2 keeps what it gathered for a forward pass until a
-    backward pass, and without one, it would not see that weights have changed since.
+    Make the next forward pass gather the weights again. Without a backward pass, FSDP2 keeps those that it gathered
+    before, even if they have changed.
     """
     for module in model.modules():
         if hasattr(module, "reshard"):

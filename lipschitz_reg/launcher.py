@@ -5,7 +5,7 @@ what it says is in report.py.
 
 What it knows of torch: every optimizer of every library passes its parameters through `Optimizer.add_param_group`, and
 every class whose instances do so fires the global hooks around `step`. Of accelerate: with FSDP2,
-`Accelerator.prepare` puts sharded parameters in the places of those that came into an optimizer.
+`Accelerator.prepare` replaces the optimizer's parameters with sharded ones.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from .report import Report, describe
 from .terms import Anchor, to_floats
 
 
-# Of param groups, which checkpoints carry along: the base's fingerprint, and the steps that were penalized.
+# Keys in param groups, saved with every checkpoint: the base's fingerprint, and the number of penalized steps.
 _KEY, _STEPS = "lipschitz_fingerprint", "lipschitz_steps"
 
 
@@ -74,7 +74,7 @@ class _Tracked:
 
 
 def steps_in(groups: Sequence[dict[str, Any]]) -> int:
-    """The steps that were penalized, as a checkpoint knows them."""
+    """The number of penalized steps that a checkpoint stores."""
     return max(group.get(_STEPS, 0) for group in groups)
 
 
@@ -193,7 +193,7 @@ class Launcher:
         self.watch(penalized[0])
 
     def wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-        """Let a wrapper take the place of a function, which it gets as its first argument, until the launcher ends."""
+        """Replace a function until the launcher ends. The wrapper gets the original as its first argument."""
         if name not in self.wrapped:
             function = getattr(owner, name)
             self.wrapped[name] = owner, function
@@ -205,9 +205,14 @@ class Launcher:
             setattr(owner, name, wrapped)
 
     def follow_into(self, prepare: Callable[..., Any], accelerator: Any, *args: Any, **kwargs: Any) -> Any:
-        """Prepare, and follow parameters into FSDP2 as soon as their models are sharded."""
-        if not getattr(accelerator, "is_fsdp2", False):
+        """Call `prepare`, then move names and anchors to the sharded parameters."""
+        shards = getattr(accelerator, "is_fsdp2", False) and any(isinstance(arg, nn.Module) for arg in args)
+        if not shards:
             return prepare(accelerator, *args, **kwargs)
+        if self.on_disk:
+            raise Stop("--lipschitz_anchor_device disk is not supported with FSDP2: use cpu, or leave it out.")
+        if self.base and self.factors:
+            raise Stop("--lipschitz_anchor is not supported for LoRA with FSDP2: use DDP.")
         if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
             raise Stop(
                 "With fsdp_cpu_ram_efficient_loading, only one process has the base's weights when the optimizer is "
@@ -222,15 +227,20 @@ class Launcher:
         return prepared
 
     def before_sharding(self) -> dict[Optimizer, list[list[Tensor]]]:
-        """The parameters of the optimizers that have taken no step. Recordings are loaded, which is too late after."""
-        waiting = {o: tracked for o, tracked in self.optimizers.items() if tracked.penalized and not tracked.attached}
+        """
+        The parameters of the optimizers that have taken no step. Also loads recordings, which cannot be loaded after
+        sharding.
+        """
+        waiting = {o: tracked for o, tracked in self.optimizers.items() if not tracked.attached}
         for tracked in waiting.values() if self.recording_file else ():
+            if not tracked.penalized or tracked.recording is not None:
+                continue
             anchors = {p: self.anchors[p] for p in tracked.penalized if p in self.anchors}
             tracked.recording = self.load_recording(self.models_of(tracked), anchors)
         return {optimizer: [list(group["params"]) for group in optimizer.param_groups] for optimizer in waiting}
 
     def follow(self, optimizer: Optimizer, groups: list[list[Tensor]]) -> None:
-        """What is known of the parameters that came in holds for those that took their places."""
+        """Move what is known of the original parameters to the sharded ones."""
         tracked, engine = self.optimizers[optimizer], engine_of(optimizer)
         places = zip(chain(*groups), chain(*(group["params"] for group in optimizer.param_groups)), strict=True)
         now = {old: new for old, new in places if old is not new}
@@ -248,14 +258,15 @@ class Launcher:
         tracked.penalized = [now.get(parameter, parameter) for parameter in tracked.penalized]
         tracked.frozen = [now.get(parameter, parameter) for parameter in tracked.frozen]
         if now:
-            # Metrics need all processes, and scripts let them part before they end.
+            # Metrics need all processes, and scripts may destroy the process group before they end.
             self.report.needs_all = True
             self.wrap(torch.distributed, "destroy_process_group", self.finish_before)
 
-    def finish_before(self, destroy: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.kept:
+    def finish_before(self, destroy: Callable[..., Any], group: Any = None) -> Any:
+        # After an error in one process, the others may never come.
+        if self.kept and group is None and sys.exc_info()[0] is None:
             self.finish(exited=False)
-        return destroy(*args, **kwargs)
+        return destroy(group)
 
     def models_of(self, tracked: _Tracked) -> list[nn.Module]:
         """All models; those that train come before copies of them, such as a moving average."""
@@ -389,7 +400,7 @@ class Launcher:
                 self.attach(optimizer, tracked, loaded)
         regularizer = tracked.regularizer() if tracked.regularizer else None
         if loaded and regularizer is not None:
-            # Which recorded call is replayed depends on it. Loading itself may take a step, as with FSDP2.
+            # It selects the recorded call. Loading may itself step the optimizer, as with FSDP2.
             regularizer._steps = steps_in(groups)
         tracked.groups, tracked.attached = list(groups), len(groups)
 
@@ -412,8 +423,8 @@ class Launcher:
         for group, entered in zip(optimizer.param_groups, tracked.fingerprints, strict=False):
             if any(p not in self.names for p in group["params"]):
                 raise Stop(
-                    f"The parameters of {tracked.name} were replaced after it was built (DeepSpeed does that, and "
-                    "FSDP1), and the new ones have no anchors: this is not supported. Use FSDP2 or DDP."
+                    f"The parameters of {tracked.name} were replaced after it was built (as DeepSpeed and FSDP1 do), "
+                    "and the new ones have no anchors: use DDP, or FSDP2 through accelerate's prepare."
                 )
             if entered is None or group.get(_KEY) == entered:
                 continue
@@ -533,6 +544,8 @@ class Launcher:
         if self.has_finished:
             return
         self.has_finished = True
+        if self.report.needs_all and not torch.distributed.is_initialized():
+            return self.report.say(f"{self.kept[0].steps} steps; the distance needs all processes, which have ended")
         for parameter in list(self.watches):
             self.check_unmoved(parameter)
         if self.kept:

@@ -21,7 +21,7 @@ from .regularizer import LipschitzRegularizer
 
 class Report:
     """
-    Lines on stderr and metrics, of the main process only.
+    Lines on stderr and metrics. Only the main process writes.
 
     Args:
         log (`Path`, *optional*): Gets a line of JSON every `log_every` steps.
@@ -30,7 +30,7 @@ class Report:
     def __init__(self, log: Path | None, log_every: int):
         self.is_main = int(os.environ.get("RANK", 0)) == 0
         self.log, self.log_every = log, log_every
-        self.needs_all = False  # processes, for metrics: parameters are shared out
+        self.needs_all = False  # whether all processes must compute metrics, because parameters are sharded
 
     def say(self, line: str) -> None:
         """On a line of its own, also between the progress bars of tqdm."""
