@@ -1409,9 +1409,30 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 # Copied from train_dreambooth_lipschitz.py
+def check_engine(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Stops where several processes share the weights out in a way in which this script cannot train."""
+    engine = accelerator.distributed_type.value
+    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM") and not accelerator.is_fsdp2:
+        name = "FSDP1" if engine == "FSDP" else engine
+        stop(f"{name} is not supported here: use FSDP2 (fsdp_version: 2 in accelerate's configuration) or plain DDP")
+    if not accelerator.is_fsdp2:
+        return
+    if accelerator.mixed_precision == "fp16":
+        stop("--mixed_precision fp16 is not supported with FSDP2: use bf16 or no")
+    for flag in ("compile", "use_8bit_adam", "lipschitz_anchor_model"):
+        if getattr(args, flag):
+            stop(f"--{flag} is not supported with FSDP2: leave it out, or use DDP")
+    for flag in ("train_text_encoder", "modifier_token"):
+        if getattr(args, flag):
+            stop(f"--{flag}: with FSDP2, accelerate trains one model only: leave this flag out, or use DDP")
+    # Otherwise transformers loads weights in one process only, even for models that are not sharded.
+    if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        stop("FSDP2 needs fsdp_cpu_ram_efficient_loading: false in accelerate's configuration")
+
+
+# Copied from train_dreambooth_lipschitz.py
 def check_compile(accelerator: Accelerator) -> None:
-    if accelerator.is_fsdp2:
-        stop("--compile is not supported with FSDP2: leave it out")
+    """Stops if torch.compile does not work on this machine, by a function of one operation."""
     if not is_torch_version(">=", "2.6"):
         stop("--compile needs PyTorch 2.6 or later: pip install -U torch")
     try:
@@ -1444,21 +1465,7 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
     except ValueError as error:
         stop(f"--report_to: {error}" if "logging" in str(error) else error)
     check_processes(accelerator)
-    engine = accelerator.distributed_type.value
-    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM") and not accelerator.is_fsdp2:
-        name = "FSDP1" if engine == "FSDP" else engine
-        stop(f"{name} is not supported here: use FSDP2 (fsdp_version: 2 in accelerate's configuration) or plain DDP")
-    if accelerator.is_fsdp2 and accelerator.mixed_precision == "fp16":
-        stop("--mixed_precision fp16 is not supported with FSDP2: use bf16 or no")
-    if accelerator.is_fsdp2 and (args.use_8bit_adam or args.lipschitz_anchor_model):
-        flag = "--use_8bit_adam" if args.use_8bit_adam else "--lipschitz_anchor_model"
-        stop(f"{flag} is not supported with FSDP2: leave it out, or use DDP")
-    if accelerator.is_fsdp2 and (args.train_text_encoder or args.modifier_token):
-        flag = "--train_text_encoder" if args.train_text_encoder else "--modifier_token"
-        stop(f"{flag}: with FSDP2, accelerate trains one model only: leave this flag out, or use DDP")
-    # Otherwise transformers loads weights in one process only, even for models that are not sharded.
-    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-        stop("FSDP2 needs fsdp_cpu_ram_efficient_loading: false in accelerate's configuration")
+    check_engine(args, accelerator)
     # accelerate lets this pass, and trains in float32.
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         stop("--mixed_precision fp16 needs a GPU: use bf16 or no on a CPU")

@@ -34,7 +34,7 @@ COSTS = {
     "disobeyed": "what prompts ask for and is missing",
     "total seconds": "seconds, class images included",
 }
-# What Custom Diffusion and LoRA reach in the drawn world, and what full fine-tuning does.
+# What Custom Diffusion and LoRA reach on the toy benchmark, and what full fine-tuning does.
 FIDELITIES = (0.5, 0.75, 0.8)
 HEADS = {
     "drift": "pictures",
@@ -160,7 +160,7 @@ def read_results(paths: list[Path], seeds: list[int] | None = None) -> tuple[Res
         row["total seconds"] = row["seconds"] + row["class seconds"]
         names = ("method", "rate", "weight", "schedule", "steps", "stop", "share", "flags")
         setting = {name: row[name] for name in names}
-        # A part of the way is a setting like any other: whoever has trained a model can take a part of it back.
+        # A share below 1 counts as a setting: any trained model can be interpolated towards its base.
         setting["method"] = setting["method"].removesuffix(", interpolated")
         _, found = groups.setdefault(json.dumps(setting), (setting, {}))
         # Earlier results lack what was not measured yet.
@@ -234,13 +234,13 @@ def print_settings(results: Results) -> None:
 def print_equal_fidelity(results: Results, family: str, fidelity: float) -> None:
     """
     What each method costs at that fidelity, and what the first penalized one costs as a share of each rival, and of
-    the best of all. Nothing of so little fidelity was measured of a method: its cost is at most (≤) this, a share
-    beside it at least (≥), and its own share at most (≤); of both: ~.
+    the best of all. If a method has no result at so low a fidelity, its cost is an upper bound (≤). A share is then a
+    lower bound (≥) if that is the rival, an upper bound (≤) if it is ours, and neither (~) if both.
     """
     ours, rivals = results.families()[family]
     methods, ease = ours + rivals, results.ease(family)
-    known = {c: not any(np.isnan(results.curves[m].of(c)).any() for m in methods) for c in COSTS}
-    costs = [cost for cost in HEADS if known[cost]]  # earlier results lack some
+    # Earlier results lack some.
+    costs = [cost for cost in HEADS if not any(np.isnan(results.curves[m].of(cost)).any() for m in methods)]
 
     def measure(subjects):
         """(methods and the best rival, costs)"""
@@ -254,7 +254,7 @@ def print_equal_fidelity(results: Results, family: str, fidelity: float) -> None
         return
     lowest = np.array([results.segments(method, costs[0])[:, :, 0].min() for method in methods])
     below = fidelity < np.append(lowest, lowest[len(ours) :][reached[len(ours) : -1]].max(initial=-np.inf))
-    with np.errstate(invalid="ignore", divide="ignore"):  # neither gets there
+    with np.errstate(invalid="ignore", divide="ignore"):  # neither reaches this fidelity
         shares, resampled = 100 * values[0] / values, 100 * samples[:, :1] / samples
     shares[~reached] = np.nan
     shown = [costs.index(name) for name in SHARES]
@@ -270,7 +270,7 @@ def print_equal_fidelity(results: Results, family: str, fidelity: float) -> None
             cells.append(cell if cell == "–" else mark + cell)
         rows.append([method, *cells, *[""] * (len(costs) + len(shown) - len(cells))])
     names = [f"{ours[0]}: % of its {HEADS[name]}" for name in SHARES] if rivals else []
-    print_table(f"{family}: drift at a fidelity of {fidelity:.0%}", ["", *(HEADS[c] for c in costs), *names], rows)
+    print_table(f"{family}: costs at a fidelity of {fidelity:.0%}", ["", *(HEADS[c] for c in costs), *names], rows)
 
 
 def print_same_settings(results: Results) -> None:

@@ -70,7 +70,7 @@ class _Tracked:
         self.frozen: list[Tensor] = []
         self.attached = 0  # groups
         self.regularizer: weakref.ref | None = None  # it holds the optimizer, which must be free to go
-        self.recording: Recording | None = None  # that was loaded before the model was sharded
+        self.recording: Recording | None = None  # loaded before sharding
 
 
 def steps_in(groups: Sequence[dict[str, Any]]) -> int:
@@ -544,7 +544,7 @@ class Launcher:
         if self.has_finished:
             return
         self.has_finished = True
-        if self.report.needs_all and not torch.distributed.is_initialized():
+        if self.kept and self.report.needs_all and not torch.distributed.is_initialized():
             return self.report.say(f"{self.kept[0].steps} steps; the distance needs all processes, which have ended")
         for parameter in list(self.watches):
             self.check_unmoved(parameter)

@@ -142,7 +142,7 @@ def run_accelerate_checkpoint(folder, rank, size):
 
 
 def pull(rank, size):
-    """Distances and drift before and after a pull of three quarters. What is sharded whole stays gathered."""
+    """Distances and drift before and after a pull of three quarters. A model sharded as one unit stays gathered."""
     from torch.distributed.fsdp import fully_shard
 
     case = CASES["layers"]

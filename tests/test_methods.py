@@ -350,7 +350,7 @@ def test_gradient_checkpointing_changes_no_result(train, tmp_path):
 
 
 def test_compiled_blocks_change_no_result(train, tmp_path, monkeypatch):
-    """By a backend that needs no C++ compiler. Base, drift and pictures are drawn by the same blocks, uncompiled."""
+    """Uses a backend that needs no C++ compiler. Base, drift and pictures are drawn by the same blocks, uncompiled."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     (tmp_path / "prompts.txt").write_text("a photo of a cat\n\na red house\n")
     flags = ["--method=lora", "--lora_dropout=0", "--gradient_checkpointing", "--max_train_steps=2"]

@@ -390,7 +390,7 @@ def cells_of(claims, title, first):
 
 
 def test_half_of_the_drift_at_equal_fidelity_is_found(claims):
-    for title in ("full: drift at a fidelity of 50%", "full: drift at a fidelity of 70%"):
+    for title in ("full: costs at a fidelity of 50%", "full: costs at a fidelity of 70%"):
         for rival in ("DreamBooth", "the best rival"):
             assert cells_of(claims, title, rival)[-2:] == ["50 [50, 50]"] * 2
         assert cells_of(claims, title, "prior preservation") == ["–"] * 5
@@ -412,7 +412,7 @@ def test_a_bound_is_called_one(tmp_path, capsys):
         plot_tradeoff.print_equal_fidelity(results, "full", fidelity)
         printed = capsys.readouterr().out
         for method, found in marks.items():
-            cells = cells_of(printed, "full: drift", method)
+            cells = cells_of(printed, "full: costs", method)
             found.append([cell[:1] if cell[:1] in "≤~≥" else "" for cell in (cells[0], *cells[3:4])])
     assert marks["penalty"] == [["≤"], ["≤"], [""]]
     assert marks["DreamBooth"] == marks["the best rival"] == [["≤", "~"], ["", "≤"], ["", ""]]
@@ -456,9 +456,10 @@ def test_what_the_docs_say_of_the_trade_off_follows_from_the_committed_results(t
     commands += [[sys.executable, BENCHMARKS / "paper_table.py", "--print", docs / "paper_table.jsonl"]]
     said = [subprocess.run(command, text=True, capture_output=True, check=True).stdout for command in commands]
     text, demo, _ = docs.joinpath("results.md").read_text().partition("\n## The demo\n")
-    cells = re.compile(r"-?\d[\d.]* \[[^\]]+\]")
-    written, measured = (set(cells.findall(part)) for part in (text, "".join(said)))
-    assert demo and len(written) > 100 and written <= measured, written - measured
+    assert demo
+    for cell, least in ((r"-?\d[\d.]* \[[^\]]+\]", 150), (r"[\d.]+ ± [\d.]+", 4)):
+        written, measured = (re.findall(cell, part) for part in (text, "".join(said)))
+        assert len(written) >= least and set(written) - set(measured) == set()
     table = said[0][said[0].index("### Claim 6: full") :].split("\n\n")[1]
     assert table.strip() in text
 
