@@ -231,11 +231,11 @@ def print_settings(results: Results) -> None:
     print_table("All settings", ["method", "rate", "weight", "steps", "share", *names], rows)
 
 
-def print_equal_fidelity(results: Results, family: str, fidelity: float) -> None:
+def print_equal_fidelities(results: Results, family: str, fidelities: tuple[float, ...]) -> None:
     """
-    What each method costs at that fidelity, and what the first penalized one costs as a share of each rival, and of
-    the best of all. If a method has no result at so low a fidelity, its cost is an upper bound (≤). A share is then a
-    lower bound (≥) if that is the rival, an upper bound (≤) if it is ours, and neither (~) if both.
+    For each fidelity, what each method costs there, and what the first penalized one costs as a share of each rival,
+    and of the best of all. If a method has no result at so low a fidelity, its cost is an upper bound (≤). A share is
+    then a lower bound (≥) if that is the rival, an upper bound (≤) if it is ours, and neither (~) if both.
     """
     ours, rivals = results.families()[family]
     methods, ease = ours + rivals, results.ease(family)
@@ -243,12 +243,23 @@ def print_equal_fidelity(results: Results, family: str, fidelity: float) -> None
     costs = [cost for cost in HEADS if not any(np.isnan(results.curves[m].of(cost)).any() for m in methods)]
 
     def measure(subjects):
-        """(methods and the best rival, costs)"""
-        asked = np.array([fidelity + ease[subjects].mean()])
-        rows = [[cost_at(asked, results.segments(m, cost, subjects))[0] for cost in costs] for m in methods]
-        return np.array([*rows, np.min(rows[len(ours) :], axis=0) if rivals else np.full(len(costs), np.inf)])
+        """(fidelities, methods and the best rival, costs)"""
+        asked = np.array(fidelities) + ease[subjects].mean()
+        found = np.array([[cost_at(asked, results.segments(m, c, subjects)) for c in costs] for m in methods])
+        best = found[len(ours) :].min(axis=0, initial=np.inf)
+        return np.moveaxis(np.concatenate([found, best[None]]), -1, 0)
 
-    values, samples = measure(slice(None)), bootstrap(len(results.subjects), measure)
+    samples = bootstrap(len(results.subjects), measure)
+    for n, (fidelity, values) in enumerate(zip(fidelities, measure(slice(None)))):
+        print_equal_fidelity(results, family, fidelity, costs, values, samples[:, n])
+
+
+def print_equal_fidelity(
+    results: Results, family: str, fidelity: float, costs: list[str], values: np.ndarray, samples: np.ndarray
+) -> None:
+    """The table of one fidelity: `values` are (methods and the best rival, costs), `samples` (resamples, ...) them."""
+    ours, rivals = results.families()[family]
+    methods = ours + rivals
     reached = np.isfinite(values).all(1)
     if not reached[: len(ours)].any() and not reached[-1]:
         return
@@ -489,8 +500,7 @@ def main() -> None:
     print_settings(results)
     print_same_settings(results)
     for family in results.families():
-        for fidelity in args.fidelities:
-            print_equal_fidelity(results, family, fidelity)
+        print_equal_fidelities(results, family, args.fidelities)
     print_monotone(results)
     for family in results.families():
         print_times(results, family)

@@ -409,7 +409,7 @@ def test_a_bound_is_called_one(tmp_path, capsys):
     results, _ = plot_tradeoff.read_results([tmp_path / "results.jsonl"])
     marks = {"penalty": [], "DreamBooth": [], "the best rival": []}
     for fidelity in (0.1, 0.212, 0.5):
-        plot_tradeoff.print_equal_fidelity(results, "full", fidelity)
+        plot_tradeoff.print_equal_fidelities(results, "full", [fidelity])
         printed = capsys.readouterr().out
         for method, found in marks.items():
             cells = cells_of(printed, "full: costs", method)
@@ -457,7 +457,7 @@ def test_what_the_docs_say_of_the_trade_off_follows_from_the_committed_results(t
     said = [subprocess.run(command, text=True, capture_output=True, check=True).stdout for command in commands]
     text, demo, _ = docs.joinpath("results.md").read_text().partition("\n## The demo\n")
     assert demo
-    for cell, least in ((r"-?\d[\d.]* \[[^\]]+\]", 150), (r"[\d.]+ ± [\d.]+", 4)):
+    for cell, least in ((r"-?\d[\d.]* \[[^\]]+\]", 150), (r"[\d.]+ ± \d+\.\d", 4)):
         written, measured = (re.findall(cell, part) for part in (text, "".join(said)))
         assert len(written) >= least and set(written) - set(measured) == set()
     table = said[0][said[0].index("### Claim 6: full") :].split("\n\n")[1]
