@@ -56,24 +56,27 @@ def cost_at(fidelities: np.ndarray, segments: np.ndarray) -> np.ndarray:
     The least cost at which a method has a fidelity or more.
 
     Args:
-        fidelities (`np.ndarray`): (n,)
-        segments (`np.ndarray`): (segments, 2, 2), two points (fidelity, cost) each, which may be the same one.
+        fidelities (`np.ndarray`): (..., n)
+        segments (`np.ndarray`): (segments, 2, ..., 2), two points (fidelity, cost) each, which may be the same one.
 
     Returns:
-        `np.ndarray`: (n,), infinite where no segment gets there.
+        `np.ndarray`: (..., n), infinite where no segment gets there.
     """
-    # (segments, 1): the end of lower fidelity, then the other one.
-    order = np.argsort(segments[:, :, 0], axis=1)[:, :, None]
-    (f0, c0), (f1, c1) = np.moveaxis(np.take_along_axis(segments, order, axis=1), 0, -1)[..., None]
+    # (segments, ..., 1): the end of lower fidelity, then the other one.
+    order = np.argsort(segments[..., 0], axis=1)[..., None]
+    ends = np.moveaxis(np.take_along_axis(segments, order, axis=1), (1, -1), (0, 1))
+    (f0, c0), (f1, c1) = ends[..., None]
     rise = np.where(f1 > f0, f1 - f0, 1.0)
     entered = c0 + (c1 - c0) * np.clip((fidelities - f0) / rise, 0, 1)
     return np.where(f1 >= fidelities, np.minimum(entered, c1), np.inf).min(axis=0)
 
 
-def bootstrap(count: int, statistic: Callable[[np.ndarray], Any], resamples: int = 1000) -> np.ndarray:
-    """The statistic of `count` indices drawn with replacement, (resamples, ...); the same ones at every call."""
-    rng = np.random.default_rng(0)
-    return np.array([statistic(rng.integers(count, size=count)) for _ in range(resamples)])
+def bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray], resamples: int = 1000) -> np.ndarray:
+    """
+    The statistic, a function of indices (..., count), of `count` indices drawn with replacement: (resamples, ...). They
+    are the same ones at every call.
+    """
+    return statistic(np.random.default_rng(0).integers(count, size=(resamples, count)))
 
 
 def interval(samples: np.ndarray) -> np.ndarray:
@@ -84,10 +87,15 @@ def interval(samples: np.ndarray) -> np.ndarray:
     return np.stack([np.take_along_axis(ordered, rank[None], axis=0)[0] for rank in ranks])
 
 
-def proportional_fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """The slope of the least-squares line through the origin, and the RMS of what it leaves over the RMS of y."""
-    slope = (x * y).sum() / np.square(x).sum()
-    return slope, np.sqrt(np.square(y - slope * x).sum() / np.square(y).sum())
+def proportional_fit(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """
+    Of x and y, (..., n), along the last axis: the slope of the least-squares line through the origin, the RMS of what
+    it leaves over the RMS of y, and the slope of the line through their logarithms, which is a power; (..., 3).
+    """
+    slope = (x * y).sum(-1) / np.square(x).sum(-1)
+    rest = np.sqrt(np.square(y - slope[..., None] * x).sum(-1) / np.square(y).sum(-1))
+    log_x, log_y = (np.log(values) - np.log(values).mean(-1, keepdims=True) for values in (x, y))
+    return np.stack([slope, rest, (log_x * log_y).sum(-1) / np.square(log_x).sum(-1)], axis=-1)
 
 
 # Results
@@ -111,10 +119,13 @@ class Results(NamedTuple):
     curves: dict[str, Curve]
 
     def segments(self, method: str, cost: str, subjects: np.ndarray | list[int] | slice = slice(None)) -> np.ndarray:
-        """Fidelity and cost, as means over subjects, of neighbouring settings: (segments, 2, 2), as in `cost_at`."""
+        """
+        Fidelity and cost, as means over subjects (..., n), of neighbouring settings: (segments, 2, ..., 2), as in
+        `cost_at`.
+        """
         both = [MEASURES.index("fidelity"), MEASURES.index(cost)]
         curve = self.curves[method]
-        return curve.values[:, subjects][:, :, both].mean(1)[curve.neighbours]
+        return curve.values[:, :, both][:, subjects].mean(-2)[curve.neighbours]
 
     def ease(self, family: str) -> np.ndarray:
         """
@@ -243,11 +254,11 @@ def print_equal_fidelities(results: Results, family: str, fidelities: tuple[floa
     costs = [cost for cost in HEADS if not any(np.isnan(results.curves[m].of(cost)).any() for m in methods)]
 
     def measure(subjects):
-        """(fidelities, methods and the best rival, costs)"""
-        asked = np.array(fidelities) + ease[subjects].mean()
+        """(..., fidelities, methods and the best rival, costs)"""
+        asked = np.array(fidelities) + ease[subjects].mean(-1)[..., None]
         found = np.array([[cost_at(asked, results.segments(m, c, subjects)) for c in costs] for m in methods])
         best = found[len(ours) :].min(axis=0, initial=np.inf)
-        return np.moveaxis(np.concatenate([found, best[None]]), -1, 0)
+        return np.moveaxis(np.concatenate([found, best[None]]), (0, 1), (-2, -1))
 
     samples = bootstrap(len(results.subjects), measure)
     for n, (fidelity, values) in enumerate(zip(fidelities, measure(slice(None)))):
@@ -303,7 +314,7 @@ def print_same_settings(results: Results) -> None:
             if key(setting) not in plain:
                 continue
             gains = values - plain[key(setting)]
-            limits = interval(bootstrap(len(gains), lambda subjects: gains[subjects].mean(0)))
+            limits = interval(bootstrap(len(gains), lambda subjects: gains[subjects].mean(-2)))
             what = f"{method}, {setting['schedule']} rate {setting['rate']:g}, {setting['stop']} steps"
             cells = [show(gains[:, k].mean(), limits[:, k], 100) for k in map(MEASURES.index, columns)]
             rows.append([what, f"{setting['weight']:g}", *cells])
@@ -342,15 +353,14 @@ def print_monotone(results: Results) -> None:
     print_table("Claim 3: drift against the weight", [*head, "parameters", "predictions"], rows)
     rows = []
     for method, curve in results.curves.items():
-        x, y = curve.of("parameter drift"), curve.of("prediction drift")
+        drifts = [curve.of(measure).T for measure in ("parameter drift", "prediction drift")]  # (subjects, settings)
 
         def fit(subjects):
-            x_of, y_of = x[:, subjects].ravel(), y[:, subjects].ravel()
-            return *proportional_fit(x_of, y_of), np.polyfit(np.log(x_of), np.log(y_of), 1)[0]
+            return proportional_fit(*(drift[subjects].reshape(*subjects.shape[:-1], -1) for drift in drifts))
 
         if len(curve.settings) > 1:
             limits = interval(bootstrap(len(results.subjects), fit)).T
-            cells = map(show, fit(slice(None)), limits, (100, 100, 1), (2, 1, 2))
+            cells = map(show, fit(np.arange(len(results.subjects))), limits, (100, 100, 1), (2, 1, 2))
             rows.append([method, str(len(curve.settings)), *cells])
     head = ["", "settings", "prediction drift, %, per unit of parameter drift", "RMS error, % of the RMS"]
     title = "Claim 3: predictions in proportion to parameters, and the power that fits best (1: in proportion)"
@@ -371,7 +381,7 @@ def print_times(results: Results, family: str) -> None:
                     continue
 
                 def ratio(subjects):
-                    return times[best, subjects].mean() / seconds[subjects].mean()
+                    return times[best][subjects].mean(-1) / seconds[subjects].mean(-1)
 
                 limits = interval(bootstrap(len(results.subjects), ratio))
                 setup = [method, f"{setting['rate']:g}", f"{setting['weight']:g}", str(setting["stop"])]
@@ -427,7 +437,7 @@ def draw_tradeoff(results: Results, costs: tuple[str, ...], path: Path) -> None:
                 grid = np.linspace(points[:, :, 0].min(), points[:, :, 0].max(), 60)
 
                 def curve(subjects):
-                    least = cost_at(grid + ease[subjects].mean(), results.segments(method, cost, subjects))
+                    least = cost_at(grid + ease[subjects].mean(-1)[..., None], results.segments(method, cost, subjects))
                     return np.where(np.isinf(least), np.nan, least)
 
                 samples = bootstrap(len(results.subjects), curve, 200)
@@ -458,7 +468,7 @@ def draw_drift(results: Results, path: Path) -> None:
     for index, (name, (weights, values)) in enumerate(weight_series(results).items()):
         for axis, measure in zip(axes, ("parameter drift", "prediction drift")):
             drift = values[:, :, MEASURES.index(measure)]
-            limits = interval(bootstrap(len(results.subjects), lambda subjects: drift[:, subjects].mean(1)))
+            limits = interval(bootstrap(len(results.subjects), lambda subjects: drift.T[subjects].mean(-2)))
             axis.fill_between(weights, *limits, color=f"C{index}", alpha=0.15, linewidth=0)
             axis.semilogx(weights, drift.mean(1), "o-", color=f"C{index}", label=name)
             axis.set_xlabel("weight of the penalty")

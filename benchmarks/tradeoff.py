@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINYWORLD = ROOT / "examples" / "tinyworld"
 sys.path.insert(0, str(TINYWORLD))
 GUIDANCE = 4.0  # of the pictures that are judged
+ANCESTRAL_STEPS = 25  # in which the bound on the KL divergence is measured
 
 from demo import BASE_NAME, SD, SDXL, Setup, hash_of, save_picture  # noqa: E402
 from examine import Examiner, load, subject_prompt  # noqa: E402
@@ -367,7 +368,7 @@ class Ruler:
         generators = [torch.Generator().manual_seed(1000 * seed + number) for number in range(len(prompts[:4]))]
         with record(self.pipeline.unet, layers=False, guidance_scale=GUIDANCE) as self.ancestral:
             with self.ancestral.held_out():
-                steps = {"num_inference_steps": 25, "guidance_scale": GUIDANCE, "output_type": "latent"}
+                steps = {"num_inference_steps": ANCESTRAL_STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
                 self.pipeline(prompts[:4], generator=generators, **steps)
         self.pipeline.scheduler = scheduler
 

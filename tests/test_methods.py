@@ -349,7 +349,7 @@ def test_gradient_checkpointing_changes_no_result(train, tmp_path):
     assert distance(after, other) < 1e-3 * distance(after, {key: torch.zeros(()) for key in after})
 
 
-def test_compiled_blocks_change_no_result(train, tmp_path, monkeypatch):
+def test_compiled_blocks_change_no_result(train, tiny_sd, tmp_path, monkeypatch):
     """Uses a backend that needs no C++ compiler. Base, drift and pictures are drawn by the same blocks, uncompiled."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     (tmp_path / "prompts.txt").write_text("a photo of a cat\n\na red house\n")
@@ -357,6 +357,7 @@ def test_compiled_blocks_change_no_result(train, tmp_path, monkeypatch):
     flags += ["--lipschitz_layers=1", "--lipschitz_predictions=1", "--drift_every=1"]
     flags += [f"--lipschitz_prompts_file={tmp_path / 'prompts.txt'}", "--validation_prompt=a mug"]
     flags += ["--num_validation_images=1", "--validation_steps=1"]
+    flags += [f"--pretrained_model_name_or_path={tiny_sd}", "--resolution=16"]
     compiled = torch._dynamo.utils.counters["frames"]
     for name, more in {"with": ["--compile"], "without": []}.items():
         train(*flags, *more, f"--output_dir={tmp_path / name}")

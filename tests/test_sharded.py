@@ -32,14 +32,21 @@ def sharded(version, **options):
     accelerator.state.fsdp_plugin = plugin
     return accelerator
 """
+# One engine after the other on the same processes: to import all again for each takes longer than to train.
 DRIVER = """
 import functools, importlib, sys
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from sharded import sharded
 
-script = importlib.import_module(sys.argv[1])
-if sys.argv[2] != "0":
-    script.Accelerator = functools.partial(sharded, sys.argv[2])
-script.main(script.parse_args(sys.argv[3:]))
+script, (output, *engines), flags = importlib.import_module(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
+end, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *_: None
+for engine in engines:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    script.Accelerator = functools.partial(sharded, engine) if engine != "0" else Accelerator
+    script.main(script.parse_args([*flags, f"--output_dir={output}/{engine}"]))
+end()
 """
 DDP, FSDP2 = "0", "2"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -54,14 +61,14 @@ def run(command, folder):
 
 @pytest.fixture(scope="module")
 def launch(photos, tmp_path_factory):
-    """Runs a script on two processes, `launch(script, engine, base, *flags)`; returns stderr."""
+    """Runs a script on two processes, `launch(script, engines, output, base, *flags)`; returns stderr."""
     folder = tmp_path_factory.mktemp("sharded")
     folder.joinpath("sharded.py").write_text(SHARDED)
     folder.joinpath("driver.py").write_text(DRIVER)
     folder.joinpath("prompts.txt").write_text("a photo of a cat\n\na red house\n")
 
-    def call(script, engine, base, *flags):
-        command = [*TORCHRUN, "driver.py", script, engine]
+    def call(script, engines, output, base, *flags):
+        command = [*TORCHRUN, "driver.py", script, ",".join([str(output), *engines])]
         command += [f"--pretrained_model_name_or_path={base}", f"--instance_data_dir={photos}"]
         command += ["--instance_prompt=a photo of sks dog", "--resolution=16", "--train_batch_size=1", "--seed=7"]
         command += ["--learning_rate=1e-3", f"--lipschitz_prompts_file={folder}/prompts.txt"]
@@ -89,18 +96,17 @@ def test_full_fine_tuning_ends_where_ddp_ends(launch, script, tiny_sd, tmp_path,
     """With drift, pictures and a budget that takes something back, which run the sharded model; then resumed."""
     flags = [*SPACES, "--drift_every=2", "--drift_budget=0.002", "--checkpointing_steps=2", "--max_train_steps=4"]
     flags += ["--validation_prompt=a dog", "--num_validation_images=1", "--validation_steps=2"]
-    for engine in (DDP, FSDP2):
-        said = launch("train_dreambooth_lipschitz", engine, tiny_sd, *flags, f"--output_dir={tmp_path / engine}")
-        assert "of the change of weights is kept" in said and said.count("Saved the result") == 1, said
+    said = launch("train_dreambooth_lipschitz", (DDP, FSDP2), tmp_path, tiny_sd, *flags)
+    assert said.count("of the change of weights is kept") == said.count("Saved the result") == 2, said
     ended = weights(tmp_path / FSDP2)
     assert_near(ended, weights(tmp_path / DDP))
     (file,) = Path(tiny_sd, "unet").glob("*.safetensors")
     unet = DiffusionPipeline.from_pretrained(tmp_path / FSDP2).unet.state_dict()
     assert any(not torch.equal(unet[name], value) for name, value in load_file(file).items())
 
-    flags += ["--resume_from_checkpoint=latest", f"--output_dir={tmp_path / FSDP2}"]
+    flags += ["--resume_from_checkpoint=latest"]
     shutil.rmtree(tmp_path / FSDP2 / "checkpoint-4")
-    launch("train_dreambooth_lipschitz", FSDP2, tiny_sd, *flags)
+    launch("train_dreambooth_lipschitz", (FSDP2,), tmp_path, tiny_sd, *flags)
     assert all(torch.equal(value, ended[name]) for name, value in weights(tmp_path / FSDP2).items())
     with pytest.raises(SystemExit):
         script.check_settings(tmp_path / FSDP2 / "checkpoint-4", {"engine": "DDP or one process"})
@@ -109,8 +115,7 @@ def test_full_fine_tuning_ends_where_ddp_ends(launch, script, tiny_sd, tmp_path,
 
 def test_a_lora_of_sdxl_ends_where_ddp_ends(launch, tiny_sdxl, tmp_path):
     flags = [*SPACES, "--method=lora", "--rank=2", "--max_train_steps=3"]
-    for engine in (DDP, FSDP2):
-        launch("train_dreambooth_lipschitz_sdxl", engine, tiny_sdxl, *flags, f"--output_dir={tmp_path / engine}")
+    launch("train_dreambooth_lipschitz_sdxl", (DDP, FSDP2), tmp_path, tiny_sdxl, *flags)
     assert_near(weights(tmp_path / FSDP2), weights(tmp_path / DDP))
 
 

@@ -183,7 +183,7 @@ def test_sdxl_starts_from_the_predictions_of_sd(base):
 @pytest.mark.parametrize("flags", [[], ["--sdxl"]])
 def test_one_command_trains_a_pipeline_that_draws(flags, tmp_path):
     command = [sys.executable, TINYWORLD / "train_tinyworld.py", *flags]
-    command += [f"--work_dir={tmp_path}", f"--output_dir={tmp_path / 'base'}", "--pictures=1000", "--batch_size=2"]
+    command += [f"--work_dir={tmp_path}", f"--output_dir={tmp_path / 'base'}", "--pictures=100", "--batch_size=2"]
     steps = [f"--{model}steps=2" for model in ("", "autoencoder_", "decoder_", "text_encoder_")]
     subprocess.run([*command, *steps], check=True, capture_output=True)
     assert examine.generate(examine.load(tmp_path / "base"), ["a photo of a mug"], [0])[0].size == (64, 64)

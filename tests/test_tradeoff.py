@@ -70,7 +70,7 @@ def test_neighbours_differ_in_one_thing_and_have_none_between_them():
 
 def test_bootstrap_of_a_mean_has_its_standard_error():
     values = np.random.default_rng(1).exponential(size=30)
-    means = plot_tradeoff.bootstrap(30, lambda chosen: values[chosen].mean(), resamples=20_000)
+    means = plot_tradeoff.bootstrap(30, lambda chosen: values[chosen].mean(-1), resamples=20_000)
     # The variance of the mean of n draws from n values is their variance over n.
     assert means.std() == pytest.approx(values.std() / np.sqrt(30), rel=0.02)
     assert means.mean() == pytest.approx(values.mean(), rel=0.01)
@@ -90,9 +90,10 @@ def test_interval_leaves_out_what_says_nothing_and_counts_what_is_infinite():
 
 def test_fit_in_proportion_is_least_squares_through_the_origin():
     x = np.array([1.0, 2.0, 3.0])
-    assert plot_tradeoff.proportional_fit(x, 4 * x) == pytest.approx((4, 0))
+    assert plot_tradeoff.proportional_fit(x, 4 * x) == pytest.approx([4, 0, 1])
+    assert plot_tradeoff.proportional_fit(x, 4 * x**2)[2] == pytest.approx(2)
     noise = np.array([3.0, 0.0, -1.0])  # orthogonal to x
-    slope, left = plot_tradeoff.proportional_fit(x, 4 * x + noise)
+    slope, left, _ = plot_tradeoff.proportional_fit(x, 4 * x + noise)
     assert slope == pytest.approx(4)
     assert left == pytest.approx(np.sqrt(10 / (16 * 14 + 10)))
 
@@ -241,6 +242,7 @@ def results(tmp_path_factory, one_device):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tradeoff.GRIDS, "test", GRID)
         patch.setattr("examine.generate", draw_quickly)
+        patch.setattr(tradeoff, "ANCESTRAL_STEPS", 2)
         args = tradeoff.parse_args(command)
         patch.setattr(tradeoff, "append_line", killed)
         with pytest.raises(KeyboardInterrupt):
