@@ -437,7 +437,9 @@ def draw_tradeoff(results: Results, costs: tuple[str, ...], path: Path) -> None:
                 grid = np.linspace(points[:, :, 0].min(), points[:, :, 0].max(), 60)
 
                 def curve(subjects):
-                    least = cost_at(grid + ease[subjects].mean(-1)[..., None], results.segments(method, cost, subjects))
+                    least = cost_at(
+                        grid + ease[subjects].mean(-1)[..., None], results.segments(method, cost, subjects)
+                    )
                     return np.where(np.isinf(least), np.nan, least)
 
                 samples = bootstrap(len(results.subjects), curve, 200)

@@ -801,7 +801,7 @@ def test_interrupted_run_says_how_to_go_on(name, tiny_sd, tiny_sdxl, flags, tmp_
     base = tiny_sdxl if "sdxl" in name else tiny_sd
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
     own = [f"--pretrained_model_name_or_path={base}", f"--output_dir={tmp_path}"]
-    monkeypatch.setattr("sys.argv", [name, *own, *flags])
+    monkeypatch.setattr("sys.argv", [name, "--lipschitz_weight", *own, *flags])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / name), run_name="__main__")
     assert end.value.code == 130

@@ -221,6 +221,11 @@ GRID = [
 ]
 
 
+def draw_quickly(pipeline, prompts, seeds):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipeline(prompts, num_inference_steps=2, guidance_scale=4.0, generator=generators).images
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, one_device):
     """The results when the first run was killed in the middle of the third line, and how many lines were whole."""
@@ -234,10 +239,6 @@ def results(tmp_path_factory, one_device):
                 file.write(json.dumps(result)[:50])
             raise KeyboardInterrupt
         append_line(path, result)
-
-    def draw_quickly(pipeline, prompts, seeds):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return pipeline(prompts, num_inference_steps=2, guidance_scale=4.0, generator=generators).images
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tradeoff.GRIDS, "test", GRID)
@@ -333,6 +334,7 @@ def test_what_goes_onto_the_base_is_measured_in_place(part, pattern, tmp_path):
 
 def test_draws_one_picture_of_all_trainings_of_a_subject(tmp_path, monkeypatch):
     monkeypatch.setitem(tradeoff.GRIDS, "test", [tradeoff.Row("penalty", (1e-3,), (1,), steps=(1, 2))])
+    monkeypatch.setattr("demo.generate", draw_quickly)
     command = ["--draw", "--grid=test", "--subjects=mug", "--seeds=0", f"--output_dir={tmp_path}"]
     tradeoff.main(tradeoff.parse_args(command))
     assert [path.name for path in tmp_path.iterdir()] == ["mug-0.png"]
