@@ -11,8 +11,9 @@ export HF_HUB_OFFLINE = 1
 demo: .venv/demo
 	@$(BIN)/python examples/tinyworld/demo.py $(if $(SDXL),--sdxl)
 
+# Tests of a module whose fixtures take long are one group: one process runs them.
 test: .venv/ready
-	$(BIN)/python -m pytest -n auto --dist worksteal -rs
+	$(BIN)/python -m pytest -n auto --dist loadgroup -rs
 
 style: .venv/ready
 	$(BIN)/python utils/copies.py --write

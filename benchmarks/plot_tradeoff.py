@@ -73,8 +73,8 @@ def cost_at(fidelities: np.ndarray, segments: np.ndarray) -> np.ndarray:
 
 def bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray], resamples: int = 1000) -> np.ndarray:
     """
-    The statistic, a function of indices (..., count), of `count` indices drawn with replacement: (resamples, ...). They
-    are the same ones at every call.
+    The statistic, a function of indices (..., count), of `count` indices drawn with replacement: (resamples, ...). The
+    same ones are drawn at every call.
     """
     return statistic(np.random.default_rng(0).integers(count, size=(resamples, count)))
 

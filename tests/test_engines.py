@@ -32,6 +32,8 @@ FEW = ["coupled mean", "lora coupled sum", "layers", "predictions"]
 RESUMED = CASES["coupled tensor_mean"]
 EXACT, ROUNDED = 1e-12, 1e-6  # weights are in float64, and norms of anchors in float32
 
+pytestmark = pytest.mark.xdist_group("engines")
+
 
 # In each of the two processes
 

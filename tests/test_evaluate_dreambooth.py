@@ -51,17 +51,11 @@ DOCS = ROOT / "docs" / "evaluation.md"
 BASE = ROOT / "examples" / "tinyworld" / "sd"
 PHOTOS = ROOT / "examples" / "tinyworld" / "subjects" / "mug"
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_device():
-    """Bit for bit: on the CPU, even where there is a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        yield
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.xdist_group("evaluate_dreambooth")]
 
 
 @pytest.fixture(scope="session")
-def script():
+def script(one_device):
     return load_script(SCRIPT.name)
 
 

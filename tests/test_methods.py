@@ -38,7 +38,7 @@ METHODS = {
     "keys and values alone": ["--method=custom_diffusion", "--learning_rate=1e-3", "--lipschitz_layers=50"],
 }
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.xdist_group("methods")]
 
 
 @pytest.fixture(scope="session")

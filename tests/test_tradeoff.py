@@ -26,7 +26,7 @@ from world import caption_of  # noqa: E402
 from lipschitz_reg import record  # noqa: E402
 
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.xdist_group("tradeoff")]
 
 # Arithmetic
 

@@ -28,7 +28,7 @@ SCRIPT = "train_dreambooth_lipschitz.py"
 # So large that a few steps move the tiny model visibly.
 LEARNING_RATE = 1e-3
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.xdist_group("train_dreambooth_lipschitz")]
 
 
 @pytest.fixture(scope="session")

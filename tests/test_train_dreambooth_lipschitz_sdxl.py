@@ -71,7 +71,7 @@ MORE_METHODS = {
     "prodigy": ["--optimizer=Prodigy"],
 }
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.usefixtures("one_device"), pytest.mark.xdist_group("train_dreambooth_lipschitz_sdxl")]
 
 
 @pytest.fixture(scope="module", autouse=True)
