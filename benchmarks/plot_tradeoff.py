@@ -35,7 +35,7 @@ COSTS = {
     "total seconds": "seconds, class images included",
 }
 # What Custom Diffusion and LoRA reach on the toy benchmark, and what full fine-tuning does.
-FIDELITIES = (0.5, 0.75, 0.8)
+FIDELITIES = (0.5, 0.55, 0.75, 0.8)
 HEADS = {
     "drift": "pictures",
     "prediction drift": "predictions",
