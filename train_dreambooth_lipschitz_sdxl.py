@@ -94,8 +94,8 @@ DEFAULTS = {
 # Weights of the flags that are given without a number. For the distance of parameters: of Custom Diffusion that of the
 # paper's authors on SDXL, of full theirs for SD 1.5; all others were found on the toy benchmark (docs/methods.md).
 WEIGHTS = {
-    "lora": {"lipschitz_weight": 1.0, "lipschitz_layers": 0.2, "lipschitz_predictions": 1.0},
-    "full": {"lipschitz_weight": 500.0, "lipschitz_layers": 5.0, "lipschitz_predictions": 1.0},
+    "lora": {"lipschitz_weight": 1.0, "lipschitz_layers": 0.05, "lipschitz_predictions": 1.0},
+    "full": {"lipschitz_weight": 500.0, "lipschitz_layers": 4.0, "lipschitz_predictions": 1.0},
     "custom_diffusion": {"lipschitz_weight": 50.0, "lipschitz_layers": 0.08, "lipschitz_predictions": 1.0},
 }
 # Of the U-Net's AdamW where there is no penalty.

@@ -204,7 +204,7 @@ class Terms:
         if recording is not None and self.spaces and not recorded:
             raise ValueError(
                 "A `recording` does nothing in the space of parameters: give `weight` for others, such as "
-                "{'layers': 5.0, 'predictions': 1.0}."
+                "{'layers': 4.0, 'predictions': 1.0}."
             )
         if "layers" in self.spaces and (not mode.layers or lora_form == "factors"):
             raise ValueError("The space of layers needs mode 'coupled' and `lora_form` 'delta'.")

@@ -519,7 +519,7 @@ MISTAKES = {
     "layers and a pull": ("--lipschitz_layers --lipschitz_mode=proximal", "needs --lipschitz_mode coupled"),
     "checkpoint without layers": (
         "--lipschitz_layers --resume_from_checkpoint={full}/checkpoint-2",
-        "was trained with --lipschitz_weight 50.0 (now 0.0), --lipschitz_layers 0.0 (now 5.0)",
+        "was trained with --lipschitz_weight 50.0 (now 0.0), --lipschitz_layers 0.0 (now 4.0)",
     ),
     "layers and another reduction": (
         "--lipschitz_layers --lipschitz_reduction=sum",

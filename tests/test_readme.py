@@ -38,7 +38,7 @@ def test_the_scripts_take_the_commands_of_readme_and_docs():
     parse_sd, parse_sdxl = parser_of("train_dreambooth_lipschitz"), parser_of("train_dreambooth_lipschitz_sdxl")
     args = parse_sd(sd[3:])
     assert (args.method, args.learning_rate, args.train_batch_size) == ("full", 2e-6, 1)
-    assert (args.lipschitz_weight, args.lipschitz_layers, args.lipschitz_predictions) == (0.0, 5.0, 1.0)
+    assert (args.lipschitz_weight, args.lipschitz_layers, args.lipschitz_predictions) == (0.0, 4.0, 1.0)
     assert parse_sdxl(sdxl[3:]).method == "lora"
     last_two_lines = sdxl.index("--train_batch_size=1")
     assert parse_sdxl([*sdxl[3:last_two_lines], *bf16]).full_bf16

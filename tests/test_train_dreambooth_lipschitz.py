@@ -209,14 +209,14 @@ def test_model_card_names_a_base_from_the_hub(script, tmp_path):
 def test_model_card_has_the_flags_of_the_penalty_that_were_given(script, tmp_path):
     flags = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=y"]
     expected = {
-        "": ((0.0, 5.0, 1.0), {}),
+        "": ((0.0, 4.0, 1.0), {}),
         "--lipschitz_weight=0": ((0.0, 0.0, 0.0), {}),
         "--lipschitz_layers --lipschitz_prompts_file=some.txt": (
-            (0.0, 5.0, 0.0),
+            (0.0, 4.0, 0.0),
             {"lipschitz_prompts_file": "some.txt"},
         ),
         "--drift_budget=0.05 --method=lora": (
-            (0.0, 0.2, 1.0),
+            (0.0, 0.05, 1.0),
             {"lipschitz_lora": "delta", "drift_budget": 0.05},
         ),
         "--drift_budget=0.05 --lipschitz_weight=2": ((2.0, 0.0, 0.0), {"drift_budget": 0.05}),
@@ -241,12 +241,12 @@ def test_prompts_are_the_lines_that_are_not_empty(script, tmp_path):
 @pytest.mark.parametrize(
     "flags, weights",
     {
-        "": (0, 5, 1),
+        "": (0, 4, 1),
         "--lipschitz_weight": (500, 0, 0),
         "--lipschitz_predictions": (0, 0, 1),
-        "--lipschitz_layers --lipschitz_weight=3": (3, 5, 0),
+        "--lipschitz_layers --lipschitz_weight=3": (3, 4, 0),
         "--lipschitz_mode=proximal": (500, 0, 0),
-        "--method=lora": (0, 0.2, 1),
+        "--method=lora": (0, 0.05, 1),
     }.items(),
 )
 def test_layers_and_predictions_are_held_unless_another_form_is_asked_for(script, flags, weights):
@@ -255,7 +255,7 @@ def test_layers_and_predictions_are_held_unless_another_form_is_asked_for(script
     assert (args.lipschitz_weight, args.lipschitz_layers, args.lipschitz_predictions) == weights
 
 
-@pytest.mark.parametrize("flags, usual", [("", 5), ("--method=custom_diffusion", 0.08)])
+@pytest.mark.parametrize("flags, usual", [("", 4), ("--method=custom_diffusion", 0.08)])
 def test_a_weight_of_the_scale_of_parameters_is_warned_of(script, flags, usual, capsys):
     needed = ["--pretrained_model_name_or_path=x", "--instance_data_dir=x", "--instance_prompt=y"]
     flags = [*needed, *flags.split()]

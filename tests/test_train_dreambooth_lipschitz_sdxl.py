@@ -513,18 +513,18 @@ def test_defaults_are_those_of_the_method(sdxl_script):
     names += ("lipschitz_layers", "lipschitz_predictions")
     lora, full, custom_diffusion = "lora-dreambooth-model", "dreambooth-model", "custom-diffusion-model"
     expected = {
-        (): [1e-4, 5e-6, 0, 0, lora, 0.2, 1],
+        (): [1e-4, 5e-6, 0, 0, lora, 0.05, 1],
         ("--lipschitz_weight",): [1e-4, 5e-6, 1, 0, lora, 0, 0],
         ("--lipschitz_weight=0",): [1e-4, 5e-6, 0, 1e-4, lora, 0, 0],
-        ("--method=full",): [1e-6, 1e-6, 0, 0, full, 5, 1],
-        ("--method=full", "--learning_rate=2e-6"): [2e-6, 2e-6, 0, 0, full, 5, 1],
+        ("--method=full",): [1e-6, 1e-6, 0, 0, full, 4, 1],
+        ("--method=full", "--learning_rate=2e-6"): [2e-6, 2e-6, 0, 0, full, 4, 1],
         ("--method=full", "--lipschitz_weight"): [1e-6, 1e-6, 500, 0, full, 0, 0],
         ("--method=custom_diffusion", "--lipschitz_weight"): [1e-4, 1e-4, 50, 0, custom_diffusion, 0, 0],
-        ("--optimizer=prodigy",): [1, 1, 0, 0, lora, 0.2, 1],
-        ("--method=full", "--lipschitz_layers"): [1e-6, 1e-6, 0, 0, full, 5, 0],
-        ("--lipschitz_layers", "--lipschitz_weight=2"): [1e-4, 5e-6, 2, 0, lora, 0.2, 0],
-        ("--lipschitz_predictions=0",): [1e-4, 5e-6, 0, 0, lora, 0.2, 0],
-        ("--drift_budget=0.05",): [1e-4, 5e-6, 0, 0, lora, 0.2, 1],
+        ("--optimizer=prodigy",): [1, 1, 0, 0, lora, 0.05, 1],
+        ("--method=full", "--lipschitz_layers"): [1e-6, 1e-6, 0, 0, full, 4, 0],
+        ("--lipschitz_layers", "--lipschitz_weight=2"): [1e-4, 5e-6, 2, 0, lora, 0.05, 0],
+        ("--lipschitz_predictions=0",): [1e-4, 5e-6, 0, 0, lora, 0.05, 0],
+        ("--drift_budget=0.05",): [1e-4, 5e-6, 0, 0, lora, 0.05, 1],
         ("--drift_budget=0.05", "--lipschitz_predictions=1"): [1e-4, 5e-6, 0, 0, lora, 0, 1],
         ("--drift_budget=0.05", "--lipschitz_weight=2"): [1e-4, 5e-6, 2, 0, lora, 0, 0],
     }
