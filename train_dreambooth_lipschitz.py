@@ -40,6 +40,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -1187,7 +1188,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
@@ -1216,10 +1223,12 @@ check_min_version("0.40.0")
 
 Pipeline = StableDiffusionPipeline
 NoiseScheduler = DDPMScheduler
+# While one process records the base or uploads the result, the others wait. NCCL would give up after ten minutes.
+PATIENCE = timedelta(hours=6)
 
 
 def accelerator_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"mixed_precision": args.mixed_precision}
+    return {"mixed_precision": args.mixed_precision, "kwargs_handlers": [InitProcessGroupKwargs(timeout=PATIENCE)]}
 
 
 def check_processes(accelerator: Accelerator) -> None:

@@ -41,6 +41,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -1348,6 +1349,7 @@ from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
     set_seed,
@@ -1387,6 +1389,9 @@ check_min_version("0.40.0")
 Pipeline = StableDiffusionXLPipeline
 # Of training: of plain bases, of those in EDM-style training, and of bases of EDM.
 NoiseScheduler = DDPMScheduler | EulerDiscreteScheduler | EDMEulerScheduler
+# Copied from train_dreambooth_lipschitz.py
+# While one process records the base or uploads the result, the others wait. NCCL would give up after ten minutes.
+PATIENCE = timedelta(hours=6)
 
 
 def accelerator_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -1397,7 +1402,8 @@ def accelerator_options(args: argparse.Namespace) -> dict[str, Any]:
         )
     # The U-Net reads the first text encoder's last layer but one: its last layer gets no gradient.
     parallel = DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)
-    return {"mixed_precision": "bf16" if args.full_bf16 else args.mixed_precision, "kwargs_handlers": [parallel]}
+    handlers = [parallel, InitProcessGroupKwargs(timeout=PATIENCE)]
+    return {"mixed_precision": "bf16" if args.full_bf16 else args.mixed_precision, "kwargs_handlers": handlers}
 
 
 # Copied from train_dreambooth_lipschitz.py

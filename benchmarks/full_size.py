@@ -167,7 +167,7 @@ def train(script: Path, flags: list[str], folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", str(output), str(script), *flags]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1]}
+        return {"error": ["killed", *done.stderr.strip().splitlines()][-1]}
     return json.loads(output.read_text())
 
 
@@ -216,8 +216,9 @@ def row(line: dict[str, Any]) -> str:
     if "error" in line:
         return f"| {line['shapes']} | {line['name']} | failed: {line['error']} |"
     arithmetic = f"{line['arithmetic']:.1f}" if "arithmetic" in line else ""
-    seconds = statistics.median(line["seconds"])
-    return f"| {line['shapes']} | {line['name']} | {seconds:.2f} | {line['peak']:.1f} | {arithmetic} |"
+    # A GradScaler may skip all of the first steps.
+    seconds = f"{statistics.median(line['seconds']):.2f}" if line["seconds"] else "–"
+    return f"| {line['shapes']} | {line['name']} | {seconds} | {line['peak']:.1f} | {arithmetic} |"
 
 
 def head() -> str:

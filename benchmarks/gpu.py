@@ -104,7 +104,11 @@ def table_of(model: str, device: str) -> dict[str, str]:
     """What penalty.py prints."""
     command = [sys.executable, str(ROOT / "benchmarks" / "penalty.py"), f"--model={model}", f"--device={device}"]
     done = subprocess.run([*command, "--skip_autograd"], capture_output=True, text=True)
-    return {"table": done.stdout} if done.returncode == 0 else {"error": done.stderr.strip().splitlines()[-1]}
+    return (
+        {"table": done.stdout}
+        if done.returncode == 0
+        else {"error": ["killed", *done.stderr.strip().splitlines()][-1]}
+    )
 
 
 def show(lines: list[dict[str, Any]]) -> None:

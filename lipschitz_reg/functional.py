@@ -16,10 +16,8 @@ The fast forms take the difference first, in float32 or wider: ``theta`` and ``a
 so that adding ``c * theta`` and then subtracting ``c * anchor`` would leave little but rounding errors.
 """
 
-import functools
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -208,9 +206,8 @@ def _add_gradient(
         change, term = moment.gradient(difference, c)
         saturating_add_(gradient, change)
     else:
-        add_piece = _fused_add_piece(parameter.device) if parameter.is_cuda else _add_piece
         pieces = _pieces(parameter, anchor, gradient, cut=_is_scalar(c))
-        sums = [add_piece(gradient_piece, piece, anchor_piece, c) for piece, anchor_piece, gradient_piece in pieces]
+        sums = [_add_piece(gradient_piece, piece, anchor_piece, c) for piece, anchor_piece, gradient_piece in pieces]
         term = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
     return term / _on_device(scale, parameter.device) if scaled else term
 
@@ -345,27 +342,6 @@ def _add_piece(gradient: Tensor, parameter: Tensor, anchor: Tensor, c: Coefficie
     else:
         gradient.add_(difference, alpha=2 * c)
     return term
-
-
-@functools.cache
-def _fused_add_piece(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Coefficient], Tensor]:
-    """`_add_piece` as one kernel, which reads and writes each element once; uncompiled where that cannot be made."""
-    trial = [torch.zeros(2, device=device) for _ in range(3)]
-    try:
-        compiled = torch.compile(_add_piece, dynamic=True)
-        compiled(*trial, torch.zeros((), dtype=torch.float64))  # as below
-    except Exception as error:  # no Triton, no C compiler, a GPU or a Python that it does not know: each of its kind
-        reason = str(error).strip().partition("\n")[0]
-        warnings.warn(f"lipschitz_reg adds its gradient in three passes, because torch.compile failed: {reason}")
-        return _add_piece
-
-    def add_piece(gradient: Tensor, parameter: Tensor, anchor: Tensor, c: Coefficient) -> Tensor:
-        # A kernel would be made for each number, and for each tensor of one element.
-        if not isinstance(c, Tensor):
-            c = torch.tensor(c, dtype=torch.float64)
-        return (compiled if gradient.numel() > 1 else _add_piece)(gradient, parameter, anchor, c)
-
-    return add_piece
 
 
 @torch.no_grad()

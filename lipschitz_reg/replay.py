@@ -78,7 +78,8 @@ class Replay:
                 for call in self._draw(step):
                     answer = call.again(model, self.autocast)
                     answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
-                    loss = (answer - call.answer.to(answer)).square().mean() / self.count
+                    wanted = call.answer.to(answer, non_blocking=answer.device.type != "cpu")
+                    loss = (answer - wanted).square().mean() / self.count
                     if loss.requires_grad:
                         (loss * (factor if sharded else loss_scale)).backward()
                     value = value + loss.detach()
@@ -114,12 +115,13 @@ class Replay:
         """Watch for the training's autocast in parts of the model: accelerate turns it on inside the forward pass."""
         containers = (nn.ModuleList, nn.ModuleDict)  # which are never called
         parts = [part for part in self.recording.model.modules() if not isinstance(part, containers)]
+        parts = [part for part in parts if any(True for _ in part.parameters())]  # whose device says which autocast
         parts = parts[1:_WATCHED] or parts
         self.handles = [part.register_forward_hook(self._remember) for part in parts]
 
     def _remember(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not self._replaying and torch.is_grad_enabled():
-            kind = next(module.parameters(), torch.empty(0)).device.type
+            kind = next(module.parameters()).device.type
             self.autocast = kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     def _is_half(self, model: nn.Module) -> bool:

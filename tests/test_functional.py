@@ -1,8 +1,5 @@
 # The fast in-place arithmetic of lipschitz_reg.functional against autograd and the readable references, in float64.
 # Optimizers and hooks are in test_regularizer.py.
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -328,33 +325,3 @@ def test_reductions_are_means_over_what_they_say(reduction, factors):
 def test_unknown_reduction_is_refused():
     with pytest.raises(ValueError, match="sum, tensor_mean, mean, not 'average'"):
         functional.reductions([1], "average")
-
-
-@torch._inductor.config.patch(fx_graph_cache=False)  # it gives out code made for another ATEN_CPU_CAPABILITY
-@pytest.mark.parametrize(
-    "dtype, anchor_dtype",
-    [(torch.float32, torch.float32), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16)],
-)
-def test_compiled_kernel_equals_autograd(dtype, anchor_dtype):
-    compiled = functional._fused_add_piece(torch.device("cpu"))
-    assert compiled is not functional._add_piece
-    for size, c in ((1, 0.3), (5, 0.4), (1000, torch.tensor(0.5)), (1001, 0.6)):
-        generator = torch.Generator().manual_seed(size)
-        gradient, parameter, anchor = (torch.randn(size, generator=generator).to(dtype) for _ in range(3))
-        anchor = anchor.to(anchor_dtype)
-        expected, sizes = sums([gradient.double()], autograd([parameter], [anchor], [c]))
-        term = functional.penalty(double([parameter]), double([anchor]), [c])
-        assert_rounded([compiled(gradient, parameter, anchor, c).float()], [term], [term], size)
-        assert_rounded([gradient], expected, sizes)
-
-
-def test_without_a_compiler_the_uncompiled_code_is_used(tmp_path):
-    code = (
-        "import torch, warnings; from lipschitz_reg import functional\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
-        "    assert functional._fused_add_piece(torch.device('cpu')) is functional._add_piece\n"
-        "assert 'torch.compile failed' in str(caught[-1].message), caught\n"
-    )
-    environment = os.environ | {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
