@@ -514,7 +514,9 @@ def test_replays_run_under_the_autocast_of_the_training():
     model = make_denoiser(dtype=torch.float32)
     regularizer = attach(model, make_optimizer(model))
     seen = []
+    cached = []
     model.conv_out.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    model.conv_out.register_forward_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
     forward = type(model).forward
 
     def under_autocast(*args, **kwargs):
@@ -526,6 +528,7 @@ def test_replays_run_under_the_autocast_of_the_training():
     del model.forward
     regularizer.add_gradient()
     assert seen == [torch.bfloat16] * 2
+    assert cached == [True, False]  # or it would keep copies of all weights, beside the gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
