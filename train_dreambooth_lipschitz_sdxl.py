@@ -478,7 +478,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> Callable:
         + ", ".join(f"{values['output_dir']} for {method}" for method, values in DEFAULTS.items())
         + ".",
     )
-    add("--seed", type=number(int, 0, below=2**32), help="Makes a run repeatable.")
+    add("--seed", type=number(int, 0, below=2**32), help="Makes a run repeatable; on a GPU, up to rounding.")
     add("--train_text_encoder", action="store_true", help="Also train and penalize the text encoder; in SDXL, both.")
     add("--train_batch_size", type=positive_int, default=4, help="Photos in a batch, per process.")
     add(

@@ -16,7 +16,7 @@ The fast forms take the difference first, in float32 or wider: ``theta`` and ``a
 so that adding ``c * theta`` and then subtracting ``c * anchor`` would leave little but rounding errors.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -172,14 +172,18 @@ def add_penalty_gradient_(
         together = together and parameter.numel() <= _SMALL
         (small if together else large).append(index)
     terms, norms = [], defaultdict(list)
-    # A batch has one coefficient, which so needs no pass of its own: there are few, as many tensors have one size.
-    for batch in _batches(small, parameters, coefficients):
-        parts, c = [parameters[index] for index in batch], coefficients[batch[0]]
+    # A coefficient that many have needs no pass of its own. Those of one tensor each make up batches without one.
+    shared = Counter(coefficients[index] for index in small)
+    common = [c if not isinstance(c, Tensor) and shared[c] > 1 else None for c in coefficients]
+    for batch in _batches(small, parameters, common):
+        parts, c = [parameters[index] for index in batch], common[batch[0]]
         differences = _differences(parts, [anchors[index] for index in batch])
         norms[parts[0].device, differences[0].dtype] += zip(torch._foreach_norm(differences), batch)
         if isinstance(scale, Tensor):
             torch._foreach_mul_(differences, _on_device(scale, parts[0].device))
-        factor = 2 * c if isinstance(scale, Tensor) else 2 * c * scale
+        if c is None:
+            torch._foreach_mul_(differences, [coefficients[index] for index in batch])
+        factor = (2 if c is None else 2 * c) * (1 if isinstance(scale, Tensor) else scale)
         torch._foreach_add_([gradients[index] for index in batch], differences, alpha=factor)
     for of_kind in norms.values():
         squares = torch.stack([norm for norm, _ in of_kind]).square()

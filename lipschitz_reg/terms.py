@@ -58,7 +58,10 @@ class ParameterTerm:
     """A parameter and its anchor. With a moment, displacements are measured by what they do to a layer's outputs."""
 
     def __init__(self, parameter: Tensor, anchor: Anchor, piece: Piece, moment: Moment | None = None):
-        self.parameter, self.anchor, self.piece, self.moment = parameter, anchor, piece, moment
+        self.parameter, self.anchor, self.piece = parameter, anchor, piece
+        # A multiple of the identity is a number, and terms with numbers take few operations together.
+        is_number = moment is not None and not moment.root.numel()
+        self.factor, self.moment = (float(moment.rest), None) if is_number else (1.0, moment)
         self.part = piece.part  # of the engine's step
 
     def numel(self) -> int:
@@ -179,7 +182,7 @@ def add_gradients(terms: Sequence[Term], coefficients: Sequence[float], scale: T
                 "'proximal', or set `lipschitz_weight` to 0 in its param group."
             )
         parameter, anchor, moment = term.place()
-        columns[term.piece.group].append((gradient, parameter, anchor, c, moment))
+        columns[term.piece.group].append((gradient, parameter, anchor, c * term.factor, moment))
     for group, rows in columns.items():
         own = add_penalty_gradient_(*zip(*rows), scale)
         values += own if group is None else [all_reduce_(torch.stack(own).sum(), group)]
@@ -189,6 +192,7 @@ def add_gradients(terms: Sequence[Term], coefficients: Sequence[float], scale: T
 def squares(terms: Sequence[Term]) -> list[Tensor]:
     def of_parameters(terms: Sequence[ParameterTerm]) -> list[Tensor]:
         own = squared_distances(*zip(*(term.place() for term in terms)))
+        own = [square if term.factor == 1 else square * term.factor for term, square in zip(terms, own, strict=True)]
         return sum_over([term.piece.group for term in terms], own)
 
     adapters = _whole_adapters(terms)
