@@ -787,17 +787,18 @@ import train_dreambooth_lipschitz as script
 
 seen, attach = {}, script.attach_lipschitz
 def spy(args, accelerator, pipeline, optimizer, trained, anchor_model, recording):
-    seen.update(rank=accelerator.process_index, unet=trained["unet"], recording=recording)
+    patience = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    seen.update(rank=accelerator.process_index, unet=trained["unet"], recording=recording, patience=patience)
     return attach(args, accelerator, pipeline, optimizer, trained, anchor_model, recording)
 
 script.attach_lipschitz = spy
 script.main(script.parse_args())
-torch.save([seen["unet"].state_dict(), seen["recording"].digest()], f"{seen['rank']}.pt")
+torch.save([seen["unet"].state_dict(), seen["recording"].digest(), seen["patience"]], f"{seen['rank']}.pt")
 """
 
 
 def test_two_processes_train_one_model_and_save_it_once(alone, base_flags, penalty, tiny_sd, tmp_path):
-    """By one recording, and with the same bits in each process."""
+    """By one recording, with the same bits in each process, and with hours for the one that records."""
     flags = [*base_flags, *penalty, *PRIOR, f"--class_data_dir={tmp_path / 'class'}"]
     flags += [f"--output_dir={tmp_path / 'model'}", "--train_batch_size=1", "--max_train_steps=3"]
     flags += ["--checkpointing_steps=2", "--drift_every=1"]
@@ -807,7 +808,8 @@ def test_two_processes_train_one_model_and_save_it_once(alone, base_flags, penal
     command = [*TORCHRUN, "two.py", *flags]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (first, recorded), (second, other) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    (first, recorded, patience), (second, other, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert patience > 3600
     assert same_bits(first, second) and same_bits(first, weights(tmp_path / "model")) and recorded == other
     assert not same_bits(first, weights(tiny_sd))
     assert len(list((tmp_path / "class").iterdir())) == 3
