@@ -160,6 +160,11 @@ def arithmetic(case: Case, unet_config: dict, others: int) -> float:
     return 1e-9 * (trained * (state + anchors) + (frozen + others) * (2 if halves else 4) + recorded)
 
 
+def reason(done: subprocess.CompletedProcess) -> str:
+    """Why a process failed, by its last line; one that was killed may have left none."""
+    return ([f"exit code {done.returncode}"] + done.stderr.strip().splitlines())[-1]
+
+
 def train(script: Path, flags: list[str], folder: Path) -> dict[str, Any]:
     """Launches a script in a process of its own; seconds of each step, and gigabytes at the peak."""
     output = folder / "measured.json"
@@ -167,7 +172,7 @@ def train(script: Path, flags: list[str], folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", str(output), str(script), *flags]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     if done.returncode:
-        return {"error": ["killed", *done.stderr.strip().splitlines()][-1]}
+        return {"error": reason(done)}
     return json.loads(output.read_text())
 
 

@@ -33,6 +33,7 @@ from full_size import (
     Case,
     head,
     measure,
+    reason,
     row,
 )
 
@@ -104,11 +105,7 @@ def table_of(model: str, device: str) -> dict[str, str]:
     """What penalty.py prints."""
     command = [sys.executable, str(ROOT / "benchmarks" / "penalty.py"), f"--model={model}", f"--device={device}"]
     done = subprocess.run([*command, "--skip_autograd"], capture_output=True, text=True)
-    return (
-        {"table": done.stdout}
-        if done.returncode == 0
-        else {"error": ["killed", *done.stderr.strip().splitlines()][-1]}
-    )
+    return {"error": reason(done)} if done.returncode else {"table": done.stdout}
 
 
 def show(lines: list[dict[str, Any]]) -> None:

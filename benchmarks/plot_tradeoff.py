@@ -10,7 +10,7 @@ no harm. In brackets: 95% confidence intervals, by bootstrap over subjects. A da
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,7 +242,7 @@ def print_settings(results: Results) -> None:
     print_table("All settings", ["method", "rate", "weight", "steps", "share", *names], rows)
 
 
-def print_equal_fidelities(results: Results, family: str, fidelities: tuple[float, ...]) -> None:
+def print_equal_fidelities(results: Results, family: str, fidelities: Sequence[float]) -> None:
     """
     For each fidelity, what each method costs there, and what the first penalized one costs as a share of each rival,
     and of the best of all. If a method has no result at so low a fidelity, its cost is an upper bound (≤). A share is
@@ -268,7 +268,7 @@ def print_equal_fidelities(results: Results, family: str, fidelities: tuple[floa
 def print_equal_fidelity(
     results: Results, family: str, fidelity: float, costs: list[str], values: np.ndarray, samples: np.ndarray
 ) -> None:
-    """The table of one fidelity: `values` are (methods and the best rival, costs), `samples` (resamples, ...) them."""
+    """The table of one fidelity: `values`, (methods and the best rival, costs), and those of each resample."""
     ours, rivals = results.families()[family]
     methods = ours + rivals
     reached = np.isfinite(values).all(1)
@@ -437,9 +437,8 @@ def draw_tradeoff(results: Results, costs: tuple[str, ...], path: Path) -> None:
                 grid = np.linspace(points[:, :, 0].min(), points[:, :, 0].max(), 60)
 
                 def curve(subjects):
-                    least = cost_at(
-                        grid + ease[subjects].mean(-1)[..., None], results.segments(method, cost, subjects)
-                    )
+                    asked = grid + ease[subjects].mean(-1)[..., None]
+                    least = cost_at(asked, results.segments(method, cost, subjects))
                     return np.where(np.isinf(least), np.nan, least)
 
                 samples = bootstrap(len(results.subjects), curve, 200)

@@ -93,13 +93,15 @@ class Call(NamedTuple):
         wanted = None if enabled or parameter is None else parameter.dtype
 
         def fit(tensor: Tensor) -> Tensor:
-            # From host memory, which nobody changes, a GPU need not be waited for.
-            return tensor.to(device, wanted if tensor.is_floating_point() else None, non_blocking=device.type != "cpu")
+            # From host memory that nobody changes: a GPU need not be waited for.
+            return tensor.to(
+                device, wanted if tensor.is_floating_point() else None, non_blocking=device.type == "cuda"
+            )
 
         kwargs = {name: value for name, value in self.kwargs.items() if value is not None or _takes(model, name)}
+        enabled = enabled and kind == device.type
         # A cache would keep a copy of all weights, although each is used once.
-        options = {"dtype": dtype, "enabled": enabled and kind == device.type, "cache_enabled": False}
-        with torch.autocast(device.type, **options):
+        with torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
             return answer_of(model(*map_tensors(fit, self.args), **map_tensors(fit, kwargs)))
 
     def to_json(self, store: Store) -> dict[str, Any]:

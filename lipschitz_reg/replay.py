@@ -78,7 +78,7 @@ class Replay:
                 for call in self._draw(step):
                     answer = call.again(model, self.autocast)
                     answer = answer.to(torch.promote_types(answer.dtype, torch.float32))
-                    wanted = call.answer.to(answer, non_blocking=answer.device.type != "cpu")
+                    wanted = call.answer.to(answer, non_blocking=answer.is_cuda)
                     loss = (answer - wanted).square().mean() / self.count
                     if loss.requires_grad:
                         (loss * (factor if sharded else loss_scale)).backward()

@@ -513,8 +513,7 @@ def test_replays_run_under_the_autocast_of_the_training():
     """Also where it is turned on inside the forward pass, as accelerate does, and unlike in the recording."""
     model = make_denoiser(dtype=torch.float32)
     regularizer = attach(model, make_optimizer(model))
-    seen = []
-    cached = []
+    seen, cached = [], []
     model.conv_out.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     model.conv_out.register_forward_hook(lambda *_: cached.append(torch.is_autocast_cache_enabled()))
     forward = type(model).forward

@@ -7,6 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from conftest import draw_quickly
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -139,10 +140,6 @@ def test_words_keep_their_tokens_when_a_training_resumes(tmp_path):
 
 
 def test_the_base_has_no_drift_from_itself(base, monkeypatch):
-    def draw_quickly(pipeline, prompts, seeds):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return pipeline(prompts, num_inference_steps=2, guidance_scale=4.0, generator=generators).images
-
     monkeypatch.setattr(examine, "generate", draw_quickly)
     examiner = examine.Examiner(others=2, per_scene=1, seed=0)
     first, second = (examiner.examine(base, "mug") for _ in range(2))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import draw_quickly
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -219,11 +220,6 @@ GRID = [
     tradeoff.Row("LoRA", (1e-3,), (0,), tradeoff.LORA + tradeoff.PENALTY, "constant", (2,), (1,)),
     tradeoff.Row("Custom Diffusion", (1e-3,), (0,), tradeoff.CUSTOM + tradeoff.PENALTY, "constant", (2,), (1,)),
 ]
-
-
-def draw_quickly(pipeline, prompts, seeds):
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return pipeline(prompts, num_inference_steps=2, guidance_scale=4.0, generator=generators).images
 
 
 @pytest.fixture(scope="module")
