@@ -1136,9 +1136,9 @@ def check_writable(flag: str, folder: str) -> None:
 
 def check_packages(args: argparse.Namespace) -> None:
     """Stops unless the packages are installed that the arguments ask for."""
-    # Before accelerate advises to install what is refused here.
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        stop("DEEPSPEED shards the weights, which this script does not support")
+    asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if asked and importlib.util.find_spec("deepspeed") is None:
+        stop("accelerate's configuration asks for DeepSpeed: pip install deepspeed")
     own = {f"report_to={args.report_to}": args.report_to} if args.report_to in TRACKERS else {}
     for flag, package in (PACKAGES | own).items():
         name, _, value = flag.partition("=")
@@ -1190,6 +1190,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -1238,25 +1239,55 @@ def check_processes(accelerator: Accelerator) -> None:
         stop(f"these {processes} processes do not find each other: start them by accelerate launch, not by torchrun")
 
 
+def sharding_engine(accelerator: Accelerator) -> str | None:
+    """What shares the weights or the optimizer's state out among the processes."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return "DeepSpeed"
+    return "FSDP2" if accelerator.is_fsdp2 else None
+
+
 def check_engine(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Stops where several processes share the weights out in a way in which this script cannot train."""
-    engine = accelerator.distributed_type.value
-    if engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM") and not accelerator.is_fsdp2:
+    engine, name = accelerator.distributed_type.value, sharding_engine(accelerator)
+    if engine in ("FSDP", "MEGATRON_LM") and name is None:
         name = "FSDP1" if engine == "FSDP" else engine
         stop(f"{name} is not supported here: use FSDP2 (fsdp_version: 2 in accelerate's configuration) or plain DDP")
-    if not accelerator.is_fsdp2:
+    if name is None:
         return
     if accelerator.mixed_precision == "fp16":
-        stop("--mixed_precision fp16 is not supported with FSDP2: use bf16 or no")
+        stop(f"--mixed_precision fp16 is not supported with {name}: use bf16 or no")
     for flag in ("compile", "use_8bit_adam", "lipschitz_anchor_model"):
         if getattr(args, flag):
-            stop(f"--{flag} is not supported with FSDP2: leave it out, or use DDP")
+            stop(f"--{flag} is not supported with {name}: leave it out, or use DDP")
     for flag in ("train_text_encoder", "modifier_token"):
         if getattr(args, flag):
-            stop(f"--{flag}: with FSDP2, accelerate trains one model only: leave this flag out, or use DDP")
+            stop(f"--{flag}: with {name}, accelerate trains one model only: leave this flag out, or use DDP")
+    if name == "DeepSpeed":
+        set_deepspeed(args, accelerator)
     # Otherwise transformers loads weights in one process only, even for models that are not sharded.
-    if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+    elif accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
         stop("FSDP2 needs fsdp_cpu_ram_efficient_loading: false in accelerate's configuration")
+
+
+def set_deepspeed(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Gives DeepSpeed what the arguments say; it accumulates, clips and steps by its own configuration."""
+    plugin = accelerator.state.deepspeed_plugin
+    if not plugin.zero_stage:
+        stop("DeepSpeed without ZeRO is not supported here: zero_stage 1 to 3 in accelerate's configuration, or DDP")
+    if args.drift_budget is not None:
+        stop("--drift_budget is not supported with DeepSpeed, which keeps a second copy of the weights: use FSDP2")
+    given = [name for name in ("optimizer", "scheduler") if name in plugin.deepspeed_config]
+    if given:
+        stop(f"DeepSpeed's configuration has its own {given[0]}: leave it out, this script builds one")
+    transformers.integrations.unset_hf_deepspeed_config()  # by it, ZeRO 3 would share out frozen text encoders, too
+    samples = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": args.train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "train_batch_size": samples,
+        "gradient_clipping": args.max_grad_norm,
+        "zero_force_ds_cpu_optimizer": False,  # with offloading, PyTorch's optimizer steps on the CPU
+    }
 
 
 def check_compile(accelerator: Accelerator) -> None:
@@ -1346,7 +1377,7 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator, settings
         needed += [LORA_FILE]
     else:
         needed += [KEYS_VALUES_FILE, TOKENS_FILE] if args.modifier_token else [KEYS_VALUES_FILE]
-    if accelerator.is_fsdp2:  # accelerate names the files of weights and optimizer
+    if sharding_engine(accelerator):  # accelerate names the files of weights and optimizer
         needed = [SETTINGS_FILE, "scheduler.bin", "random_states_0.pkl"]
     missing = [name for name in needed if not Path(checkpoint, name).is_file()]
     if missing:
@@ -2221,8 +2252,8 @@ def diffusion_losses(
 
 
 def takes_part(accelerator: Accelerator) -> bool:
-    """Whether this process also runs the models for drift and pictures: the main one, or all of them with FSDP2."""
-    return accelerator.is_main_process or accelerator.is_fsdp2
+    """Whether this process also runs the models for drift and pictures: the main one, or all that share them."""
+    return accelerator.is_main_process or sharding_engine(accelerator) is not None
 
 
 @contextmanager
@@ -2261,7 +2292,7 @@ def measure_drift(
     run = functools.partial(draw_held_out, pipeline, recording) if args.train_text_encoder else None
     with drawing(accelerator, pipeline):
         drift = recording.drift(run=run)
-    if accelerator.is_fsdp2:  # all processes must act on exactly the same numbers
+    if sharding_engine(accelerator):  # all processes must act on exactly the same numbers
         (drift,) = broadcast_object_list([drift])
     return drift
 
@@ -2320,7 +2351,7 @@ def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschit
 
 
 def empty_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy on the meta device, without values. It can be saved, which a model that FSDP2 has sharded cannot."""
+    """A copy on the meta device, without values. It can be saved, which a model that is sharded cannot."""
     empty = {id(tensor): tensor.detach().to("meta") for tensor in model.buffers()}
     for parameter in model.parameters():
         empty[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -2328,11 +2359,19 @@ def empty_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def gather(accelerator: Accelerator, trained: dict[str, torch.nn.Module], whole: dict[str, torch.nn.Module]) -> None:
-    """Fills the empty copies with the sharded weights, in the main process. All processes must call this."""
+    """Fills the empty copies with the weights that train, in the main process. All processes must call this."""
     for name, model in trained.items():
-        weights = accelerator.get_state_dict(model)
+        weights = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else zero_state_dict(model)
         if accelerator.is_main_process:
-            whole[name].load_state_dict(weights, assign=True)
+            whole[name].load_state_dict(weights, assign=True, strict=False)
+
+
+def zero_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that DeepSpeed trains, in the float32 in which it shares them out, on the CPU."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in trained.items()}
 
 
 def trained_keys_values(unet: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -2426,8 +2465,8 @@ def save_kohya(args: argparse.Namespace, folder: str | Path) -> None:
 def register_checkpoint_format(
     args: argparse.Namespace, accelerator: Accelerator, trained: dict[str, torch.nn.Module]
 ) -> None:
-    """Makes accelerate's checkpoints hold what `save_trained` writes. With FSDP2, they stay in accelerate's format."""
-    if accelerator.is_fsdp2:
+    """Makes accelerate's checkpoints hold what `save_trained` writes. Where it shards, they stay in its own format."""
+    if sharding_engine(accelerator):
         return
 
     def save(models, weights, folder):
@@ -2455,11 +2494,11 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
 
 def stop_if_not_finite(args: argparse.Namespace, values: Iterable[float | torch.Tensor], what: str, step: int) -> None:
     """Stops a training that is lost, before it takes the place of a checkpoint or a result."""
-    # One transfer from the device. With FSDP2, each process checks its own shard.
+    # One transfer from the device. With FSDP2 and ZeRO 3, each process checks its own shard.
     values = [torch.as_tensor(value) for value in values]
-    own = [value.to_local() if hasattr(value, "to_local") else value for value in values]
+    own = [value.to_local() if hasattr(value, "to_local") else getattr(value, "ds_tensor", value) for value in values]
     finite = torch.stack([value.isfinite().all() for value in own]).all().float()
-    if any(hasattr(value, "to_local") for value in values):
+    if any(shard is not value for shard, value in zip(own, values)):
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
     if finite:
         return
@@ -2773,7 +2812,8 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     accelerator = build_accelerator(args)
     args.mixed_precision = accelerator.mixed_precision
     settings = describe_run(args, concepts, photos, preserved)
-    settings["engine"] = "FSDP2" if accelerator.is_fsdp2 else "DDP or one process"  # their checkpoints differ
+    sharded = sharding_engine(accelerator)
+    settings["engine"] = sharded or "DDP or one process"  # their checkpoints differ
     checkpoint = find_checkpoint(args, accelerator, settings)
     find_recording(args, checkpoint)
     repo_id = create_hub_repository(args) if args.push_to_hub and accelerator.is_main_process else None
@@ -2803,9 +2843,12 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     place_frozen_models(args, accelerator, pipeline, trained, weight_dtype)
     anchor_model = load_anchor_model(args, accelerator, pipeline)
     record = functools.partial(record_base, args, accelerator, pipeline, anchor_model, trained, preserved, checkpoint)
-    # Recorded after `prepare`, under its autocast; with FSDP2 before, as no process has whole weights afterwards.
-    recording = record() if accelerator.is_fsdp2 else None
-    whole = {name: empty_copy(model) for name, model in trained.items()} if accelerator.is_fsdp2 else trained
+    if sharded == "DeepSpeed" and weight_dtype != torch.float32:  # it casts the weights, not what the model is given
+        autocast = torch.autocast(accelerator.device.type, dtype=weight_dtype)
+        pipeline.unet.forward = autocast(pipeline.unet.forward)
+    # Recorded after `prepare`, under its autocast; before, where no process may have whole weights afterwards.
+    recording = record() if sharded else None
+    whole = {name: empty_copy(model) for name, model in trained.items()} if sharded else trained
     *prepared, optimizer, lr_scheduler = accelerator.prepare(*trained.values(), optimizer, lr_scheduler)
     models = dict(zip(trained, prepared))
     recording = recording or record()
@@ -2903,7 +2946,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
         images = log_state(args, accelerator, pipeline, lipschitz, validation_embeds, global_step)
         if args.drift_every is not None:
             log_drift(accelerator, measure, lipschitz, global_step)
-    if accelerator.is_fsdp2:
+    if sharded:
         gather(accelerator, trained, whole)
     if accelerator.is_main_process:
         names = save_result(args, whole, images, card)

@@ -4,12 +4,16 @@ and prints how far the weights and the metrics are from those of one process in 
 
     pip install deepspeed==0.19.8
     python benchmarks/engines.py --processes 2 3
+    python benchmarks/engines.py --scripts    # the two training scripts, beside DDP
 
 DDP and FSDP2, which need no further package, are tested by tests/test_engines.py.
 """
 
 import argparse
+import functools
+import importlib
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -17,9 +21,12 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing
+from safetensors.torch import load_file
 
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+ROOT = Path(__file__).resolve().parents[1]
+TINYWORLD = ROOT / "examples" / "tinyworld"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from engine_cases import (  # noqa: E402
     CASES,
@@ -50,6 +57,20 @@ ENGINES = {
 }
 RESUMED = CASES["coupled tensor_mean"]
 EXACT = 2e-6  # of float32, relative to weights of about 1
+
+STAGES = {"ZeRO 1": (1, "none"), "ZeRO 2": (2, "none"), "ZeRO 2, CPU offload": (2, "cpu"), "ZeRO 3": (3, "none")}
+SD = ["train_dreambooth_lipschitz", "sd", "--method=full", "--lipschitz_weight=100", "--lipschitz_layers=4"]
+WATCHED = ["--drift_every=2", "--validation_prompt=a red mug", "--num_validation_images=1", "--validation_steps=2"]
+TRAININGS = {
+    "full": [*SD, *WATCHED, "--checkpointing_steps=2"],
+    "full, accumulated": [*SD, "--gradient_accumulation_steps=2"],
+    "full, predictions": [*SD, "--lipschitz_predictions=1"],
+    "Custom Diffusion": [*SD, "--method=custom_diffusion"],
+    "LoRA, SDXL": ["train_dreambooth_lipschitz_sdxl", "sdxl", "--method=lora"],
+    "full, bf16": [*SD, "--mixed_precision=bf16"],
+}
+CLOSE = 0.001  # of two trainings, the distance of their ends relative to how far they went
+IN_BF16 = 0.5
 
 
 def initialize(zero, case, dtype=torch.float32):
@@ -148,13 +169,81 @@ def run_bf16(zero, rank, size):
     return regularizer.metrics()
 
 
-def work(rank, size, port, folder, engines, cases):
+def start_zero(stage, offload, kwargs_handlers=None, **options):
+    """accelerate's `Accelerator` as its configuration makes it with DeepSpeed, on CPUs."""
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+    plugin = DeepSpeedPlugin(zero_stage=stage, offload_optimizer_device=offload)
+    gloo = [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=gloo, **options)
+    assert accelerator.distributed_type == "DEEPSPEED"
+    return accelerator
+
+
+def saved(folder):
+    """All weights that a script saved, but for checkpoints and recordings."""
+    files = [path for path in folder.rglob("*.safetensors") if "-" not in str(path.relative_to(folder))]
+    return {f"{path.relative_to(folder)} {key}": value for path in files for key, value in load_file(path).items()}
+
+
+def run_script(engine, training, folder, *flags):
+    """A training by a script, under an engine of STAGES or DDP; what it says if it is refused."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)  # of the training before
+    name, base, *given = TRAININGS[training]
+    script = importlib.import_module(name)
+    # Without this variable there is no DDP on CPUs, and with it no DeepSpeed.
+    os.environ.update(ACCELERATE_USE_CPU=str(engine == "DDP"), ACCELERATE_USE_DEEPSPEED=str(engine != "DDP"))
+    script.Accelerator = Accelerator if engine == "DDP" else functools.partial(start_zero, *STAGES[engine])
+    refused = []
+    script.stop = lambda message: (refused.append(str(message)), sys.exit(2))
+    common = [f"--pretrained_model_name_or_path={TINYWORLD / base}", f"--output_dir={folder}", "--seed=1"]
+    common += [f"--instance_data_dir={TINYWORLD / 'subjects' / 'mug'}", "--instance_prompt=a photo of sks mug"]
+    common += ["--lipschitz_prompts_file=" + str(folder.parent / "prompts.txt"), "--learning_rate=1e-4"]
+    common += ["--resolution=64", "--train_batch_size=1", "--max_train_steps=4", "--report_to=none"]
+    try:
+        script.main(script.parse_args([*common, *given, *flags]))
+    except SystemExit:
+        return refused[0]
+    return None
+
+
+def work_scripts(folder):
+    """All trainings under all engines, into a folder each; a resumed one beside that of "full"."""
+    end, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *_: None
+    refused = {}
+    for training in TRAININGS:
+        for engine in ["DDP", *STAGES]:
+            refused[engine, training] = run_script(engine, training, Path(folder, f"{engine}, {training}"))
+    for engine in STAGES:
+        ended, again = Path(folder, f"{engine}, full"), Path(folder, f"{engine}, resumed")
+        if torch.distributed.get_rank() == 0:
+            shutil.copytree(ended, again)
+            shutil.rmtree(again / "checkpoint-4")
+        torch.distributed.barrier()
+        refused[engine, "resumed"] = run_script(engine, "full", again, "--resume_from_checkpoint=latest")
+    torch.distributed.destroy_process_group = end
+    return refused
+
+
+def start_process(rank, size, port):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "DS_ACCELERATOR": "cpu"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_DEEPSPEED": "true"}
     import deepspeed
 
     deepspeed.init_distributed("gloo", verbose=False)
+
+
+def work(rank, size, port, folder, engines, cases):
+    start_process(rank, size, port)
+    if cases is None:
+        torch.save(work_scripts(folder), f"{folder}/{rank}.pt")
+        torch.distributed.destroy_process_group()
+        return
     results = {}
     for name in engines:
         zero = ENGINES[name]
@@ -187,20 +276,55 @@ def say(what, result, expected, case):
     return right
 
 
+def say_scripts(refused, folder):
+    """A line for each training of the scripts: how far from DDP's end, in parts of the way that DDP's went."""
+    right = True
+    for (engine, training), said in refused.items():
+        if engine == "DDP":
+            assert said is None, said
+            continue
+        what, resumed = f"{engine}, {training}", training == "resumed"
+        if said is not None:
+            print(f"{what:50s} refused: {said}")
+            right = right and (engine, training) == ("ZeRO 3", "full, predictions")
+            continue
+        ended, expected = (saved(folder / f"{name}, {'full' if resumed else training}") for name in (engine, "DDP"))
+        ended = saved(folder / what) if resumed else ended
+        files = load_file(TINYWORLD / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
+        base = {key: files.get(key.split()[-1], torch.zeros(())) for key in expected}
+        base |= {key: value for key, value in expected.items() if "lora_A" in key}  # drawn at random
+        assert ended.keys() == expected.keys()
+        away, went = (
+            sum((one[key] - other[key]).double().square().sum() for key in expected).sqrt().item()
+            for one, other in ((ended, expected), (expected, base))
+        )
+        near = away <= (IN_BF16 if "bf16" in training else CLOSE) * went
+        right = right and near and went > 0
+        print(f"{what:50s} {away / went:8.1e}  {'' if near else 'WRONG'}")
+    return right
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[2])
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--scripts", action="store_true", help="The two training scripts in place of the cases.")
     args = parser.parse_args()
-    alone, right = {name: run_alone(case) for name, case in CASES.items()}, True
+    cases = None if args.scripts else args.cases
+    alone, right = {name: run_alone(case) for name, case in CASES.items()} if cases else {}, True
     for size in args.processes:
         with tempfile.TemporaryDirectory() as folder:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            torch.multiprocessing.spawn(work, args=(size, port, folder, args.engines, args.cases), nprocs=size)
+            Path(folder, "prompts.txt").write_text("a photo of a cat\n\na red house\n")
+            torch.multiprocessing.spawn(work, args=(size, port, folder, args.engines, cases), nprocs=size)
             results = torch.load(f"{folder}/0.pt")
+            if args.scripts:
+                print(f"\n{size} processes: distance from where DDP ends, in parts of the distance that DDP went")
+                right = say_scripts(results, Path(folder)) and right
+                continue
         print(f"\n{size} processes: largest difference of a weight, and of a metric (relative)")
         for key, result in results.items():
             if isinstance(result, str):

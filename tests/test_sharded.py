@@ -1,14 +1,16 @@
-# The two training scripts, and the launcher, under accelerate's FSDP2, on two processes. The penalty itself is in
-# test_engines.py.
+# The two training scripts, and the launcher, under accelerate's FSDP2, on two processes; what the scripts tell
+# DeepSpeed, which CI does not install. The penalty itself is in test_engines.py.
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DeepSpeedPlugin, DistributedType
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
@@ -160,6 +162,47 @@ def test_what_it_cannot_do_is_refused(tiny_sd, photos, tmp_path):
     expected += ["--modifier_token: with FSDP2", "FSDP2 needs fsdp_cpu_ram_efficient_loading: false"]
     assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
     assert not (tmp_path / "model").exists()
+
+
+PHOTOS = ["--pretrained_model_name_or_path=base", "--instance_data_dir=photos", "--instance_prompt=a photo of sks dog"]
+DEEPSPEED_MISTAKES = {
+    "no ZeRO": ([], {"zero_stage": 0}, "DeepSpeed without ZeRO is not supported here"),
+    "its own optimizer": (
+        [],
+        {"hf_ds_config": {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}},
+        "DeepSpeed's configuration has its own optimizer",
+    ),
+    "a budget": (["--drift_budget=0.1"], {}, "--drift_budget is not supported with DeepSpeed"),
+    "8-bit Adam": (["--use_8bit_adam"], {}, "--use_8bit_adam is not supported with DeepSpeed"),
+    "two models": (["--train_text_encoder"], {}, "--train_text_encoder: with DeepSpeed"),
+}
+
+
+def with_deepspeed(**options):
+    """What `check_engine` reads of an `Accelerator` of two processes whose configuration is for DeepSpeed."""
+    state = SimpleNamespace(deepspeed_plugin=DeepSpeedPlugin(**options))
+    kind = DistributedType.DEEPSPEED
+    return SimpleNamespace(state=state, distributed_type=kind, num_processes=2, mixed_precision="bf16")
+
+
+@pytest.mark.parametrize("name", DEEPSPEED_MISTAKES)
+def test_what_cannot_be_with_deepspeed_is_refused(script, capsys, name):
+    flags, options, message = DEEPSPEED_MISTAKES[name]
+    with pytest.raises(SystemExit):
+        script.check_engine(script.parse_args([*PHOTOS, *flags]), with_deepspeed(**options))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("given", [{}, {"gradient_accumulation_steps": 7, "gradient_clipping": 0.5}])
+def test_deepspeed_does_what_the_flags_say(script, given):
+    """Whatever stands in its own configuration. Trainings under it: benchmarks/engines.py."""
+    flags = ["--train_batch_size=3", "--gradient_accumulation_steps=2", "--max_grad_norm=0.1"]
+    accelerator = with_deepspeed(**given)
+    script.check_engine(script.parse_args([*PHOTOS, *flags]), accelerator)
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    expected = {"train_batch_size": 12, "gradient_accumulation_steps": 2, "gradient_clipping": 0.1}
+    assert {name: config[name] for name in expected} == expected
 
 
 # A training loop like those of diffusers' scripts, without the penalty.

@@ -1156,13 +1156,6 @@ def test_base_that_lacks_a_weight_is_refused(train, tiny_sd, tmp_path, capsys):
     assert_one_clear_line(last, f"the unet of {base} lacks conv_in.bias")
 
 
-def test_deepspeed_is_refused(train, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch sets it
-    with pytest.raises(SystemExit):
-        train(f"--output_dir={tmp_path / 'new'}")
-    assert_one_clear_line(capsys.readouterr().err, "DEEPSPEED shards the weights")
-
-
 DATASET_MISTAKES = {
     "no such data set": ("{world}/absent", "", "there is no such folder, and from the Hub: "),
     "empty folder": ("{world}/empty", "", "--dataset_name: cannot load {world}/empty"),
