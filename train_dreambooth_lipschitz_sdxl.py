@@ -1431,6 +1431,10 @@ def set_deepspeed(args: argparse.Namespace, accelerator: Accelerator) -> None:
         stop("DeepSpeed without ZeRO is not supported here: zero_stage 1 to 3 in accelerate's configuration, or DDP")
     if args.drift_budget is not None:
         stop("--drift_budget is not supported with DeepSpeed, which keeps a second copy of the weights: use FSDP2")
+    if plugin.zero_stage == 3 and args.lipschitz_predictions:
+        stop(
+            "--lipschitz_predictions is not supported with ZeRO 3: give --lipschitz_layers alone, or use zero_stage 2"
+        )
     given = [name for name in ("optimizer", "scheduler") if name in plugin.deepspeed_config]
     if given:
         stop(f"DeepSpeed's configuration has its own {given[0]}: leave it out, this script builds one")
@@ -1994,6 +1998,16 @@ class EpochSampler(Sampler):
         for index in rng.sample(range(self.length), self.length):
             yield index, rng.getrandbits(32)
 
+    def weights(self, accelerator, index, size):
+        """
+        Of each sample in the `size` samples of this process' batch `index` of an epoch: where accelerate fills up the
+        last batches of several processes with samples that the epoch has had, 0, so that the mean over all processes
+        is one over the others.
+        """
+        everywhere = accelerator.num_processes * size
+        places = index * everywhere + accelerator.process_index * size + torch.arange(size, device=accelerator.device)
+        return (places < self.length) * (everywhere / min(everywhere, self.length - index * everywhere))
+
 
 # Copied from train_dreambooth_lipschitz.py
 def build_dataloader(
@@ -2442,6 +2456,7 @@ def compute_loss(
     conditions: dict[str, torch.Tensor],
     images: Sequence[Sequence[torch.Tensor]],
     sizes: torch.Tensor,
+    weights: torch.Tensor | float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The denoising loss of a batch.
@@ -2449,6 +2464,7 @@ def compute_loss(
     Args:
         conditions: What `encode_prompts` gives, first for all photos, then for all class images.
         images, sizes: (batch, 1 or 2) images and (batch, 1 or 2, 6), as the dataset gives them.
+        weights: (batch,), of each photo and its class image in the means.
 
     Returns:
         The losses on the photos and on the class images (zero if there are none), each a mean over its samples.
@@ -2461,8 +2477,8 @@ def compute_loss(
         return predict(unet, noisy_latents, timesteps, conditions, sizes).float()
 
     losses = sample_losses(args, noise_scheduler, denoise, encode_images(vae, images))
-    instance_loss = losses[:batch_size].mean()
-    return instance_loss, losses[batch_size:].mean() if kinds == 2 else torch.zeros_like(instance_loss)
+    instance_loss, *prior_loss = (weights * losses.view(kinds, batch_size)).mean(1)
+    return instance_loss, prior_loss[0] if prior_loss else torch.zeros_like(instance_loss)
 
 
 def sample_losses(
@@ -3225,8 +3241,9 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
                     conditions = encode_prompts(prompts, tokenizers, [models[name] for name in TEXT_ENCODERS])
                 rows = [prompts.index(prompt) for prompt in batch_prompts]
                 given = {name: torch.stack([embeds[row] for row in rows]) for name, embeds in conditions.items()}
+                weights = sampler.weights(accelerator, index, len(batch_images))
                 instance_loss, prior_loss = compute_loss(
-                    args, noise_scheduler, pipeline.vae, models["unet"], given, batch_images, sizes
+                    args, noise_scheduler, pipeline.vae, models["unet"], given, batch_images, sizes, weights
                 )
                 # accelerate divides by all accumulated batches, but the last ones of an epoch may be fewer.
                 fewer = min(accumulated, len(dataloader) - index // accumulated * accumulated)

@@ -399,9 +399,9 @@ def test_each_photo_of_several_concepts_comes_with_its_prompt(concepts, run_scri
     seen, encoded = [], []
     compute_loss, encode_prompts = script.compute_loss, script.encode_prompts
 
-    def spy_on_loss(args, scheduler, vae, unet, conditions, images, sizes):
+    def spy_on_loss(args, scheduler, vae, unet, conditions, images, *rest):
         seen.append((conditions["prompt_embeds"].detach(), encoded[-1], images))
-        return compute_loss(args, scheduler, vae, unet, conditions, images, sizes)
+        return compute_loss(args, scheduler, vae, unet, conditions, images, *rest)
 
     def spy_on_prompts(prompts, *rest):
         conditions = encode_prompts(prompts, *rest)

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import DeepSpeedPlugin, DistributedType
+from accelerate.data_loader import BatchSamplerShard
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler
 
 from lipschitz_reg import record_pipeline
 
@@ -164,6 +166,31 @@ def test_what_it_cannot_do_is_refused(tiny_sd, photos, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("photos", [1, 5, 8])
+def test_in_several_processes_each_photo_of_an_epoch_counts_once(script, photos, size, processes):
+    """With the batches that accelerate shares out: their weighted mean is that over the batches of one process."""
+    sampler = script.EpochSampler(photos, seed=7)
+    order = [index for index, _ in sampler]
+    shards = []
+    for rank in range(processes):
+        batches = BatchSampler(sampler, size, drop_last=False)
+        accelerator = SimpleNamespace(num_processes=processes, process_index=rank, device="cpu")
+        shard = BatchSamplerShard(batches, num_processes=processes, process_index=rank)
+        rows = [[index for index, _ in batch] for batch in shard]
+        shards.append([(row, sampler.weights(accelerator, step, len(row))) for step, row in enumerate(rows)])
+    together = size * processes
+    for step, parts in enumerate(zip(*shards, strict=True)):
+        expected = order[step * together : (step + 1) * together]
+        counts = torch.zeros(photos)
+        for row, weights in parts:
+            counts.index_add_(0, torch.tensor(row), weights / len(row) / processes)
+        torch.testing.assert_close(
+            counts, torch.zeros(photos).index_fill(0, torch.tensor(expected), 1 / len(expected))
+        )
+
+
 PHOTOS = ["--pretrained_model_name_or_path=base", "--instance_data_dir=photos", "--instance_prompt=a photo of sks dog"]
 DEEPSPEED_MISTAKES = {
     "no ZeRO": ([], {"zero_stage": 0}, "DeepSpeed without ZeRO is not supported here"),
@@ -173,6 +200,11 @@ DEEPSPEED_MISTAKES = {
         "DeepSpeed's configuration has its own optimizer",
     ),
     "a budget": (["--drift_budget=0.1"], {}, "--drift_budget is not supported with DeepSpeed"),
+    "predictions, without weights": (
+        ["--lipschitz_predictions=1"],
+        {"zero_stage": 3},
+        "--lipschitz_predictions is not supported with ZeRO 3",
+    ),
     "8-bit Adam": (["--use_8bit_adam"], {}, "--use_8bit_adam is not supported with DeepSpeed"),
     "two models": (["--train_text_encoder"], {}, "--train_text_encoder: with DeepSpeed"),
 }

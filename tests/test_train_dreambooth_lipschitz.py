@@ -544,10 +544,10 @@ def test_each_photo_comes_with_its_caption(
     """And as often as `--repeats` says; where there is no caption, with the instance prompt."""
     seen, compute_loss = [], script.compute_loss
 
-    def spy(args, scheduler, vae, unet, conditions, images, sizes):
+    def spy(args, scheduler, vae, unet, conditions, images, *rest):
         rows = zip(images, conditions["prompt_embeds"], strict=True)
         seen.extend((shade_of(image[0]), embeds) for image, embeds in rows)
-        return compute_loss(args, scheduler, vae, unet, conditions, images, sizes)
+        return compute_loss(args, scheduler, vae, unet, conditions, images, *rest)
 
     monkeypatch.setattr(script, "compute_loss", spy)
     flags = [f"--dataset_name={captioned}", "--caption_column=text", "--repeats=2", "--random_flip"]

@@ -734,10 +734,10 @@ def test_each_photo_comes_with_its_caption(how, run_sdxl_script, sdxl_script, ti
         data.joinpath("metadata.jsonl").write_text("\n".join(lines))
     seen, compute_loss = [], sdxl_script.compute_loss
 
-    def spy(args, scheduler, vae, unet, conditions, images, time_ids):
+    def spy(args, scheduler, vae, unet, conditions, images, time_ids, *rest):
         embeds, pooled = (conditions[name].detach() for name in ("prompt_embeds", "pooled_embeds"))
         seen.extend(zip([image for (image,) in images], embeds, pooled, time_ids, strict=True))
-        return compute_loss(args, scheduler, vae, unet, conditions, images, time_ids)
+        return compute_loss(args, scheduler, vae, unet, conditions, images, time_ids, *rest)
 
     monkeypatch.setattr(sdxl_script, "compute_loss", spy)
     flags = [f"--pretrained_model_name_or_path={tiny_sdxl}", f"--dataset_name={data}", "--caption_column=text"]
