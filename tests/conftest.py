@@ -197,6 +197,13 @@ def draw_quickly(pipeline, prompts, seeds):
     return pipeline(prompts, num_inference_steps=2, guidance_scale=4.0, generator=generators).images
 
 
+def load_training_script(name):
+    """The script as a module, that draws validation pictures in 3 steps for 25."""
+    script = load_script(name)
+    script.VALIDATION_STEPS = 3
+    return script
+
+
 def runner(script):
     """Runs the script's `main` in this process; flags given later win."""
     from accelerate.state import AcceleratorState, GradientState
@@ -216,7 +223,7 @@ def script(one_device):
     from accelerate import PartialState
 
     PartialState()
-    return load_script("train_dreambooth_lipschitz.py")
+    return load_training_script("train_dreambooth_lipschitz.py")
 
 
 @pytest.fixture(scope="session")
@@ -227,7 +234,7 @@ def run_script(script):
 @pytest.fixture(scope="session")
 def sdxl_script(one_device):
     """train_dreambooth_lipschitz_sdxl.py as a module, to call what is in it."""
-    return load_script("train_dreambooth_lipschitz_sdxl.py")
+    return load_training_script("train_dreambooth_lipschitz_sdxl.py")
 
 
 @pytest.fixture(scope="session")

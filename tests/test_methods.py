@@ -127,7 +127,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
 generator = torch.Generator().manual_seed(7)
-pipeline("a photo of a <new1> mug", num_inference_steps=25, generator=generator).images[0].save(file)
+pipeline("a photo of a <new1> mug", num_inference_steps=3, generator=generator).images[0].save(file)
 """
 
 

@@ -47,6 +47,7 @@ from accelerate.state import AcceleratorState
 from sharded import sharded
 
 script, (output, *engines), flags = importlib.import_module(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
+script.VALIDATION_STEPS = 3
 end, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *_: None
 for engine in engines:
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -149,7 +149,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
 generator = torch.Generator().manual_seed(7)
-pipeline("a photo of a <new1> dog", num_inference_steps=25, generator=generator).images[0].save(file)
+pipeline("a photo of a <new1> dog", num_inference_steps=3, generator=generator).images[0].save(file)
 """
 
 
