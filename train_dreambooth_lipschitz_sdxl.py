@@ -1465,6 +1465,8 @@ def check_engine(args: argparse.Namespace, accelerator: Accelerator) -> None:
     for flag in ("compile", "use_8bit_adam", "lipschitz_anchor_model"):
         if getattr(args, flag):
             stop(f"--{flag} is not supported with {name}: leave it out, or use DDP")
+    if getattr(args, "optimizer", "adamw") == "prodigy":  # each process would find a rate of its own
+        stop(f"--optimizer prodigy is not supported with {name}: use adamw, or DDP")
     for flag in ("train_text_encoder", "modifier_token"):
         if getattr(args, flag):
             stop(f"--{flag}: with {name}, accelerate trains one model only: leave this flag out, or use DDP")
@@ -2664,18 +2666,23 @@ def empty_copy(model: torch.nn.Module) -> torch.nn.Module:
 def gather(accelerator: Accelerator, trained: dict[str, torch.nn.Module], whole: dict[str, torch.nn.Module]) -> None:
     """Fills the empty copies with the weights that train, in the main process. All processes must call this."""
     for name, model in trained.items():
-        weights = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else zero_state_dict(model)
+        weights = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else zero_state_dict(accelerator, model)
         if accelerator.is_main_process:
             whole[name].load_state_dict(weights, assign=True, strict=False)
 
 
 # Copied from train_dreambooth_lipschitz.py
-def zero_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that DeepSpeed trains, in the float32 in which it shares them out, on the CPU."""
+def zero_state_dict(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that DeepSpeed trains, in the float32 in which it shares them out; only in the main process."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in trained.items()}
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            weight = safe_get_full_fp32_param(parameter)  # by all processes together
+            if accelerator.is_main_process:
+                weights[name] = weight.cpu()
+    return weights
 
 
 # Copied from train_dreambooth_lipschitz.py

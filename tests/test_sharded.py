@@ -227,6 +227,12 @@ def test_what_cannot_be_with_deepspeed_is_refused(script, capsys, name):
     assert message in line
 
 
+def test_prodigy_which_would_find_a_rate_for_each_shard_is_refused(sdxl_script, capsys):
+    with pytest.raises(SystemExit):
+        sdxl_script.check_engine(sdxl_script.parse_args([*PHOTOS, "--optimizer=prodigy"]), with_deepspeed())
+    assert "--optimizer prodigy is not supported with DeepSpeed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", [{}, {"gradient_accumulation_steps": 7, "gradient_clipping": 0.5}])
 def test_deepspeed_does_what_the_flags_say(script, given):
     """Whatever stands in its own configuration. Trainings under it: benchmarks/engines.py."""
