@@ -72,7 +72,7 @@ TRAININGS = {
     "LoRA, SDXL, predictions": [*SDXL, "--lipschitz_predictions=1"],
     "full, bf16": [*SD, "--mixed_precision=bf16"],
 }
-CLOSE = 0.001  # of two trainings, the distance of their ends relative to how far they went
+CLOSE = 0.005  # of two trainings, the distance of their ends relative to how far they went
 IN_BF16 = 0.5
 
 
