@@ -4,6 +4,8 @@
 python benchmarks/end_to_end.py --peer diffusers/examples/dreambooth/train_dreambooth.py
 python benchmarks/end_to_end.py --peer diffusers/examples/dreambooth/train_dreambooth_lora.py --flags="--method=lora"
 python benchmarks/end_to_end.py --peer diffusers/examples/dreambooth/train_dreambooth.py --prior --rounds 1
+python benchmarks/end_to_end.py --peer diffusers/examples/dreambooth/train_dreambooth.py --full_size \\
+    --resolution 256 --steps 5 --both_flags="--gradient_checkpointing"                 # 24 GB of memory, 10 of disk
 
 Each script runs for 1 step and for `--steps`: the difference is what steps take. Seconds are those of the processor,
 which other programs change less; on a GPU the clock's. With `--prior` the peer draws 100 class images first.
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from full_size import make_pipeline
 from pil_transforms import copy_script
 
 
@@ -37,14 +40,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--peer", type=Path, required=True, help="A script of diffusers' examples/dreambooth.")
     parser.add_argument("--script", type=Path, default=ROOT / "train_dreambooth_lipschitz.py")
     parser.add_argument("--base", default=TINYWORLD / "sd", help="Pipeline; default: that of the drawn world.")
+    parser.add_argument("--full_size", action="store_true", help="In place of --base, SD1.5's sizes, random weights.")
     parser.add_argument("--photos", type=Path, default=TINYWORLD / "subjects" / "mug")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=41)
     parser.add_argument("--rounds", type=int, default=3, help="All variants run in each; medians count.")
-    parser.add_argument("--weight", default="500", help="Of the penalty.")
+    parser.add_argument("--weight", default="500", help="Of the paper's penalty; for LoRA, 1 is its default.")
     parser.add_argument("--flags", default="", help="More flags of the script, such as --method=lora.")
     parser.add_argument("--peer_flags", default="", help="More flags of the peer.")
+    parser.add_argument("--both_flags", default="", help="More flags of both, such as --gradient_checkpointing.")
     parser.add_argument("--prior", action="store_true", help="Prior preservation for the peer: 100 class images.")
     return parser.parse_args()
 
@@ -73,16 +78,19 @@ def main() -> None:
     args = parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        if args.full_size:
+            args.base = make_pipeline("sd15", args.resolution, folder / "base")
         common = [f"--pretrained_model_name_or_path={args.base}", f"--instance_data_dir={args.photos}"]
         common += ["--instance_prompt=a photo of a sks mug", f"--resolution={args.resolution}", "--seed=0"]
         common += [f"--train_batch_size={args.batch}", "--learning_rate=5e-6", "--lr_warmup_steps=0"]
-        common += [f"--output_dir={folder / 'model'}"]
+        common += [f"--output_dir={folder / 'model'}", *args.both_flags.split()]
         prior = ["--with_prior_preservation", "--class_prompt=a photo of a mug", "--num_class_images=100"]
         peer, own = copy_script(args.peer.absolute(), folder), args.flags.split()
         variants = {
             "diffusers": (peer, args.peer_flags.split()),
-            "this, without the penalty": (args.script, [*own, "--lipschitz_weight=0"]),
-            "this, with the penalty": (args.script, [*own, f"--lipschitz_weight={args.weight}"]),
+            "this, without a penalty": (args.script, [*own, "--lipschitz_weight=0"]),
+            "this, the paper's penalty": (args.script, [*own, f"--lipschitz_weight={args.weight}"]),
+            "this, layers and predictions": (args.script, own),
         }
         if args.prior:
             variants["diffusers, prior preservation"] = (peer, [*args.peer_flags.split(), *prior])
@@ -105,9 +113,10 @@ def main() -> None:
         name: [1e3 * (long.seconds - short.seconds) / (args.steps - 1) for long, short in rounds]
         for name, rounds in runs.items()
     }
+    rival = "diffusers, prior preservation" if args.prior else "diffusers"
     for name, rounds in runs.items():
-        faster = [theirs / ours for theirs, ours in zip(per_step["diffusers"], per_step[name], strict=True)]
-        whole = [theirs[0].seconds / ours[0].seconds for theirs, ours in zip(runs["diffusers"], rounds, strict=True)]
+        faster = [theirs / ours for theirs, ours in zip(per_step[rival], per_step[name], strict=True)]
+        whole = [theirs[0].seconds / ours[0].seconds for theirs, ours in zip(runs[rival], rounds, strict=True)]
         cells = [show(per_step[name], 0), show(faster), show([short.seconds for _, short in rounds], 1)]
         cells += [show([long.seconds for long, _ in rounds], 1), show(whole)]
         print(f"| {name} | {' | '.join(cells)} | {max(long.megabytes for long, _ in rounds):.0f} |")
