@@ -191,7 +191,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Reports a bad argument without repeating the whole usage."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=DefaultsFormatter, **options)
+        super().__init__(usage="%(prog)s [options]", formatter_class=DefaultsFormatter, **options)
 
     def error(self, message):
         stop(message)

@@ -197,7 +197,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Reports a bad argument without repeating the whole usage."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=DefaultsFormatter, **options)
+        super().__init__(usage="%(prog)s [options]", formatter_class=DefaultsFormatter, **options)
 
     def error(self, message):
         stop(message)
@@ -1983,7 +1983,8 @@ def record_base(
     if accelerator.is_main_process and args.lipschitz_recording is None and not own.exists():
         recording.save(own)  # that of a checkpoint elsewhere, for the checkpoints of this run
     calls = len(recording.calls) - held_out
-    logger.info(f"Recorded: {len(recording.layers)} layer weights, {calls} calls, and {held_out} to measure drift by.")
+    what = f"the outputs of {len(recording.layers)} layers, {calls} predictions, and {held_out} to measure drift by"
+    logger.info(f"Recorded of the base: {what}.")
     return recording.attach(pipeline.unet, **{name: trained[name] for name in others})
 
 
@@ -2715,8 +2716,9 @@ def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
 def describe_result(args: argparse.Namespace, repo_id: str | None) -> str:
     """The model card without its pictures, made before training: where the base is may have changed at the end."""
     base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
-    given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
+    given = {key: value for key, value in vars(args).items() if value}
     settings = {key: value for key, value in given.items() if key.startswith(("lipschitz_", "drift_budget"))}
+    first = json.dumps(f"{args.instance_prompt.split('; ')[0]} in the snow", ensure_ascii=False)
     tags = ["text-to-image", "dreambooth", "lipschitz", TAG, f"{TAG}-diffusers", "diffusers-training"]
     method = {"full": [], "lora": ["dora" if args.use_dora else "lora"]}.get(args.method, [args.method])
     data = ModelCardData(
@@ -2741,7 +2743,7 @@ def describe_result(args: argparse.Namespace, repo_id: str | None) -> str:
     text = f"""# {name}
 
 `{base}`, {CARD_WORDS} {"with " + ", and ".join(forms) if forms else "without a penalty"}.
-Prompt of the subject: `{args.instance_prompt}`
+Prompt of the subject: `{args.instance_prompt}`. Draw with all of it: `pipeline({first}).images[0]`
 
 ```python
 {loading_code(args, repo_id)}
