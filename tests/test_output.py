@@ -38,7 +38,7 @@ def test_a_training_says_that_it_trains_and_where_the_result_is(tmp_path):
     (tmp_path / "prompts.txt").write_text("a photo of a blue box\na photo of a red fish\n")
     stdout, stderr = run(ROOT / "train_dreambooth_lipschitz.py", *flags)
     recording, recorded, start, bar, end = lines_of(stderr)
-    assert recording.startswith("Recording: 100%") and "10 calls" in recorded
+    assert recording.startswith("Recording: 100%") and "10 predictions" in recorded
     assert "INFO" in start and "Training from step 0 to 1 on 5 photos" in start
     assert bar.startswith("Steps: 100%")
     assert "INFO" in end and str(tmp_path) in end and stdout == ""

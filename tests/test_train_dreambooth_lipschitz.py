@@ -222,7 +222,8 @@ def test_model_card_has_the_flags_of_the_penalty_that_were_given(script, tmp_pat
         "--drift_budget=0.05 --lipschitz_weight=2": ((2.0, 0.0, 0.0), {"drift_budget": 0.05}),
     }
     for more, (weights, others) in expected.items():
-        settings = dict(zip(("lipschitz_weight", "lipschitz_layers", "lipschitz_predictions"), weights)) | others
+        names = ("lipschitz_weight", "lipschitz_layers", "lipschitz_predictions")
+        settings = {name: weight for name, weight in zip(names, weights) if weight} | others
         card = script.describe_result(script.parse_args([*flags, *more.split()]), None)
         script.save_model_card(card, None, [], tmp_path)
         front = ModelCard.load(tmp_path / "README.md").data.to_dict()
