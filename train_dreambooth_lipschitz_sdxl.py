@@ -1296,7 +1296,7 @@ def check_packages(args: argparse.Namespace) -> None:
     """Stops unless the packages are installed that the arguments ask for."""
     asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if asked and importlib.util.find_spec("deepspeed") is None:
-        stop("accelerate's configuration asks for DeepSpeed: pip install deepspeed")
+        stop("accelerate's configuration asks for DeepSpeed: pip install 'deepspeed>=0.19.8'")
     own = {f"report_to={args.report_to}": args.report_to} if args.report_to in TRACKERS else {}
     for flag, package in (PACKAGES | own).items():
         name, _, value = flag.partition("=")
@@ -1419,9 +1419,9 @@ def check_processes(accelerator: Accelerator) -> None:
 
 # Copied from train_dreambooth_lipschitz.py
 def sharding_engine(accelerator: Accelerator) -> str | None:
-    """What shares the weights or the optimizer's state out among the processes."""
+    """What shards the weights or the optimizer's state."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return "DeepSpeed"
+        return f"ZeRO {accelerator.state.deepspeed_plugin.zero_stage}"
     return "FSDP2" if accelerator.is_fsdp2 else None
 
 
@@ -1437,10 +1437,15 @@ def set_deepspeed(args: argparse.Namespace, accelerator: Accelerator) -> None:
         stop(
             "--lipschitz_predictions is not supported with ZeRO 3: give --lipschitz_layers alone, or use zero_stage 2"
         )
+    if plugin.offload_param_device not in (None, "none"):
+        stop("DeepSpeed's offload_param is not supported here: offload_optimizer is")
     given = [name for name in ("optimizer", "scheduler") if name in plugin.deepspeed_config]
     if given:
         stop(f"DeepSpeed's configuration has its own {given[0]}: leave it out, this script builds one")
     transformers.integrations.unset_hf_deepspeed_config()  # by it, ZeRO 3 would share out frozen text encoders, too
+    zero = plugin.deepspeed_config["zero_optimization"]
+    for key in [key for key, value in zero.items() if value == "auto"]:
+        del zero[key]  # accelerate would fill it in by a `hidden_size`, which a U-Net has not
     samples = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     plugin.deepspeed_config |= {
         "train_micro_batch_size_per_gpu": args.train_batch_size,
@@ -1470,7 +1475,7 @@ def check_engine(args: argparse.Namespace, accelerator: Accelerator) -> None:
     for flag in ("train_text_encoder", "modifier_token"):
         if getattr(args, flag):
             stop(f"--{flag}: with {name}, accelerate trains one model only: leave this flag out, or use DDP")
-    if name == "DeepSpeed":
+    if name != "FSDP2":
         set_deepspeed(args, accelerator)
     # Otherwise transformers loads weights in one process only, even for models that are not sharded.
     elif accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
@@ -2207,7 +2212,7 @@ def record_base(
         recording.save(own)  # that of a checkpoint elsewhere, for the checkpoints of this run
     calls = len(recording.calls) - held_out
     what = f"the outputs of {len(recording.layers)} layers, {calls} predictions, and {held_out} to measure drift by"
-    logger.info(f"Recorded of the base: {what}.")
+    logger.info(f"Recorded from the base: {what}.")
     return recording.attach(pipeline.unet, **{name: trained[name] for name in others})
 
 
@@ -2669,7 +2674,7 @@ def gather(accelerator: Accelerator, trained: dict[str, torch.nn.Module], whole:
     for name, model in trained.items():
         weights = accelerator.get_state_dict(model) if accelerator.is_fsdp2 else zero_state_dict(accelerator, model)
         if accelerator.is_main_process:
-            whole[name].load_state_dict(weights, assign=True, strict=False)
+            whole[name].load_state_dict(weights, assign=True, strict=accelerator.is_fsdp2)
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -2808,17 +2813,28 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
     """Restores a run and returns the step that it had reached."""
     try:
         accelerator.load_state(str(checkpoint))
-    except (*LOAD_ERRORS, EOFError, pickle.UnpicklingError) as error:
+    except (*LOAD_ERRORS, EOFError, pickle.UnpicklingError, AssertionError) as error:
         stop(f"--resume_from_checkpoint: cannot resume from {checkpoint}: {error}")
     return int(checkpoint.name.split("-")[1])
 
 
 # Copied from train_dreambooth_lipschitz.py
+def own_shard(value: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor that FSDP2 or ZeRO 3 shards; of others, the whole."""
+    if hasattr(value, "to_local"):
+        return value.to_local()
+    if not hasattr(value, "ds_tensor"):
+        return value
+    begin = torch.distributed.get_rank(value.ds_process_group) * value.ds_tensor.numel()
+    return value.ds_tensor[: max(0, value.ds_numel - begin)]  # the rest is padding, of any value
+
+
+# Copied from train_dreambooth_lipschitz.py
 def stop_if_not_finite(args: argparse.Namespace, values: Iterable[float | torch.Tensor], what: str, step: int) -> None:
     """Stops a training that is lost, before it takes the place of a checkpoint or a result."""
-    # One transfer from the device. With FSDP2 and ZeRO 3, each process checks its own shard.
+    # One transfer from the device. Where weights are sharded, each process checks its own shard.
     values = [torch.as_tensor(value) for value in values]
-    own = [value.to_local() if hasattr(value, "to_local") else getattr(value, "ds_tensor", value) for value in values]
+    own = [own_shard(value) for value in values]
     finite = torch.stack([value.isfinite().all() for value in own]).all().float()
     if any(shard is not value for shard, value in zip(own, values)):
         torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
@@ -3034,9 +3050,10 @@ def loading_code(args: argparse.Namespace, repo_id: str | None) -> str:
 def describe_result(args: argparse.Namespace, repo_id: str | None) -> str:
     """The model card without its pictures, made before training: where the base is may have changed at the end."""
     base, name = args.pretrained_model_name_or_path, repo_id or Path(args.output_dir).resolve().name
-    given = {key: value for key, value in vars(args).items() if value}
-    settings = {key: value for key, value in given.items() if key.startswith(("lipschitz_", "drift_budget"))}
-    first = json.dumps(f"{args.instance_prompt.split('; ')[0]} in the snow", ensure_ascii=False)
+    names = ("lipschitz_", "drift_budget")
+    settings = {key: value for key, value in vars(args).items() if value and key.startswith(names)}
+    prompt = json.dumps(f"{args.instance_prompt} in the snow", ensure_ascii=False)
+    drawing = "" if args.concepts_list else f". Draw with all of it: `pipeline({prompt}).images[0]`"
     tags = ["text-to-image", "dreambooth", "lipschitz", TAG, f"{TAG}-diffusers", "diffusers-training"]
     method = {"full": [], "lora": ["dora" if args.use_dora else "lora"]}.get(args.method, [args.method])
     data = ModelCardData(
@@ -3061,7 +3078,7 @@ def describe_result(args: argparse.Namespace, repo_id: str | None) -> str:
     text = f"""# {name}
 
 `{base}`, {CARD_WORDS} {"with " + ", and ".join(forms) if forms else "without a penalty"}.
-Prompt of the subject: `{args.instance_prompt}`. Draw with all of it: `pipeline({first}).images[0]`
+Prompt of the subject: `{args.instance_prompt}`{drawing}
 
 ```python
 {loading_code(args, repo_id)}
@@ -3194,7 +3211,8 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     place_frozen_models(args, accelerator, pipeline, trained, weight_dtype)
     anchor_model = load_anchor_model(args, accelerator, pipeline)
     record = functools.partial(record_base, args, accelerator, pipeline, anchor_model, trained, preserved, checkpoint)
-    if sharded == "DeepSpeed" and weight_dtype != torch.float32:  # it casts the weights, not what the model is given
+    # DeepSpeed casts the weights, but not what the model is given.
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and weight_dtype != torch.float32:
         autocast = torch.autocast(accelerator.device.type, dtype=weight_dtype)
         pipeline.unet.forward = autocast(pipeline.unet.forward)
     # Recorded after `prepare`, under its autocast; before, where no process may have whole weights afterwards.

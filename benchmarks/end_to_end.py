@@ -106,14 +106,15 @@ def main() -> None:
                     of_round.append(launch(script, [*common, *own_flags, *more], folder / "log"))
                 runs[name].append(of_round)
 
-    print(f"torch {torch.__version__}, {args.rounds} rounds of {args.steps} steps: medians (lowest-highest)\n")
+    rival = "diffusers, prior preservation" if args.prior else "diffusers"
+    print(f"torch {torch.__version__}, {args.rounds} rounds of {args.steps} steps: medians (lowest-highest),")
+    print(f"times as fast as {rival}\n")
     head = ["", "ms a step", "times as fast", "s for 1 step", "s for all", "times as fast", "MB"]
     print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     per_step = {
         name: [1e3 * (long.seconds - short.seconds) / (args.steps - 1) for long, short in rounds]
         for name, rounds in runs.items()
     }
-    rival = "diffusers, prior preservation" if args.prior else "diffusers"
     for name, rounds in runs.items():
         faster = [theirs / ours for theirs, ours in zip(per_step[rival], per_step[name], strict=True)]
         whole = [theirs[0].seconds / ours[0].seconds for theirs, ours in zip(runs[rival], rounds, strict=True)]

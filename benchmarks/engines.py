@@ -73,7 +73,7 @@ TRAININGS = {
     "full, bf16": [*SD, "--mixed_precision=bf16"],
 }
 CLOSE = 0.005  # of two trainings, the distance of their ends relative to how far they went
-IN_BF16 = 0.5
+IN_BF16 = 0.05
 
 
 def initialize(zero, case, dtype=torch.float32):

@@ -206,8 +206,13 @@ DEEPSPEED_MISTAKES = {
         {"zero_stage": 3},
         "--lipschitz_predictions is not supported with ZeRO 3",
     ),
-    "8-bit Adam": (["--use_8bit_adam"], {}, "--use_8bit_adam is not supported with DeepSpeed"),
-    "two models": (["--train_text_encoder"], {}, "--train_text_encoder: with DeepSpeed"),
+    "weights in host memory": (
+        ["--lipschitz_layers=1"],
+        {"zero_stage": 3, "offload_param_device": "cpu"},
+        "DeepSpeed's offload_param is not",
+    ),
+    "8-bit Adam": (["--use_8bit_adam"], {}, "--use_8bit_adam is not supported with ZeRO 2"),
+    "two models": (["--train_text_encoder"], {}, "--train_text_encoder: with ZeRO 2"),
 }
 
 
@@ -230,18 +235,24 @@ def test_what_cannot_be_with_deepspeed_is_refused(script, capsys, name):
 def test_prodigy_which_would_find_a_rate_for_each_shard_is_refused(sdxl_script, capsys):
     with pytest.raises(SystemExit):
         sdxl_script.check_engine(sdxl_script.parse_args([*PHOTOS, "--optimizer=prodigy"]), with_deepspeed())
-    assert "--optimizer prodigy is not supported with DeepSpeed" in capsys.readouterr().err
+    assert "--optimizer prodigy is not supported with ZeRO 2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", [{}, {"gradient_accumulation_steps": 7, "gradient_clipping": 0.5}])
+OWN = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "gradient_clipping": "auto"}
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"gradient_accumulation_steps": 7, "gradient_clipping": 0.5}, {"hf_ds_config": OWN}]
+)
 def test_deepspeed_does_what_the_flags_say(script, given):
     """Whatever stands in its own configuration. Trainings under it: benchmarks/engines.py."""
-    flags = ["--train_batch_size=3", "--gradient_accumulation_steps=2", "--max_grad_norm=0.1"]
+    flags = ["--train_batch_size=3", "--gradient_accumulation_steps=2", "--max_grad_norm=0.1", "--lipschitz_layers=1"]
     accelerator = with_deepspeed(**given)
     script.check_engine(script.parse_args([*PHOTOS, *flags]), accelerator)
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     expected = {"train_batch_size": 12, "gradient_accumulation_steps": 2, "gradient_clipping": 0.1}
     assert {name: config[name] for name in expected} == expected
+    assert "auto" not in config["zero_optimization"].values()
 
 
 # A training loop like those of diffusers' scripts, without the penalty.
