@@ -78,8 +78,11 @@ def main() -> None:
     args = parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        few = []
         if args.full_size:
             args.base = make_pipeline("sd15", args.resolution, folder / "base")
+            folder.joinpath("prompts.txt").write_text("a red box\na green fish\n")  # all of them would take hours
+            few = [f"--lipschitz_prompts_file={folder / 'prompts.txt'}"]
         common = [f"--pretrained_model_name_or_path={args.base}", f"--instance_data_dir={args.photos}"]
         common += ["--instance_prompt=a photo of a sks mug", f"--resolution={args.resolution}", "--seed=0"]
         common += [f"--train_batch_size={args.batch}", "--learning_rate=5e-6", "--lr_warmup_steps=0"]
@@ -90,7 +93,7 @@ def main() -> None:
             "diffusers": (peer, args.peer_flags.split()),
             "this, without a penalty": (args.script, [*own, "--lipschitz_weight=0"]),
             "this, the paper's penalty": (args.script, [*own, f"--lipschitz_weight={args.weight}"]),
-            "this, layers and predictions": (args.script, own),
+            "this, layers and predictions": (args.script, [*own, *few]),
         }
         if args.prior:
             variants["diffusers, prior preservation"] = (peer, [*args.peer_flags.split(), *prior])
