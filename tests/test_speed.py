@@ -62,7 +62,7 @@ MISTAKES = {
         "--drift_every=1 --lipschitz_prompts_file=nowhere",
         "--lipschitz_prompts_file: cannot read nowhere",
     ),
-    "DeepSpeed": ("", "configuration asks for DeepSpeed: pip install deepspeed"),
+    "DeepSpeed": ("", "configuration asks for DeepSpeed: pip install 'deepspeed>=0.19.8'"),
 }
 
 
