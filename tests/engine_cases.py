@@ -109,7 +109,11 @@ def make_regularizer(model, optimizer, case, recording, strength=1.0):
         reduction=case.reduction,
         mode=case.mode,
         radius=0.05 / strength if case.mode == "projected" else None,
-        anchors={parameter: base[name].detach() / 2 for name, parameter in model.named_parameters() if name in base},
+        anchors={
+            parameter: base[name].detach() / 2
+            for name, parameter in model.named_parameters()
+            if name in base and (case.lora is None or name.endswith("base_layer.weight"))
+        },
         adapters=find_lora_adapters(model) if case.lora else (),
         lora_form=case.lora or "delta",
         recording=recording,

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from denoiser import backward, draw, frozen_copy, make_denoiser, moved, record_denoiser, train, trained
+from peft import LoraConfig, inject_adapter_in_model
 from test_regularizer import assert_identical
 from torch import nn
 
@@ -178,6 +180,44 @@ def test_training_is_that_of_the_written_loss(kind, how, name):
     assert_close(model, reference, 1e-8)
     untouched = make_denoiser(kind)
     assert any((p - q).abs().max() > 1e-4 for p, q in zip(trained(model), trained(untouched), strict=True))
+
+
+def quantized_with_lora():
+    """Two layers, the first of which has 4-bit weights and a LoRA."""
+    torch.manual_seed(0)
+    net = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32), nn.SiLU(), nn.Linear(64, 8))
+    net.load_state_dict(nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 8)).state_dict())
+    net.to("cpu").requires_grad_(False)  # which quantizes
+    return inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"]), net)
+
+
+def test_quantized_weights_under_lora_are_replayed():
+    photo, other = torch.randn(4, 64), torch.randn(1, 64)
+    ends = []
+    for how in ("attached", "written", "neither"):
+        net = quantized_with_lora()
+        optimizer = torch.optim.SGD(trained(net), lr=0.5)
+        with record(net, layers=False) as recording, torch.no_grad():
+            base = net(other)
+        if how == "attached":
+            attach(net, optimizer, recording=recording)
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = (net(photo) - 1).square().mean()
+            if how == "written":
+                loss = loss + WEIGHT["predictions"] * (net(other) - base).square().mean()
+            loss.backward()
+            optimizer.step()
+        ends.append(net.state_dict())
+    assert_near(ends[0], ends[1])
+    with pytest.raises(AssertionError):
+        assert_near(ends[0], ends[2])
+
+
+def assert_near(state, expected):
+    for name, value in expected.items():
+        if "lora_" in name:
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["proximal", "projected"])
