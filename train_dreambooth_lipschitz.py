@@ -1961,13 +1961,15 @@ def record_base(
     # New words train in the text encoders, too, but nothing there is held.
     others = {name: getattr(anchor_model, name) for name in TEXT_ENCODERS if args.train_text_encoder}
     try:
-        if path is None and accelerator.is_main_process:
+        if path is None:
             options = {"layers": bool(args.lipschitz_layers), "text_encoders": args.train_text_encoder}
-            options |= {"num_inference_steps": RECORDED_STEPS, "progress": True}
+            options |= {"num_inference_steps": RECORDED_STEPS, "progress": accelerator.is_main_process}
+            options |= {"distributed": accelerator.num_processes > 1}
             with drawing(accelerator, anchor_model):
                 recording = record_pipeline(anchor_model, prompts[::2] if held else None, prompts[1::2], **options)
             path = Path(args.output_dir, recording_file(recording.digest()))
-            recording.save(path)
+            if accelerator.is_main_process:
+                recording.save(path)
         (path,) = broadcast_object_list([path])
         recording = Recording.load(path, anchor_model.unet, **others)
     except (ValueError, OSError, KeyError) as error:

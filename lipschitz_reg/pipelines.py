@@ -56,6 +56,7 @@ def record_pipeline(
     seed: int = 0,
     text_encoders: bool = False,
     device: torch.device | str | None = "cpu",
+    distributed: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Recording:
@@ -78,6 +79,9 @@ def record_pipeline(
         seed (`int`, *optional*, defaults to 0): Of the noise.
         text_encoders (`bool`, *optional*, defaults to `False`):
             Record the layers of the text encoders too, under their names in the pipeline, for training them.
+        distributed (`bool`, *optional*, defaults to `False`):
+            Whether each process of `torch.distributed` draws a part of the prompts; all must call this, each with the
+            whole pipeline, and all get the whole recording, to rounding as from one process.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar. Needs tqdm.
         options: Other arguments of the pipeline's call, such as `height`. `None` is the pipeline's default.
 
@@ -106,16 +110,26 @@ def record_pipeline(
         "held_out_options": {"num_inference_steps": min(num_inference_steps, _HELD_OUT_STEPS), **options},
         "scheduler": type(getattr(pipeline, "scheduler", None)).__name__,
     }
-    with record(denoiser, rank=rank, layers=layers, guidance_scale=guidance, device=device, **others) as recording:
+    numbers, kept = list(range(len(prompts) + len(held_out_prompts))), len(prompts)
+    if distributed:
+        numbers = [*_own_part(numbers[:kept]), *_own_part(numbers[kept:])]
+    how = {"rank": rank, "layers": layers, "guidance_scale": guidance, "device": device, "distributed": distributed}
+    with record(denoiser, **how, **others) as recording:
         recording.drawn = drawn
-        with _bar([*prompts, *held_out_prompts], progress) as bar:
-            for number, prompt in enumerate(bar):
-                if number < len(prompts):
-                    _draw(pipeline, prompt, seed + number, drawn["options"])
+        with _bar(numbers, progress) as bar:
+            for number in bar:
+                if number < kept:
+                    _draw(pipeline, prompts[number], seed + number, drawn["options"])
                 else:
                     with recording.held_out():
-                        _draw(pipeline, prompt, seed + number, drawn["held_out_options"])
+                        _draw(pipeline, held_out_prompts[number - kept], seed + number, drawn["held_out_options"])
     return recording
+
+
+def _own_part(numbers: list[int]) -> list[int]:
+    """Of what all processes do together, in their order."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return numbers[rank * len(numbers) // size : (rank + 1) * len(numbers) // size]
 
 
 def draw_held_out(pipeline: Any, recording: Recording) -> None:
@@ -175,7 +189,7 @@ def _call_defaults(pipeline: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def _bar(items: Sequence[str], progress: bool) -> Iterator[Iterable[str]]:
+def _bar(items: Sequence[int], progress: bool) -> Iterator[Iterable[int]]:
     if not progress:
         yield items
         return

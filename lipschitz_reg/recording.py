@@ -20,6 +20,7 @@ thousandth of the mean: pictures that were not recorded may need directions that
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -283,6 +284,7 @@ def record(
     layers: bool = True,
     guidance_scale: float = 7.5,
     device: torch.device | str | None = "cpu",
+    distributed: bool = False,
     **others: nn.Module,
 ) -> Iterator[Recording]:
     """
@@ -314,6 +316,9 @@ def record(
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
             Where calls are kept, in host memory by default; with `None`, where they were made. A tensor that several
             calls share, such as the embeddings of a prompt, is kept once.
+        distributed (`bool`, *optional*, defaults to `False`):
+            Whether all processes of `torch.distributed`, each with the whole base, record calls of their own inside
+            the block, one after the other. All get the whole recording.
         others (`torch.nn.Module`):
             Other models that train, such as `text_encoder=text_encoder`: only their layers are recorded.
 
@@ -355,6 +360,12 @@ def record(
     finally:
         for handle in handles:
             handle.remove()
+    if distributed:
+        gathered = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(gathered, recording.calls)
+        recording.calls = sorted(itertools.chain(*gathered), key=lambda call: call.held_out)
+        for recorder in recorders:
+            recorder.sum_over_processes()
     broken = [call for call in recording.calls if not call.answer.isfinite().all()]
     if broken:
         raise ValueError(
@@ -418,7 +429,7 @@ class _Recorder:
         text: _Text,
     ):
         self.recording, self.names, self.rank, self.bases, self.text = recording, names, rank, bases, text
-        matrix = _matrix(module)
+        self.module, matrix = module, _matrix(module)
         self.matrix = next((key for key in names if getattr(module, key) is matrix), None)
         self.outputs = self.squared_output = 0
         self.count = self.trace = 0
@@ -442,6 +453,20 @@ class _Recorder:
                 self.count += len(rows)
                 self.trace = self.trace + squared_norm(rows)
                 self.sketch.addmm_(rows.T, projected)
+
+    @torch.no_grad()
+    def sum_over_processes(self) -> None:
+        weight = getattr(self.module, next(iter(self.names)) if self.matrix is None else self.matrix)
+        sums = [float(value) for value in (self.outputs, self.squared_output, self.count, self.trace)]
+        sums = torch.tensor(sums, dtype=torch.float64, device=weight.device)
+        torch.distributed.all_reduce(sums)
+        self.outputs, self.count = int(sums[0]), int(sums[2])
+        self.squared_output, self.trace = sums[1], sums[3]
+        if self.count:
+            n = weight[0].numel()
+            if self.sketch is None:  # this process has had no input of the layer
+                self.sketch = torch.zeros(n, min(n, self.rank), device=weight.device)
+            torch.distributed.all_reduce(self.sketch)
 
     def _project(self, rows: Tensor) -> Tensor:
         """The rows times (n, rank) orthonormal columns, the same in each run and process; as they are if n <= rank."""

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
-from lipschitz_reg import record_pipeline
+from lipschitz_reg import Recording, record_pipeline
 
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +132,42 @@ def test_a_lora_of_sdxl_ends_where_ddp_ends(launch, tiny_sdxl, tmp_path):
     pairs = [(ended[name], value) for name, value in expected.items() if "lora_B" in name]
     moved, away = (sum(x.square().sum() for x in xs) for xs in ([b for _, b in pairs], [a - b for a, b in pairs]))
     assert 0 < away < 0.1 * moved
+
+
+RECORD = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+from lipschitz_reg import record_pipeline
+
+torch.distributed.init_process_group("gloo")
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)
+shared = record_pipeline(
+    pipeline, ["a cat", "a dog", "a house"], ["a tree"], num_inference_steps=2, distributed=True, progress=False
+)
+shared.save(f"{torch.distributed.get_rank()}.safetensors")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_share_the_prompts_of_a_recording(tiny_sd, tmp_path):
+    """Three prompts and a held-out one, which only one process draws: they get what one process records."""
+    tmp_path.joinpath("record.py").write_text(RECORD)
+    run([*TORCHRUN, "record.py", str(tiny_sd)], tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(tiny_sd, dtype=torch.float32)
+    alone = record_pipeline(pipeline, ["a cat", "a dog", "a house"], ["a tree"], num_inference_steps=2, progress=False)
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert first.keys() == second.keys() and all(torch.equal(second[name], value) for name, value in first.items())
+    shared = Recording.load(tmp_path / "0.safetensors", pipeline.unet)
+    assert shared.share() == alone.share() and shared.drawn == alone.drawn and shared.splits == alone.splits
+    assert [call.held_out for call in shared.calls] == [call.held_out for call in alone.calls]
+    for one, other in zip(shared.calls, alone.calls, strict=True):
+        torch.testing.assert_close(one.answer, other.answer, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.args[0], other.args[0], rtol=1e-5, atol=1e-6)
+    assert shared.layers.keys() == alone.layers.keys()
+    for name, moment in alone.layers.items():
+        matrices = [m.root @ m.root.T + m.rest * torch.eye(len(m.root)) for m in (shared.layers[name], moment)]
+        torch.testing.assert_close(*matrices, rtol=1e-3, atol=1e-4 * matrices[1].abs().max().item())
 
 
 REFUSED = """
