@@ -1225,7 +1225,7 @@ check_min_version("0.40.0")
 
 Pipeline = StableDiffusionPipeline
 NoiseScheduler = DDPMScheduler
-# While one process records the base or uploads the result, the others wait. NCCL would give up after ten minutes.
+# While one process draws pictures or uploads the result, the others wait. NCCL would give up after ten minutes.
 PATIENCE = timedelta(hours=6)
 
 

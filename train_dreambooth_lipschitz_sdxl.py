@@ -1393,7 +1393,7 @@ Pipeline = StableDiffusionXLPipeline
 # Of training: of plain bases, of those in EDM-style training, and of bases of EDM.
 NoiseScheduler = DDPMScheduler | EulerDiscreteScheduler | EDMEulerScheduler
 # Copied from train_dreambooth_lipschitz.py
-# While one process records the base or uploads the result, the others wait. NCCL would give up after ten minutes.
+# While one process draws pictures or uploads the result, the others wait. NCCL would give up after ten minutes.
 PATIENCE = timedelta(hours=6)
 
 

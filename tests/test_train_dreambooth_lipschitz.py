@@ -799,7 +799,7 @@ torch.save([seen["unet"].state_dict(), seen["recording"].digest(), seen["patienc
 
 
 def test_two_processes_train_one_model_and_save_it_once(alone, base_flags, penalty, tiny_sd, tmp_path):
-    """By one recording, with the same bits in each process, and with hours for the one that records."""
+    """By one recording, with the same bits in each process, and with hours for the one that draws."""
     flags = [*base_flags, *penalty, *PRIOR, f"--class_data_dir={tmp_path / 'class'}"]
     flags += [f"--output_dir={tmp_path / 'model'}", "--train_batch_size=1", "--max_train_steps=3"]
     flags += ["--checkpointing_steps=2", "--drift_every=1"]
