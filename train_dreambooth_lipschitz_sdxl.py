@@ -189,7 +189,7 @@ PROMPTS = [
 # Enough to meet all noise levels.
 RECORDED_STEPS = 10
 # Copied from train_dreambooth_lipschitz.py
-VALIDATION_STEPS = 25  # of the scheduler, for a picture
+DRAWING_STEPS = 25  # of a validation picture
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -2981,7 +2981,7 @@ def log_validation(
         hidden = not accelerator.is_main_process
         for _ in tqdm(range(args.num_validation_images), desc="Validation images", leave=False, disable=hidden):
             with accelerator.autocast():
-                options = {"num_inference_steps": VALIDATION_STEPS, "generator": generator, "output_type": "latent"}
+                options = {"num_inference_steps": DRAWING_STEPS, "generator": generator, "output_type": "latent"}
                 output = pipeline(**prompt_embeds, **options)
             images += decode_latents(pipeline, output.images)
     for tracker in accelerator.trackers:

@@ -8,7 +8,8 @@ python benchmarks/end_to_end.py --peer diffusers/examples/dreambooth/train_dream
     --resolution 256 --steps 5 --both_flags="--gradient_checkpointing"                 # 24 GB of memory, 10 of disk
 
 Each script runs for 1 step and for `--steps`: the difference is what steps take. Seconds are those of the processor,
-which other programs change less; on a GPU the clock's. With `--prior` the peer draws 100 class images first.
+which other programs change less; on a GPU the clock's. With `--prior` the peer draws 100 class images first, in its
+longer run: there only the seconds for all compare, not the milliseconds of a step.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compares a training script with one of diffusers'.")
     parser.add_argument("--peer", type=Path, required=True, help="A script of diffusers' examples/dreambooth.")
     parser.add_argument("--script", type=Path, default=ROOT / "train_dreambooth_lipschitz.py")
-    parser.add_argument("--base", default=TINYWORLD / "sd", help="Pipeline; default: that of the drawn world.")
+    parser.add_argument("--base", default=TINYWORLD / "sd", help="Pipeline; default: that of the toy benchmark.")
     parser.add_argument("--full_size", action="store_true", help="In place of --base, SD1.5's sizes, random weights.")
     parser.add_argument("--photos", type=Path, default=TINYWORLD / "subjects" / "mug")
     parser.add_argument("--resolution", type=int, default=64)

@@ -41,6 +41,7 @@ from engine_cases import (  # noqa: E402
     outcome,
     record_base,
     run_alone,
+    saved_weights,
 )
 
 
@@ -186,12 +187,6 @@ def start_zero(stage, offload, kwargs_handlers=None, **options):
     return accelerator
 
 
-def saved(folder):
-    """All weights that a script saved, but for checkpoints and recordings."""
-    files = [path for path in folder.rglob("*.safetensors") if "-" not in str(path.relative_to(folder))]
-    return {f"{path.relative_to(folder)} {key}": value for path in files for key, value in load_file(path).items()}
-
-
 def run_script(engine, training, folder, *flags):
     """A training by a script, under an engine of STAGES or DDP; what it says if it is refused."""
     from accelerate import Accelerator
@@ -234,17 +229,13 @@ def work_scripts(folder):
     return refused
 
 
-def start_process(rank, size, port):
+def work(rank, size, port, folder, engines, cases):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "DS_ACCELERATOR": "cpu"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_DEEPSPEED": "true"}
     import deepspeed
 
     deepspeed.init_distributed("gloo", verbose=False)
-
-
-def work(rank, size, port, folder, engines, cases):
-    start_process(rank, size, port)
     if cases is None:
         torch.save(work_scripts(folder), f"{folder}/{rank}.pt")
         torch.distributed.destroy_process_group()
@@ -295,8 +286,10 @@ def say_scripts(refused, folder):
             print(f"{what:50s} refused: {said}")
             right = right and engine == "ZeRO 3" and "predictions" in training
             continue
-        ended, expected = (saved(folder / f"{name}, {'full' if resumed else training}") for name in (engine, "DDP"))
-        ended = saved(folder / what) if resumed else ended
+        ended, expected = (
+            saved_weights(folder / f"{name}, {'full' if resumed else training}") for name in (engine, "DDP")
+        )
+        ended = saved_weights(folder / what) if resumed else ended
         files = load_file(TINYWORLD / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
         base = {key: files.get(key.split()[-1], torch.zeros(())) for key in expected}
         base |= {key: value for key, value in expected.items() if "lora_A" in key}  # drawn at random
@@ -316,7 +309,9 @@ def main():
     parser.add_argument("--processes", type=int, nargs="+", default=[2])
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--scripts", action="store_true", help="The two training scripts in place of the cases.")
+    parser.add_argument(
+        "--scripts", action="store_true", help="The two training scripts in place of --engines, --cases."
+    )
     args = parser.parse_args()
     cases = None if args.scripts else args.cases
     alone, right = {name: run_alone(case) for name, case in CASES.items()} if cases else {}, True

@@ -317,8 +317,8 @@ def record(
             Where calls are kept, in host memory by default; with `None`, where they were made. A tensor that several
             calls share, such as the embeddings of a prompt, is kept once.
         distributed (`bool`, *optional*, defaults to `False`):
-            Whether all processes of `torch.distributed`, each with the whole base, record calls of their own inside
-            the block, one after the other. All get the whole recording.
+            Whether all processes of `torch.distributed`, which has to be initialized, record calls of their own inside
+            the block, each with the whole base. All get the whole recording.
         others (`torch.nn.Module`):
             Other models that train, such as `text_encoder=text_encoder`: only their layers are recorded.
 

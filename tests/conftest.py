@@ -200,7 +200,7 @@ def draw_quickly(pipeline, prompts, seeds):
 def load_training_script(name):
     """The script as a module, that draws validation pictures in 3 steps for 25."""
     script = load_script(name)
-    script.VALIDATION_STEPS = 3
+    script.DRAWING_STEPS = 3
     return script
 
 

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lipschitz_reg import LipschitzRegularizer, find_lora_adapters, record
@@ -161,6 +162,12 @@ def run_alone(case, strength=1.0):
     regularizer = make_regularizer(model, optimizer, case, recording, strength)
     train(model, optimizer, regularizer, case, range(STEPS), dtype)
     return outcome(model, regularizer, case)
+
+
+def saved_weights(folder):
+    """All weights that a training script saved, but for checkpoints and recordings."""
+    files = [path for path in folder.rglob("*.safetensors") if "-" not in str(path.relative_to(folder))]
+    return {f"{path.relative_to(folder)} {key}": value for path in files for key, value in load_file(path).items()}
 
 
 def differences(result, expected):

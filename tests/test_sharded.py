@@ -13,6 +13,7 @@ import torch
 from accelerate import DeepSpeedPlugin, DistributedType
 from accelerate.data_loader import BatchSamplerShard
 from diffusers import DiffusionPipeline
+from engine_cases import saved_weights
 from safetensors.torch import load_file
 from torch.utils.data import BatchSampler
 
@@ -47,7 +48,7 @@ from accelerate.state import AcceleratorState
 from sharded import sharded
 
 script, (output, *engines), flags = importlib.import_module(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
-script.VALIDATION_STEPS = 3
+script.DRAWING_STEPS = 3
 end, torch.distributed.destroy_process_group = torch.distributed.destroy_process_group, lambda *_: None
 for engine in engines:
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -86,12 +87,6 @@ def launch(photos, tmp_path_factory):
     return call
 
 
-def weights(folder):
-    """All that a run saved, but for checkpoints and recordings."""
-    files = [path for path in folder.rglob("*.safetensors") if "-" not in str(path.relative_to(folder))]
-    return {f"{path.relative_to(folder)} {key}": value for path in files for key, value in load_file(path).items()}
-
-
 SPACES = ["--lipschitz_weight=1", "--lipschitz_layers=1", "--lipschitz_predictions=1"]
 
 
@@ -107,8 +102,8 @@ def test_full_fine_tuning_ends_where_ddp_ends(launch, script, tiny_sd, tmp_path,
     flags += ["--validation_prompt=a dog", "--num_validation_images=1", "--validation_steps=2"]
     said = launch("train_dreambooth_lipschitz", (DDP, FSDP2), tmp_path, tiny_sd, *flags)
     assert said.count("of the change of weights is kept") == said.count("Saved the result") == 2, said
-    ended = weights(tmp_path / FSDP2)
-    assert_near(ended, weights(tmp_path / DDP))
+    ended = saved_weights(tmp_path / FSDP2)
+    assert_near(ended, saved_weights(tmp_path / DDP))
     (file,) = Path(tiny_sd, "unet").glob("*.safetensors")
     unet = DiffusionPipeline.from_pretrained(tmp_path / FSDP2).unet.state_dict()
     assert any(not torch.equal(unet[name], value) for name, value in load_file(file).items())
@@ -116,7 +111,7 @@ def test_full_fine_tuning_ends_where_ddp_ends(launch, script, tiny_sd, tmp_path,
     flags += ["--resume_from_checkpoint=latest"]
     shutil.rmtree(tmp_path / FSDP2 / "checkpoint-4")
     launch("train_dreambooth_lipschitz", (FSDP2,), tmp_path, tiny_sd, *flags)
-    assert all(torch.equal(value, ended[name]) for name, value in weights(tmp_path / FSDP2).items())
+    assert all(torch.equal(value, ended[name]) for name, value in saved_weights(tmp_path / FSDP2).items())
     with pytest.raises(SystemExit):
         script.check_settings(tmp_path / FSDP2 / "checkpoint-4", {"engine": "DDP or one process"})
     assert "was trained with FSDP2 as its engine: use the same" in capsys.readouterr().err
@@ -125,10 +120,10 @@ def test_full_fine_tuning_ends_where_ddp_ends(launch, script, tiny_sd, tmp_path,
 def test_a_lora_of_sdxl_ends_where_ddp_ends(launch, tiny_sdxl, tmp_path):
     flags = [*SPACES, "--method=lora", "--rank=2", "--max_train_steps=3"]
     launch("train_dreambooth_lipschitz_sdxl", (DDP, FSDP2, BF16), tmp_path, tiny_sdxl, *flags)
-    expected = weights(tmp_path / DDP)
-    assert_near(weights(tmp_path / FSDP2), expected)
+    expected = saved_weights(tmp_path / DDP)
+    assert_near(saved_weights(tmp_path / FSDP2), expected)
     # In bfloat16, what began at 0 is near where float32 takes it: a tenth of the squared distance.
-    ended = weights(tmp_path / BF16)
+    ended = saved_weights(tmp_path / BF16)
     pairs = [(ended[name], value) for name, value in expected.items() if "lora_B" in name]
     moved, away = (sum(x.square().sum() for x in xs) for xs in ([b for _, b in pairs], [a - b for a, b in pairs]))
     assert 0 < away < 0.1 * moved
