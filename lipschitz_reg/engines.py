@@ -288,6 +288,15 @@ def trained_by(optimizer: Any) -> list[Tensor]:
     return [parameter for _, parameters in engine_of(unwrapped(optimizer)).groups() for parameter in parameters]
 
 
+def ddp_groups(tensors: Sequence[Tensor]) -> list[Any]:
+    """The process groups in which DDP keeps some of the tensors. Its wrappers are searched for in this process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    wanted = set(tensors)
+    wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.parallel.DistributedDataParallel)]
+    return list(dict.fromkeys(w.process_group for w in wrappers if not wanted.isdisjoint(w.parameters())))
+
+
 def is_shared(tensor: Tensor) -> bool:
     """Whether a parameter may be held in pieces: a DTensor, or one of ZeRO 3."""
     return hasattr(tensor, "placements") or hasattr(tensor, "ds_tensor")

@@ -73,6 +73,14 @@ class _Tracked:
         self.recording: Recording | None = None  # loaded before sharding
 
 
+class _Watch:
+    """Of a parameter: its hook, which others are watched with it, and a sample of it when it last got a gradient."""
+
+    def __init__(self, handle: Any, together: object):
+        self.handle, self.together = handle, together
+        self.before: Tensor | None = None
+
+
 def steps_in(groups: Sequence[dict[str, Any]]) -> int:
     """The number of penalized steps that a checkpoint stores."""
     return max(group.get(_STEPS, 0) for group in groups)
@@ -190,7 +198,7 @@ class Launcher:
         if not inner:
             group[_KEY] = tracked.fingerprints[-1]
         self.has_penalized = True
-        self.watch(penalized[0])
+        self.watch(penalized)
 
     def wrap(self, owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
         """Replace a function until the launcher ends. The wrapper gets the original as its first argument."""
@@ -252,8 +260,7 @@ class Launcher:
                 piece = engine.piece(new)
                 value = piece.cut(self.anchors.pop(old).value)
                 self.anchors[new] = Anchor.copy(value.to(piece.value().device), self.anchor_device)
-            if old in self.watches:
-                self.watches.pop(old)[0].remove()
+            self.unwatch(old)
         tracked.groups = list(optimizer.param_groups)
         tracked.penalized = [now.get(parameter, parameter) for parameter in tracked.penalized]
         tracked.frozen = [now.get(parameter, parameter) for parameter in tracked.frozen]
@@ -351,29 +358,44 @@ class Launcher:
         known: dict[Tensor, tuple[nn.Module, str]],
     ) -> str:
         """Of the anchors of a param group, and of the frozen weights that its adapters act on."""
-        weights = [adapters[p].weight for p in penalized if p in adapters]
-        weights = [w for w in dict.fromkeys(weights) if w is not None]
+        own = dict.fromkeys(adapters[p] for p in penalized if p in adapters)
+        weights = [w for w in dict.fromkeys(adapter.weight for adapter in own) if w is not None]
         base = self.read_base(weights, known) if self.base else {}
-        values = (base.get(w, w).detach().to(w.dtype) for w in weights)
+        values = [base.get(w, w).detach().to(w.dtype) for w in weights]
+        values += [codes for codes in (adapter.codes() for adapter in own) if codes is not None]
         anchors = (self.anchors[p].value.to(p.dtype) for p in penalized if p not in adapters)
         return fingerprint(chain(anchors, values))
 
-    def watch(self, parameter: Tensor) -> None:
-        """Tell, until the first step, whether the parameter moves although nobody steps its optimizer."""
-        if parameter in self.watches:
-            return
+    def watch(self, parameters: Sequence[Tensor]) -> None:
+        """
+        Tell, until the first step, whether one of them moves although nobody steps its optimizer: the first that gets
+        a gradient.
+        """
+        together = object()
 
-        @unserializable_hook
-        def on_gradient(gradient: Tensor) -> None:
-            watch = self.watches.get(parameter)
-            if watch is not None:
-                self.check_unmoved(parameter)
-                watch[1] = sample(parameter)
+        def watch_one(parameter: Tensor) -> None:
+            @unserializable_hook
+            def on_gradient(gradient: Tensor) -> None:
+                watch = self.watches.get(parameter)
+                if watch is not None:
+                    self.check_unmoved(parameter)
+                    watch.before = sample(parameter)
+                    for other in [p for p, w in self.watches.items() if w.together is together and w is not watch]:
+                        self.unwatch(other)
 
-        self.watches[parameter] = [parameter.register_hook(on_gradient), None]
+            self.watches[parameter] = _Watch(parameter.register_hook(on_gradient), together)
+
+        for parameter in parameters:
+            if parameter not in self.watches:
+                watch_one(parameter)
+
+    def unwatch(self, parameter: Tensor) -> None:
+        watch = self.watches.pop(parameter, None)
+        if watch is not None:
+            watch.handle.remove()
 
     def check_unmoved(self, parameter: Tensor) -> None:
-        before = self.watches[parameter][1]
+        before = self.watches[parameter].before
         if before is not None and not torch.equal(before, sample(parameter)):
             raise Stop(
                 f"{self.names[parameter]} was trained, but step() of its optimizer was never called, in which the "
@@ -402,6 +424,9 @@ class Launcher:
         if loaded and regularizer is not None:
             # It selects the recorded call. Loading may itself step the optimizer, as with FSDP2.
             regularizer._steps = steps_in(groups)
+        if regularizer is not None and regularizer not in self.kept:  # it goes on beside one that came later
+            self.check_alone()
+            self.kept.append(regularizer)
         tracked.groups, tracked.attached = list(groups), len(groups)
 
     def is_inner(self, tracked: _Tracked, frame: Any) -> bool:
@@ -447,12 +472,7 @@ class Launcher:
         if old is not None:  # a param group came later
             old.remove()
             self.kept = [regularizer for regularizer in self.kept if regularizer is not old]
-        one = self.options["reduction"] == "mean" or self.options["mode"] == "projected"
-        if one and self.kept:
-            raise Stop(
-                "--lipschitz_reduction mean and --lipschitz_mode projected span all parameters, but this script has "
-                "several optimizers: leave some out with --lipschitz_exclude_optimizer."
-            )
+        self.check_alone()
         models = self.models_of(tracked)
         known = names_in(models)
         adapters = find_adapters(tracked.penalized)
@@ -476,6 +496,7 @@ class Launcher:
             parameters=tracked.penalized,
             **self.options,
         )
+        regularizer.check_processes()
         if old is not None:
             regularizer._steps = old.steps
         if recording is not None:
@@ -483,9 +504,16 @@ class Launcher:
         tracked.regularizer = weakref.ref(regularizer)
         self.kept.append(regularizer)
         for parameter in tracked.penalized:
-            if parameter in self.watches:
-                self.watches.pop(parameter)[0].remove()
+            self.unwatch(parameter)
         self.announce(optimizer, regularizer, adapters)
+
+    def check_alone(self) -> None:
+        one = self.options["reduction"] == "mean" or self.options["mode"] == "projected"
+        if one and self.kept:
+            raise Stop(
+                "--lipschitz_reduction mean and --lipschitz_mode projected span all parameters, but this script has "
+                "several optimizers: leave some out with --lipschitz_exclude_optimizer."
+            )
 
     def adapted_weights(
         self, adapters: list[LoraAdapter], known: dict[Tensor, tuple[nn.Module, str]], loaded: bool

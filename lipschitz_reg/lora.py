@@ -33,6 +33,7 @@ class LoraAdapter:
         scaling (`float`): s; alpha / rank, or alpha / sqrt(rank) in rank-stabilized LoRA.
         weight (`torch.Tensor`, *optional*):
             W, to which the product is added. It is read for the relative drift and for the fingerprint of the base.
+        quantized (`torch.Tensor`, *optional*): W as it is stored, where its numbers are codes: for the fingerprint.
 
     Raises:
         `ValueError`: If the shapes do not fit each other, as in a grouped convolution.
@@ -43,11 +44,18 @@ class LoraAdapter:
     up: Tensor
     scaling: float
     weight: Tensor | None = None
+    quantized: Tensor | None = None
 
     def __post_init__(self):
         if self.up.numel() != self.up.shape[0] * self.down.shape[0]:
             shapes = [tuple(tensor.shape) for tensor in (self.down, self.up)]
             raise ValueError(f"The factors of the LoRA adapter {self.name} do not fit each other: {shapes}.")
+
+    def codes(self) -> Tensor | None:
+        """The bytes of a quantized weight, by which it is recognized."""
+        if self.quantized is None or hasattr(self.quantized, "placements"):
+            return None
+        return self.quantized.detach().as_subclass(Tensor).contiguous().view(torch.uint8)
 
     def numel(self) -> int:
         """The number of elements of the product."""
@@ -90,10 +98,11 @@ def lora_adapters(module: nn.Module, name: str) -> list[LoraAdapter]:
         return []
     if getattr(layer, "groups", 1) > 1:
         raise ValueError(f"The LoRA adapter {name} is on a grouped convolution, which cannot be penalized.")
-    weight = getattr(layer, "weight", None)
+    weight, codes = getattr(layer, "weight", None), None
     if weight is not None and (not weight.is_floating_point() or weight.dtype.itemsize == 1):
-        weight = None  # quantized: its numbers are not those of W
-    return [LoraAdapter(n, down.weight, up.weight, s, weight) for n, (down, up, s) in zip(names, parts, strict=True)]
+        weight, codes = None, weight
+    named = zip(names, parts, strict=True)
+    return [LoraAdapter(n, down.weight, up.weight, s, weight, codes) for n, (down, up, s) in named]
 
 
 def _wrapped_layer(module: nn.Module) -> nn.Module | None:

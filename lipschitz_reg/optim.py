@@ -134,15 +134,19 @@ def _any_above_zero(weight: Any) -> bool:
 class _Watch:
     """
     Ends a training that moves parameters in its backward pass, as fused backward passes do: no step would carry the
-    penalty. It looks at one parameter, until the first step that has its gradient.
+    penalty. It looks at the first parameter that gets a gradient, until the first step that has this gradient.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameter: Tensor):
-        self.parameter, self.before = parameter, None
-        handles = [parameter.register_post_accumulate_grad_hook(self._after_backward)]
-        self.handles = [*handles, optimizer.register_step_pre_hook(self._before_step)]
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]):
+        self.parameter, self.before = None, None
+        handles = [parameter.register_post_accumulate_grad_hook(self._after_backward) for parameter in parameters]
+        self.handles = [optimizer.register_step_pre_hook(self._before_step), *handles]
 
     def _after_backward(self, parameter: Tensor) -> None:
+        if self.parameter is None:
+            self.parameter = parameter
+        if self.parameter is not parameter:
+            return
         if self.before is not None and not torch.equal(self.before, parameter):
             self._stop()
         self.before = parameter.detach().clone()
@@ -182,7 +186,7 @@ def _attach(optimizer: torch.optim.Optimizer, recording: str | None = None, **op
     if regularizer.spaces:
         watched = [parameter for parameter in parameters if parameter.requires_grad]
         if watched:
-            _Watch(optimizer, min(watched, key=Tensor.numel))
+            _Watch(optimizer, watched)
         numel = sum(parameter.numel() for parameter in parameters)
         logger.info(
             f"lipschitz_reg holds {len(parameters)} tensors with {numel:,} parameters, {len(adapters)} LoRA adapters; "

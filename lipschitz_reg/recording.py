@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .calls import Call, Store, autocast_of, rows_agree
+from .calls import Call, Store, answer_of, autocast_of, rows_agree
 from .drift import Drift, measure_drift
 from .engines import is_shared
 from .functional import Moment, squared_norm
@@ -298,13 +298,14 @@ def record(
     Any module that a pipeline calls will do: U-Nets and transformers, for pictures or videos.
 
     In layers, it records the parameters that train and the frozen weights that LoRA adapters add to: the weights of
-    linear layers and of 2-d convolutions (not grouped, padded with zeros); and biases, embeddings and the weights of
-    norms, whose elements all count alike, by the size of the layer's output. Everything else is left out, such as
-    quantized weights, the magnitudes of DoRA, and layers that do not run or whose output is all zeros. If several
-    layers share a weight, the last one counts. Padding of text is left out where the model is given a mask of it
-    (Sana, Qwen-Image; SD3 and Flux have none, and look at padding). `Recording.share` says how much was recorded. A
-    compiled model runs as it would without `torch.compile`. Frozen weights that adapters other than peft's add to need
-    `requires_grad` inside the block.
+    linear layers and of 2-d convolutions (padded with zeros), whose groups share the mean of their moments; and
+    biases, embeddings, the weights of norms and the own parameters of a module with others inside, whose elements all
+    count alike, by the size of the module's output. Everything else is left out, such as quantized weights, the
+    magnitudes of DoRA, and layers that do not run or whose output is all zeros. If several layers share a weight, the
+    last one counts. Padding of text is left out where the model is given a mask of it (Sana, Qwen-Image; SD3 and Flux
+    have none, and look at padding). `Recording.share` says how much was recorded. A compiled model runs as it would
+    without `torch.compile`. Frozen weights that adapters other than peft's add to need `requires_grad` inside the
+    block.
 
     Args:
         model (`torch.nn.Module`): The denoiser as it was pretrained, with `requires_grad` as in the training.
@@ -340,9 +341,9 @@ def record(
         for name, module in modules:
             own = {key: p for key, p in module.named_parameters(recurse=False) if p not in factors}
             own = {key: p for key, p in own.items() if p.requires_grad or p in weights}
-            own = [
-                k for k, p in own.items() if p.dim() == 1 or isinstance(module, nn.Embedding) or p is _matrix(module)
-            ]
+            # A module with others inside adds its own parameters to what they give, as a norm does.
+            adds = isinstance(module, nn.Embedding) or any(True for _ in module.children())
+            own = [key for key, p in own.items() if p.dim() == 1 or (adds and p.dim()) or p is _matrix(module)]
             if own:
                 name = canonical(f"{name}.") if name else ""
                 names = {key: f"{prefix}.{name}{key}".removeprefix(".") for key in own}
@@ -436,6 +437,8 @@ class _Recorder:
         self.sketch: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if isinstance(output, tuple | dict) and len(output) == 1:
+            output = answer_of(output)
         if not isinstance(output, Tensor) or self.recording.holding_out:
             return
         # Sums that began in inference mode could not go on outside it.
@@ -511,18 +514,21 @@ class _Recorder:
 def _matrix(module: nn.Module) -> Tensor | None:
     """The weight, if its rows are multiplied by what `_rows` returns."""
     if isinstance(module, nn.Conv2d):
-        plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        return module.weight if plain else None
+        return module.weight if module.padding_mode == "zeros" and not isinstance(module.padding, str) else None
     return module.weight if isinstance(module, nn.Linear) else None
 
 
 def _rows(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
-    """What a row of the weight is multiplied by, (positions, n); image by image for a convolution."""
+    """
+    What a row of the weight is multiplied by, (positions, n); image by image for a convolution, whose groups count as
+    positions: they share a moment, the mean of theirs.
+    """
     if isinstance(module, nn.Linear):
         yield inputs.reshape(-1, inputs.shape[-1])
         return
     for image in inputs:
-        yield F.unfold(image[None], module.kernel_size, module.dilation, module.padding, module.stride)[0].T
+        columns = F.unfold(image[None], module.kernel_size, module.dilation, module.padding, module.stride)[0]
+        yield columns.view(module.groups, -1, columns.shape[1]).mT.flatten(0, 1)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .anchors import fingerprint
-from .engines import engine_of, unwrapped
+from .engines import ddp_groups, engine_of, unwrapped
 from .functional import reductions
 from .groups import Terms, by_space
 from .lora import LoraAdapter
@@ -143,6 +143,7 @@ class LipschitzRegularizer:
         self._replay = Replay(recording, replays) if "predictions" in self.spaces else None
         self._steps = 0
         self._gradient_added = False
+        self._checked_processes = False
         # The terms of the loss in the last step: of weights, and of replays.
         self._values: list[Tensor] | None = None
         self._replayed: list[Tensor] = []
@@ -312,6 +313,22 @@ class LipschitzRegularizer:
             raise ValueError("`pull` does not work with DeepSpeed, which keeps a second copy of the parameters.")
         pull(self._terms.all, [fraction] * len(self._terms.all), measured=False)
 
+    def check_processes(self) -> None:
+        """
+        Raise a ValueError if the anchors are not the same in all processes of DDP, which makes parameters equal when
+        it wraps them. The first step does this; all processes have to call it.
+        """
+        self._checked_processes = True
+        for group in ddp_groups([p for param_group in self.optimizer.param_groups for p in param_group["params"]]):
+            digests = [None] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(digests, self._anchors_fingerprint(), group)
+            if len(set(digests)) > 1:
+                raise ValueError(
+                    "The processes took different anchors: each had weights of its own before DDP gave all of them "
+                    "those of the first. Give all processes the same seed before the model is built, or take the "
+                    "anchors after DDP has wrapped it."
+                )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_handles": bool(self._handles)}
 
@@ -330,6 +347,8 @@ class LipschitzRegularizer:
         ]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if not self._checked_processes:
+            self.check_processes()
         if self._engine.part() == 0:
             self._steps += 1
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -156,8 +156,11 @@ class LoraTerm:
         return None if piece is None else _squared_norm(piece.value(), piece)
 
     def anchors(self) -> list[tuple[Tensor, Piece]]:
-        anchors = [] if self.weight_piece is None else [(self.weight_piece.value().detach(), self.weight_piece)]
-        return anchors if self.offset is None else [*anchors, (self.offset, Piece(self.offset))]
+        own = [tensor for tensor in (self.adapter.codes(), self.offset) if tensor is not None]
+        anchors = [(tensor, Piece(tensor)) for tensor in own]
+        if self.weight_piece is not None:
+            anchors.insert(0, (self.weight_piece.value().detach(), self.weight_piece))
+        return anchors
 
     def _moment(self, adapter: LoraAdapter) -> Moment | None:
         self.moment = on_device(self.moment, adapter.down)

@@ -3,6 +3,8 @@
 # does not install, is tested by benchmarks/engines.py.
 import os
 import socket
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from engine_cases import (
 )
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from lipschitz_reg import LipschitzRegularizer
+from lipschitz_reg import LipschitzRegularizer, optim, run
 
 
 ENGINES = ["DDP", "FSDP2", "accelerate's FSDP2"]
@@ -159,6 +161,17 @@ def pull(rank, size):
     return before, (regularizer.metrics()["lipschitz/distance"], recording.drift().prediction)
 
 
+UNSEEDED = """
+import torch
+torch.manual_seed(torch.distributed.get_rank())
+model = torch.nn.Linear(2, 2)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model = torch.nn.parallel.DistributedDataParallel(model)
+model(torch.ones(1, 2)).sum().backward()
+optimizer.step()
+"""
+
+
 def refusals(rank, size):
     """What each of these mistakes raises."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
@@ -191,11 +204,36 @@ def refusals(rank, size):
     def recorded_late(case):
         record_base(shard(make_model(case, torch.float64)), CASES["layers"], torch.float64)
 
+    def step_under_ddp(optimizer, model):
+        model = torch.nn.parallel.DistributedDataParallel(model)
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    def other_weights(case, seed=rank):
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(2, 2)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        LipschitzRegularizer(optimizer, weight=1.0)
+        step_under_ddp(optimizer, model)
+
+    def other_weights_by_name(case):
+        torch.manual_seed(rank)
+        model = torch.nn.Linear(2, 2)
+        step_under_ddp(optim.SGD(model.parameters(), lr=0.1, lipschitz_weight=1.0), model)
+
+    def other_weights_in_a_script(case):
+        with TemporaryDirectory() as folder:
+            script = Path(folder, "train.py")
+            script.write_text(UNSEEDED)
+            run.main(["--lipschitz_weight=1", str(script)])
+
+    other_weights(RESUMED, seed=0)  # is none
     said = {}
-    for mistake in (sharded_after, by_columns, copied, moved_under_lora, recorded_late):
+    mistakes = [sharded_after, by_columns, copied, moved_under_lora, recorded_late]
+    for mistake in [*mistakes, other_weights, other_weights_by_name, other_weights_in_a_script]:
         try:
             mistake(RESUMED)
-        except ValueError as error:
+        except (ValueError, SystemExit) as error:
             said[mistake.__name__] = str(error)
     return said
 
@@ -305,3 +343,6 @@ def test_what_cannot_be_right_is_refused(results):
     assert "nothing" in said["copied"]
     assert "LoRA on sharded weights" in said["moved_under_lora"]
     assert "before FSDP2" in said["recorded_late"]
+    assert "The processes took different anchors" in said["other_weights"]
+    assert "The processes took different anchors" in said["other_weights_by_name"]
+    assert said["other_weights_in_a_script"].startswith("python -m lipschitz_reg.run: error: The processes took")

@@ -1,7 +1,10 @@
 # The callbacks in the real trainers of transformers and Lightning: against a regularizer attached by hand, from
 # checkpoints, and on adapters of peft. What a regularizer does is in test_regularizer.py; accelerate is there too.
+import os
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import lightning
 import peft
@@ -21,6 +24,10 @@ OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0),
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
 }
+
+
+class Callback(lightning.Callback):
+    pass
 
 
 class Points(Dataset):
@@ -68,11 +75,11 @@ def attach(optimizer, net):
     return optimizer
 
 
-def run_transformers(net, folder, callback=None, optimizer="AdamW", resumes=False):
+def run_transformers(net, folder, callback=None, optimizer="AdamW", resumes=False, batch=4, processes=1):
     """Without a callback, with a regularizer by hand. Returns the net."""
     optimizer = OPTIMIZERS[optimizer](trained(net))
     args = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=4, save_steps=STEPS // 2, seed=0,
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=batch, save_steps=STEPS // 2, seed=0,
         report_to=[], use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
     )  # fmt: skip
     callbacks = [callback] if callback else []
@@ -97,9 +104,9 @@ class Module(lightning.LightningModule):
         return OPTIMIZERS[self.optimizer](trained(self.net))
 
 
-def run_lightning(net, folder, callback=None, optimizer="AdamW", resumes=False):
+def run_lightning(net, folder, callback=None, optimizer="AdamW", resumes=False, batch=4, processes=1):
     """Without a callback, in a loop by hand: the penalty comes after clipping. Returns the net."""
-    batches = DataLoader(Points(), batch_size=4)
+    batches = DataLoader(Points(), batch_size=batch)
     if callback is None:
         optimizer = attach(OPTIMIZERS[optimizer](trained(net)), net)
         for step in range(STEPS):
@@ -115,7 +122,7 @@ def run_lightning(net, folder, callback=None, optimizer="AdamW", resumes=False):
         warnings.simplefilter("ignore")  # about workers, and checkpoints within an epoch
         trainer = lightning.Trainer(
             accelerator="cpu", max_steps=STEPS, logger=False, enable_progress_bar=False, gradient_clip_val=1.0,
-            enable_model_summary=False, callbacks=[saver, callback],
+            enable_model_summary=False, callbacks=[saver, callback], devices=processes,
         )  # fmt: skip
         checkpoint = folder / f"step={STEPS // 2}.ckpt" if resumes else None
         trainer.fit(Module(net, optimizer), batches, ckpt_path=checkpoint)
@@ -175,10 +182,10 @@ def test_checkpoints_of_another_base_are_refused(run, make, tmp_path):
         run(make_net(seed=1), tmp_path / "penalized", make(WEIGHT), resumes=True)
 
 
-def test_a_checkpoint_without_the_callback_is_refused(tmp_path):
-    run_transformers(make_net(), tmp_path)
-    with pytest.raises(ValueError, match="saved by a training without TransformersCallback"):
-        run_transformers(make_net(), tmp_path, integrations.TransformersCallback(WEIGHT), resumes=True)
+def test_a_checkpoint_without_the_callback_is_refused(run, make, tmp_path):
+    run(make_net(), tmp_path, Callback() if run is run_lightning else None)
+    with pytest.raises(ValueError, match=f"saved by a training without {make.__name__}"):
+        run(make_net(), tmp_path, make(WEIGHT), resumes=True)
 
 
 def test_a_second_training_keeps_the_base(run, make, tmp_path):
@@ -194,6 +201,44 @@ def test_options_are_those_of_the_regularizer(run, make, tmp_path):
     net = run(make_net(), tmp_path, callback)
     distance = sum((p - q).square().sum().item() for p, q in zip(values(net), start, strict=True)) ** 0.5
     assert distance == pytest.approx(0.05, rel=1e-4)
+
+
+# In each of two processes: each trainer, and then with weights that DDP has to make equal.
+TWO = """
+import sys, warnings
+import torch
+import test_integrations as tests
+from pathlib import Path
+
+warnings.simplefilter("ignore")
+ends = {}
+for name, (run, callback) in tests.TRAINERS.items():
+    callback = getattr(tests.integrations, callback)
+    net = run(tests.make_net(), Path(name), callback(tests.WEIGHT), "SGD", batch=8, processes=2)
+    rank = torch.distributed.get_rank()
+    try:
+        run(tests.make_net(seed=rank), Path(name, "unseeded"), callback(tests.WEIGHT), processes=2)
+    except ValueError as error:
+        ends[name] = tests.values(net), str(error)
+torch.save(ends, f"{rank}.pt")
+"""
+
+
+def test_two_processes_train_like_one(tmp_path):
+    tmp_path.joinpath("two.py").write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "two.py"]
+    folders = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    environment = {**os.environ, "PYTHONPATH": folders, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for name, (run, callback) in TRAINERS.items():
+        callback = getattr(integrations, callback)(WEIGHT)
+        alone = run(make_net(), tmp_path / f"{name} alone", callback, "SGD", batch=len(Points()))
+        for rank in range(2):
+            ended, error = torch.load(tmp_path / f"{rank}.pt")[name]
+            for value, other in zip(ended, values(alone), strict=True):
+                torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+            assert "The processes took different anchors" in error
 
 
 def test_unknown_callbacks_are_said():

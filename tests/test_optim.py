@@ -209,6 +209,20 @@ def test_a_fused_backward_pass_is_refused(steps):
                 optimizer.step()
 
 
+def test_a_parameter_without_a_gradient_does_not_hide_a_fused_backward_pass():
+    unused, used = nn.Linear(1, 1), nn.Linear(4, 4)
+    ours("SGD", [*unused.parameters(), *used.parameters()])
+
+    def step(parameter):
+        parameter.data.sub_(0.1 * parameter.grad)
+
+    for parameter in used.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    with pytest.raises(ValueError, match="without step\\(\\) of the optimizer"):
+        for _ in range(2):
+            used(torch.ones(1, 4)).sum().backward()
+
+
 def test_accumulated_gradients_and_loaded_weights_are_no_fused_backward_pass():
     model = make_denoiser()
     optimizer = ours("SGD", model.parameters())

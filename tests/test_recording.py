@@ -115,6 +115,29 @@ def test_second_moments_are_those_of_the_inputs():
     torch.testing.assert_close(dense(inputs[net.wide.weight], 8), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_groups_of_a_convolution_share_the_mean_of_their_moments():
+    """Which is the relative change of what the layer gives, on average over displacements of its groups."""
+    torch.manual_seed(0)
+    grouped = nn.Conv2d(6, 12, 3, padding=1, groups=3)
+    given = torch.randn(2, 6, 5, 4) * torch.tensor([1.0, 1, 2, 2, 3, 3])[:, None, None]
+    with record(grouped) as recording:
+        outputs = grouped(given)
+    windows = F.unfold(given, 3, padding=1).double()  # two pictures, (6 * 9, positions)
+    of_groups = [g @ g.mT for g in windows.view(2, 3, 18, 20).permute(1, 2, 0, 3).flatten(2)]
+    mean = sum(of_groups) / (3 * 2 * 20)
+    expected = 18 * (mean + LEAST * mean.diagonal().mean() * torch.eye(18)) / outputs.double().square().mean()
+    torch.testing.assert_close(dense(recording.layers["weight"], 18), expected, rtol=1e-2, atol=1e-2)
+
+    def change(displacement):
+        return F.conv2d(given, displacement, padding=1, groups=3).square().sum() / outputs.square().sum()
+
+    displacements = 0.1 * torch.randn(400, *grouped.weight.shape)
+    measured = sum(change(one) for one in displacements).item()
+    moment, factor = recording.layers["weight"], 1 / grouped.weight.numel()
+    computed = sum(functional.penalty([d], [torch.zeros_like(d)], [factor], [moment]) for d in displacements).item()
+    assert computed == pytest.approx(measured, rel=0.05)
+
+
 def test_a_layer_of_many_inputs_is_sketched():
     """Where they lie in as few directions as the sketch has, nothing is lost; elsewhere its trace is kept."""
     torch.manual_seed(0)
@@ -260,20 +283,19 @@ def test_what_has_no_matrix_of_inputs_or_does_not_run_is_left_out():
         def __init__(self):
             super().__init__()
             self.words, self.unused = nn.Embedding(5, 8), nn.Linear(8, 8)
-            self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
             self.mirrored = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
             self.same = nn.Conv2d(8, 8, 3, padding="same")
             self.silent, self.idle = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
             nn.init.zeros_(self.silent.weight)
 
         def forward(self, ids):
-            x = self.same(self.mirrored(self.grouped(self.words(ids).mT[..., None].expand(-1, -1, -1, 4))))
+            x = self.same(self.mirrored(self.words(ids).mT[..., None].expand(-1, -1, -1, 4)))
             return self.idle(self.silent(x.flatten(2).mT))
 
     odd = Odd()
     with record(odd) as recording:
         odd(torch.arange(5)[None, :4])
-    expected = {"words.weight", "grouped.bias", "mirrored.bias", "same.bias", "idle.bias"}
+    expected = {"words.weight", "mirrored.bias", "same.bias", "idle.bias"}
     recorded, everything = [
         sum(p.numel() for n, p in odd.named_parameters() if n in e or not e) for e in (expected, ())
     ]
@@ -393,8 +415,8 @@ def test_padding_of_text_does_not_count(kind):
     for name, moment in short.layers.items():
         if "position_embedding" not in name:  # of as many positions as there are, padding or not
             rows = max(len(moment.root), 1)
-            torch.testing.assert_close(dense(moment, rows), dense(long.layers[name], rows), rtol=1e-4, atol=1e-5)
-    assert (short.share() == 1) == (kind == "CLIP")  # of Sana, depthwise convolutions and bare parameters are not
+            torch.testing.assert_close(dense(moment, rows), dense(long.layers[name], rows), rtol=1e-3, atol=1e-3)
+    assert short.share() == 1  # of Sana also the depthwise convolutions, and the parameters of blocks
 
 
 def test_tokens_of_a_picture_are_not_taken_for_those_of_a_text():

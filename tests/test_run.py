@@ -405,6 +405,29 @@ def test_a_checkpoint_of_another_base_or_of_none_stops_with_one_line(launch, tmp
     assert "Trainer does), name the base's" in refused(launch(RESUME, WEIGHT, args=["early"]))
 
 
+QUANTIZED = """
+import bitsandbytes, peft, sys, torch
+torch.manual_seed(SEED)
+model = torch.nn.Sequential(bitsandbytes.nn.Linear4bit(64, 4, compute_dtype=torch.float32))
+model.load_state_dict(torch.nn.Sequential(torch.nn.Linear(64, 4)).state_dict())
+model = peft.get_peft_model(model.to("cpu"), peft.LoraConfig(r=2, target_modules=["0"]))
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+if sys.argv[1:]:
+    optimizer.load_state_dict(torch.load("optimizer.pt"))
+for _ in range(2):
+    model(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+torch.save(optimizer.state_dict(), "optimizer.pt")
+"""
+
+
+def test_a_quantized_base_is_recognized(launch):
+    assert launch(QUANTIZED.replace("SEED", "0"), WEIGHT)[1] == 0
+    assert launch(QUANTIZED.replace("SEED", "0"), WEIGHT, args=["resume"])[1] == 0
+    other = launch(QUANTIZED.replace("SEED", "1"), WEIGHT, args=["resume"])
+    assert "was trained from another base" in refused(other)
+
+
 TRAINER = """
 import sys, torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -465,6 +488,14 @@ for _ in range(STEPS):
 """
 
 
+def test_a_parameter_without_a_gradient_does_not_hide_a_loop_that_never_steps(launch):
+    unused = MODEL.replace("Sequential(", "ModuleList([torch.nn.Linear(1, 1), ").replace("8, 4))", "8, 4)])")
+    text = (unused + LOMO.replace("STEPS", "1")).replace(
+        "model(torch.ones(2, 4))", "model[2](model[1](torch.ones(2, 4)))"
+    )
+    assert "step() of its optimizer was never called" in refused(launch(text, WEIGHT))
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_loop_that_never_steps_is_an_error(launch, steps):
     line = refused(launch(MODEL + LOMO.replace("STEPS", str(steps)), WEIGHT))
@@ -481,9 +512,25 @@ def test_a_script_without_an_optimizer_is_an_error_unless_it_ends_itself(launch)
     assert launch("raise SystemExit(7)", WEIGHT)[1:] == (7, "")
 
 
+# The second optimizer is built when the first has stepped, which goes on.
+TWO = (
+    MODEL
+    + """
+def train(index):
+    model(torch.ones(2, 4)).sum().backward()
+    optimizers[index].step()
+optimizers = [torch.optim.SGD(model[0].parameters(), lr=1e-2)]
+train(0)
+optimizers.append(torch.optim.SGD(model[1].parameters(), lr=1e-2))
+"""
+)
+
+
 @pytest.mark.parametrize(
     "text, flags, line",
     [
+        (TWO + "train(0)\ntrain(1)", ["--lipschitz_mode=projected", "--lipschitz_radius=1"], "several optimizers"),
+        (TWO + "train(1)\ntrain(0)", ["--lipschitz_reduction=mean"], "several optimizers"),
         (TRAIN.replace("OPT", ""), ["--lipschitz_anchor=nowhere"], "there is no nowhere"),
         (TRAIN, ["--lipschitz_anchor=."], "there is no .safetensors file in ."),
         (TRAIN, ["--lipschitz_anchor_device=disk"], "--lipschitz_anchor_device disk needs --lipschitz_anchor"),
