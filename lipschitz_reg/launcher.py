@@ -551,6 +551,9 @@ class Launcher:
         notes = []
         if any(group.get("weight_decay") for group in optimizer.param_groups):
             notes.append("turn weight decay off, which pulls to 0 and not to the base")
+        if "layers" in regularizer.spaces and regularizer.recording.share() < 0.995:
+            share = regularizer.recording.share()
+            notes.append(f"{share:.0%} of the weights were recorded, and the rest is hardly held")
         patterns = [*self.include, *self.exclude, *self.exclude_optimizers]
         unmatched = [repr(pattern) for pattern in patterns if pattern not in self.matched]
         notes += [f"nothing matches {', '.join(unmatched)}"] if unmatched else []

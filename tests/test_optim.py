@@ -9,13 +9,8 @@ import pickle
 import subprocess
 import sys
 
-import bitsandbytes
-import lion_pytorch
-import prodigyopt
 import pytest
-import schedulefree
 import torch
-import transformers
 from denoiser import backward, make_denoiser, record_denoiser, trained
 from lycoris.modules.locon import LoConModule
 from torch import nn
@@ -25,15 +20,14 @@ from lipschitz_reg.lora import find_adapters
 
 
 # The class that each is, and what a trainer passes on to it.
-CLASSES = {
-    "AdamW": (torch.optim.AdamW, "lr=1e-2"),
-    "Adam": (torch.optim.Adam, "lr=1e-2"),
-    "SGD": (torch.optim.SGD, "lr=1e-2 momentum=0.9"),
-    "AdamW8bit": (bitsandbytes.optim.AdamW8bit, "lr=1e-2"),
-    "Lion": (lion_pytorch.Lion, "lr=1e-3"),
-    "Prodigy": (prodigyopt.Prodigy, "lr=1.0"),
-    "Adafactor": (transformers.Adafactor, "lr=1e-2 relative_step=False scale_parameter=False"),
-    "AdamWScheduleFree": (schedulefree.AdamWScheduleFree, "lr=1e-2"),
+# All of them, with arguments that let four steps move the weights.
+CLASSES = dict.fromkeys(optim._MODULES, "lr=1e-2") | {
+    "SGD": "lr=1e-2 momentum=0.9",
+    "SGD8bit": "lr=1e-2 momentum=0.9",
+    "Prodigy": "lr=1.0",
+    "RAdamScheduleFree": "lr=1e-2 silent_sgd_phase=False",
+    "Adafactor": "lr=1e-2 relative_step=False scale_parameter=False",
+    **{name: "lr=1.0" for name in optim._MODULES if name.startswith("DAdapt")},
 }
 
 
@@ -49,13 +43,11 @@ def load(name, parameters, arguments):
 
 
 def ours(name, parameters, arguments="lipschitz_weight=3.0"):
-    return load(f"lipschitz_reg.optim.{name}", parameters, f"{CLASSES[name][1]} {arguments}")
+    return load(f"lipschitz_reg.optim.{name}", parameters, f"{CLASSES[name]} {arguments}")
 
 
 def plain(name, parameters, arguments=""):
-    base, own = CLASSES[name]
-    module = {"torch.optim.adamw": "torch.optim", "torch.optim.adam": "torch.optim"}.get(base.__module__)
-    return load(f"{module or base.__module__}.{base.__name__}", parameters, f"{own} {arguments}")
+    return load(f"{optim._MODULES[name]}.{name}", parameters, f"{CLASSES[name]} {arguments}")
 
 
 def train(model, optimizer, steps=4):
@@ -82,8 +74,8 @@ def test_weight_zero_is_the_optimizer_itself(name):
 def test_it_is_the_optimizer_with_a_regularizer(name):
     model, other = make_denoiser(dtype=torch.float32), make_denoiser(dtype=torch.float32)
     optimizer = ours(name, [{"params": list(model.parameters()), "lr": 1e-3}])
-    assert isinstance(optimizer, CLASSES[name][0]) and type(optimizer).__name__ == name
-    assert optimizer.param_groups[0]["lr"] == 1e-3
+    assert isinstance(optimizer, getattr(importlib.import_module(optim._MODULES[name]), name))
+    assert type(optimizer).__name__ == name and optimizer.param_groups[0]["lr"] == 1e-3
     by_hand = plain(name, [{"params": list(other.parameters()), "lr": 1e-3}], "weight_decay=0.0")
     LipschitzRegularizer(by_hand, weight=3.0)
     assert_equal(train(model, optimizer), train(other, by_hand))

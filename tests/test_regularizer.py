@@ -896,14 +896,32 @@ def test_sparse_gradients_are_refused_where_a_gradient_is_added():
         optimizer.step()
 
 
+@pytest.mark.parametrize("mode", ["proximal", "projected"])
+def test_sparse_gradients_do_not_matter_where_parameters_are_moved_after_the_step(mode):
+    ends = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        embedding = nn.Embedding(5, 3, sparse=sparse)
+        optimizer = torch.optim.SGD(embedding.parameters(), lr=0.1)
+        radius = 0.05 if mode == "projected" else None
+        LipschitzRegularizer(optimizer, weight=1.0, mode=mode, reduction="sum", radius=radius)
+        for _ in range(3):
+            embedding(torch.tensor([1, 4])).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(embedding.weight.detach())
+    torch.testing.assert_close(*ends)
+
+
 @pytest.mark.parametrize("by_name", [False, True])
-@pytest.mark.parametrize("mode", ["coupled", "proximal"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_step_with_a_closure_gives_the_same_bits(make, mode, by_name):
     def train(with_closure):
         parameter = nn.Parameter(torch.linspace(-1, 1, 8))
         optimizer = make([parameter])
-        regularizer = LipschitzRegularizer(optimizer, weight=1.0, mode=mode)
+        radius = 0.01 if mode == "projected" else None
+        regularizer = LipschitzRegularizer(optimizer, weight=1.0, mode=mode, radius=radius)
 
         def closure():
             optimizer.zero_grad()
@@ -917,16 +935,20 @@ def test_a_step_with_a_closure_gives_the_same_bits(make, mode, by_name):
             else:
                 closure()
                 optimizer.step()
-        return parameter.detach(), regularizer.penalty()
+        return parameter.detach(), regularizer.metrics()["lipschitz/distance"], regularizer.penalty()
 
-    (with_closure, penalty), (without, same) = train(True), train(False)
-    assert torch.equal(with_closure, without) and penalty == same > 0
+    (with_closure, distance, penalty), (without, *same) = train(True), train(False)
+    assert torch.equal(with_closure, without) and [distance, penalty] == same
+    assert distance == pytest.approx(0.01, rel=1e-4) if mode == "projected" else penalty > 0
 
 
-def test_lbfgs_finds_the_minimum_of_loss_and_penalty():
+@pytest.mark.parametrize("mode, found", [("coupled", 2 / (1 + 3)), ("proximal", 2 / (1 + 2 * 3)), ("projected", 0.1)])
+def test_lbfgs_finds_the_minimum_of_loss_and_penalty(mode, found):
+    """With the other modes that of the loss, which is then moved."""
     parameter = nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.LBFGS([parameter], line_search_fn="strong_wolfe")
-    LipschitzRegularizer(optimizer, weight=3.0, reduction="sum")
+    radius = 0.2 if mode == "projected" else None
+    LipschitzRegularizer(optimizer, weight=3.0, reduction="sum", mode=mode, radius=radius)
 
     def closure():
         optimizer.zero_grad()
@@ -935,5 +957,5 @@ def test_lbfgs_finds_the_minimum_of_loss_and_penalty():
         return loss
 
     loss = optimizer.step(closure)
-    torch.testing.assert_close(parameter.detach(), torch.full((4,), 0.5))  # 2 / (1 + 3)
+    torch.testing.assert_close(parameter.detach(), torch.full((4,), found))
     assert loss.item() == 4 * 4  # at the start, where the penalty is 0
