@@ -98,7 +98,7 @@ class Call(NamedTuple):
                 device, wanted if tensor.is_floating_point() else None, non_blocking=device.type == "cuda"
             )
 
-        kwargs = {name: value for name, value in self.kwargs.items() if value is not None or _takes(model, name)}
+        kwargs = _taken(model, self.kwargs)
         enabled = enabled and kind == device.type
         # A cache would keep a copy of all weights, although each is used once.
         with torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
@@ -117,10 +117,17 @@ class Call(NamedTuple):
         return cls(*given, store.tensors[row["answer"]], row["held_out"], (kind, enabled, getattr(torch, dtype)))
 
 
-def _takes(model: nn.Module, name: str) -> bool:
-    """A trainer's own class for a model of diffusers may leave out what its pipelines do not use either."""
+def _taken(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    Without arguments of None that the model does not have: a trainer's own class for a model of diffusers may leave
+    out what its pipelines do not use either.
+    """
+    if not any(value is None for value in kwargs.values()):
+        return kwargs
     parameters = inspect.signature(model.forward).parameters
-    return name in parameters or any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return kwargs
+    return {name: value for name, value in kwargs.items() if value is not None or name in parameters}
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
