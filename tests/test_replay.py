@@ -188,6 +188,7 @@ def quantized_with_lora():
     net = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, compute_dtype=torch.float32), nn.SiLU(), nn.Linear(64, 8))
     net.load_state_dict(nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 8)).state_dict())
     net.to("cpu").requires_grad_(False)  # which quantizes
+    net[0].support_avx512bf16_for_cpu = False  # processors that have it would compute in bfloat16 in eval mode
     return inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"]), net)
 
 
