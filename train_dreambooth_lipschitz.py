@@ -263,14 +263,21 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> Callable:
     add("--rank", type=positive_int, help="lora: rank of the added matrices; default: 4.")
     add("--lora_alpha", type=positive_int, help="lora: added matrices are scaled by this / rank; default: the rank.")
     add("--lora_dropout", type=share, help="lora: dropout on the inputs of the added matrices; default: 0.")
-    add("--use_dora", action="store_true", help="lora: train lengths and directions of the weights' rows separately.")
+    add(
+        "--use_dora",
+        action="store_true",
+        help="lora: train the magnitude and the direction of each weight row separately.",
+    )
     add(
         "--output_kohya_format",
         action="store_true",
         help="lora: also save the result under kohya's key names, for programs other than diffusers.",
     )
     add("--modifier_token", help='custom_diffusion: new words, one for each subject: "<new1>+<new2>".')
-    add("--initializer_token", help="custom_diffusion: words that the new words start as; default: ktn+pll+ucd.")
+    add(
+        "--initializer_token",
+        help="custom_diffusion: words whose embeddings the new words start from; default: ktn+pll+ucd.",
+    )
     return add
 
 
@@ -316,7 +323,7 @@ def add_subject_arguments(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--center_crop",
         action="store_true",
-        help="Crop the middle of each image; without this flag, a new random part each time.",
+        help="Crop the central square of each image; without this flag, a random one each time.",
     )
     add("--random_flip", action="store_true", help="Mirror images left to right at random, anew each time.")
     add(
@@ -336,7 +343,7 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
         "If none of --lipschitz_weight, --lipschitz_layers and --lipschitz_predictions is given, the last two are on.",
     ).add_argument
     for name, what in {
-        "weight": "how far weights have moved, as in the paper (arXiv 2505.19519; its lambda). 0: plain DreamBooth",
+        "weight": "how far weights have moved, as in the paper (arXiv 2505.19519; its lambda). Alone, 0 is plain DreamBooth",
         "layers": "how much the outputs of layers change, on recorded inputs",
         "predictions": "how much the denoiser's predictions change, on recorded calls; each step repeats one",
     }.items():
@@ -496,7 +503,7 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> Callable:
 def add_memory_arguments(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("memory and speed").add_argument
     add("--gradient_checkpointing", action="store_true", help="Less memory for activations, slower steps.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Overrides the configuration of accelerate.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Precision to compute in; default: accelerate's.")
     add(
         "--enable_xformers_memory_efficient_attention",
         action="store_true",
@@ -535,7 +542,7 @@ def add_logging_arguments(parser: argparse.ArgumentParser) -> Callable:
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description="DreamBooth for Stable Diffusion 1.x and 2.x with the Lipschitz penalty.")
     add = add_model_arguments(parser)
-    add("--tokenizer_name", type=user_path, help="Folder or Hub name of another tokenizer than the pipeline's.")
+    add("--tokenizer_name", type=user_path, help="Folder or Hub name of a tokenizer to use instead of the pipeline's.")
     add_method_arguments(parser)
     add_subject_arguments(parser)
     add_lipschitz_arguments(parser)

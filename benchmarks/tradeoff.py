@@ -143,6 +143,7 @@ GRIDS = {
     # What people use besides, and relatives of it (rivals.py).
     "rivals": [
         Row("class preservation", (5e-4, 1e-3), (1, 3), NONE, steps=(120,)),
+        Row("class preservation", (1e-3,), (0.3,), NONE, steps=(120,)),
         Row("blank prompt preservation", (1e-3,), (1, 3), NONE, steps=(120,)),
         Row("null space", (1e-3,), (0.9, 0.99), NONE, steps=(120,)),
         Row("proximal with 8-bit anchors", (1e-3,), (1e6,), PENALTY + " --lipschitz_mode=proximal", steps=(120,)),
@@ -152,7 +153,11 @@ GRIDS = {
         Row("Custom Diffusion, class preservation", (4e-3,), (1, 3), CUSTOM + NONE),
         Row("Custom Diffusion, null space", (4e-3,), (0.9,), CUSTOM + NONE),
     ],
-    "prior": [Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR, steps=(120,))],
+    "prior": [
+        Row("prior preservation", (2e-4, 5e-4, 1e-3), flags=PRIOR, steps=(120,)),
+        Row("prior preservation", (1e-3,), flags=PRIOR, steps=(250,)),
+        Row("prior preservation", (1e-3,), (0.1, 0.3), PRIOR + " --prior_loss_weight={}", steps=(120,)),
+    ],
     # Claim 6, for --draw: no penalty, the weight that is about right, and too much.
     "limits": [
         Row("DreamBooth", (2e-4, 1e-3), steps=(120,)),

@@ -154,7 +154,7 @@ def print_table(results: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Train with and without the penalty; draw and measure the difference."
+        description="Train with each form of the penalty and without; draw and measure the difference."
     )
     parser.add_argument("--sdxl", action="store_true", help="Personalize the tiny SDXL.")
     parser.add_argument("--subjects", nargs="+", default=["mug"], choices=[*LOOKS, "all"], metavar="NAME")
