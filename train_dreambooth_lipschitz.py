@@ -343,7 +343,7 @@ def add_lipschitz_arguments(parser: argparse.ArgumentParser) -> Callable:
         "If none of --lipschitz_weight, --lipschitz_layers and --lipschitz_predictions is given, the last two are on.",
     ).add_argument
     for name, what in {
-        "weight": "how far weights have moved, as in the paper (arXiv 2505.19519; its lambda). Alone, 0 is plain DreamBooth",
+        "weight": "how far weights have moved, as in the paper (arXiv 2505.19519). Alone, 0 is plain DreamBooth",
         "layers": "how much the outputs of layers change, on recorded inputs",
         "predictions": "how much the denoiser's predictions change, on recorded calls; each step repeats one",
     }.items():
