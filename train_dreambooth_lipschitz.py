@@ -164,6 +164,7 @@ PROMPTS = [
 # Enough to meet all noise levels.
 RECORDED_STEPS = 10
 DRAWING_STEPS = 25  # of a validation picture
+SCALED_IMAGES = 256  # that are cropped at random and kept: about 1 GB at 1024 pixels
 
 
 def stop(message: str | Exception) -> NoReturn:
@@ -1737,7 +1738,7 @@ class DreamBoothDataset(Dataset):
         self.center_crop = center_crop
         self.random_flip = random_flip
         self.interpolation = INTERPOLATION[interpolation]
-        self.encoded = {}
+        self.encoded, self.scaled = {}, {}
         self.rows = []
         for kinds in zip(photos, class_images):
             kinds = [examples for examples in kinds if examples]
@@ -1759,7 +1760,7 @@ class DreamBoothDataset(Dataset):
         if source in self.encoded:
             image, original, scaled = self.encoded[source]
         else:
-            image, original = self.scale(source)
+            image, original = self.scaled.get(source) or self.scale(source)
             scaled = image.size
         mirrored = self.random_flip and rng.random() < 0.5
         left, top = self.place(scaled, rng)
@@ -1769,10 +1770,12 @@ class DreamBoothDataset(Dataset):
     def keep_encoded(self, source, encode):
         """
         Keeps what `encode` makes of an image's pixels, mirrored too if that occurs. Returns whether it did: not for an
-        image that is cropped at random.
+        image that is cropped at random. Of that it keeps the scaled image, which takes longer to read than to crop.
         """
         image, original = self.scale(source)
         if not self.center_crop and image.size != (self.size, self.size):
+            if len(self.scaled) < SCALED_IMAGES:
+                self.scaled[source] = image, original
             return False
         place = self.place(image.size, random.Random())
         kinds = [encode(self.crop(image, mirrored, *place)) for mirrored in range(1 + self.random_flip)]
@@ -2939,6 +2942,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
         total=max_train_steps, initial=global_step, desc="Steps", disable=not accelerator.is_main_process
     )
     first_epoch, done = divmod(global_step, steps_per_epoch)
+    parameters = trained_parameters(trained)
     losses, unread, first_step, accumulated = [], [], global_step + 1, args.gradient_accumulation_steps
     for model in prepared:
         model.train()
@@ -2965,7 +2969,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
                 accelerator.backward((instance_loss + args.prior_loss_weight * prior_loss) * (accumulated / fewer))
                 losses.append(torch.stack([instance_loss, prior_loss]).detach())
                 if accelerator.sync_gradients and args.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(trained_parameters(trained), args.max_grad_norm)
+                    accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 learning_rate = float(lr_scheduler.get_last_lr()[0])  # of this step; torchao's is a tensor
                 lr_scheduler.step()
@@ -2995,7 +2999,7 @@ def main(args: argparse.Namespace, inputs: Inputs | None = None) -> None:
     progress_bar.close()
     accelerator.wait_for_everyone()
     if takes_part(accelerator):
-        stop_if_not_finite(args, trained_parameters(trained), "A weight", global_step)
+        stop_if_not_finite(args, parameters, "A weight", global_step)
         if args.drift_budget is not None:
             card += f"\n{keep_budget(args, measure, lipschitz)}\n"
         images = log_state(args, accelerator, pipeline, lipschitz, validation_embeds, global_step)

@@ -493,6 +493,16 @@ def test_crops_differ_from_epoch_to_epoch_and_repeat_with_the_seed(script, photo
     assert torch.equal(epochs_of(script, dataset, [5])[0], epochs[5])
 
 
+def test_what_is_cropped_at_random_is_read_once(script, photos, tmp_path):
+    """A photo of a phone takes longer to read and scale than a step on a GPU."""
+    shutil.copy(photos / "1.png", tmp_path)
+    dataset = photo_dataset(script, [tmp_path / "1.png"], 16)
+    before = epochs_of(script, dataset, range(8))
+    assert not dataset.keep_encoded(tmp_path / "1.png", encode=None)
+    (tmp_path / "1.png").unlink()
+    assert all(map(torch.equal, epochs_of(script, dataset, range(8)), before))
+
+
 def test_flips_differ_from_epoch_to_epoch_and_repeat_with_the_seed(script, photos):
     paths = [photos / "1.png"]
     (image,) = epochs_of(script, photo_dataset(script, paths, 16, center_crop=True), [0])
