@@ -125,6 +125,8 @@ GRIDS = {
         Row("DreamBooth, stopped early", (2e-4,), schedule="constant", steps=(120,), stops=(60,)),
         Row("DreamBooth, stopped early", (5e-4,), schedule="constant", steps=(60,), stops=(15, 30)),
         Row("prior preservation", (5e-4,), flags=PRIOR, steps=(120,)),
+        Row("prior preservation", (1e-3,), (0.1,), PRIOR + " --prior_loss_weight={}", steps=(120,), shares=(0.75,)),
+        Row("class preservation", (1e-3,), (0.3,), NONE, steps=(120,), shares=(0.5, 0.75)),
         Row("class preservation", (1e-3,), (1,), NONE, steps=(120,), shares=(0.75,)),
         Row("blank prompt preservation", (1e-3,), (1,), NONE, steps=(120,), shares=(0.75,)),
         Row("null space", (1e-3,), (0.9,), NONE, steps=(120,)),

@@ -165,13 +165,22 @@ def add_penalty_gradient_(
     """
     moments = moments or [None] * len(parameters)
     rows = list(zip(gradients, parameters, anchors, coefficients, moments, strict=True))
-    small, large = [], []
+    small, alike, large = [], defaultdict(list), []
     for index, (gradient, parameter, _, c, moment) in enumerate(rows):
         # float16 needs `saturating_add_`.
-        together = moment is None and gradient.dtype != torch.float16 and not isinstance(c, Tensor)
-        together = together and parameter.numel() <= _SMALL
-        (small if together else large).append(index)
+        together = gradient.dtype != torch.float16 and not isinstance(c, Tensor) and parameter.numel() <= _SMALL
+        if together and moment is None:
+            small.append(index)
+        elif together and isinstance(moment, Moment) and moment.root.numel():
+            alike[parameter.shape, gradient.dtype, moment.root.shape].append(index)
+        else:
+            large.append(index)
     terms, norms = [], defaultdict(list)
+    for batch in (batch for of_shape in alike.values() for batch in _batches(of_shape, parameters)):
+        if len(batch) == 1:
+            large += batch
+        else:
+            terms.append(_add_gradients([rows[index] for index in batch], scale))
     # A coefficient that many have needs no pass of its own. Those of one tensor each make up batches without one.
     shared = Counter(coefficients[index] for index in small)
     common = [c if not isinstance(c, Tensor) and shared[c] > 1 else None for c in coefficients]
@@ -192,6 +201,33 @@ def add_penalty_gradient_(
         term = _add_gradient(gradient, parameter, anchor, _on_device(c, parameter.device), moment, scale)
         terms.append(term)
     return terms
+
+
+def _add_gradients(rows: Sequence[tuple[Tensor, Tensor, Tensor, float, Moment]], scale: Tensor | float) -> Tensor:
+    """`add_penalty_gradient_` for small parameters of one shape, device and dtype that have moments of one shape."""
+    gradients, parameters, anchors, coefficients, moments = zip(*rows)
+    anchors = [anchor.to(parameters[0].device, non_blocking=True) for anchor in anchors]
+    differences = _difference(torch.stack(parameters), torch.stack(anchors)).flatten(2)
+    c, (roots, rests) = _to_tensor(coefficients, differences), stack_moments(moments, differences)
+    factors = (2 * _on_device(scale, c.device) * c).to(differences)[:, None, None]
+    with torch.autocast(differences.device.type, enabled=False):
+        products = differences @ roots
+        squares = squared_norms(differences) * rests + squared_norms(products)
+        changes = differences.mul_(rests[:, None, None] * factors).baddbmm_(products.mul_(factors), roots.mT)
+    changes = changes.view(len(rows), *parameters[0].shape).to(gradients[0].dtype)
+    torch._foreach_add_(gradients, changes.unbind())
+    return torch.dot(c, squares)
+
+
+def stack_moments(moments: Sequence[Moment], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The roots (k, n, rank) and the rests (k), in the dtype and on the device of another tensor."""
+    roots, rests = (torch.stack(parts).to(like) for parts in zip(*moments, strict=True))
+    return roots, rests
+
+
+def squared_norms(matrices: Tensor) -> Tensor:
+    """`squared_norm` of each of the matrices in a tensor (k, rows, columns): (k)."""
+    return torch.linalg.vector_norm(matrices, dim=(1, 2)).square()
 
 
 def _add_gradient(

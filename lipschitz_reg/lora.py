@@ -12,13 +12,13 @@ whose kernel is 1, is out x rank.
 """
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .functional import Coefficient, Moment, _on_device, saturating_add_
+from .functional import Coefficient, Moment, _block, _on_device, _to_tensor, saturating_add_, stack_moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +203,54 @@ def add_lora_penalty_gradient_(
                 change += offset @ measured.T
             saturating_add_(gradients[1], change.mul_(2 * c * adapter.scaling).view_as(gradients[1]))
         return c * _squared_delta(adapter.scaling, gram, down, up, measured, offset, moment)
+
+
+@torch.no_grad()
+def add_lora_penalty_gradients_(
+    gradients: Sequence[Sequence[Tensor]],
+    adapters: Sequence[LoraAdapter],
+    coefficients: Sequence[float],
+    moments: Sequence[Moment | None],
+    scale: Tensor | float,
+) -> list[Tensor]:
+    """
+    `add_lora_penalty_gradient_` for adapters without offsets whose factors, and moments if they have any, are of one
+    shape, device and dtype: for many of them as few operations as for one. The gradients are still multiplied by
+    `scale`.
+
+    Returns:
+        `list[torch.Tensor]`: What sums up to the `lora_penalty` of all, not multiplied by `scale`.
+    """
+    first, root = adapters[0], 0 if moments[0] is None else moments[0].root.numel()
+    size = max(_block(first.down.device) // (first.down.numel() + first.up.numel() + root), 1)
+    rows = list(zip(gradients, adapters, coefficients, moments, strict=True))
+    return [_add_gradients(*zip(*rows[start : start + size]), scale) for start in range(0, len(rows), size)]
+
+
+def _add_gradients(
+    gradients: Sequence[Sequence[Tensor]],
+    adapters: Sequence[LoraAdapter],
+    coefficients: Sequence[float],
+    moments: Sequence[Moment | None],
+    scale: Tensor | float,
+) -> Tensor:
+    dtype = torch.promote_types(adapters[0].down.dtype, torch.float32)
+    down = torch.stack([adapter.down.detach().flatten(1) for adapter in adapters]).to(dtype)
+    up = torch.stack([adapter.up.detach().flatten(1) for adapter in adapters]).to(dtype)
+    c, scaling = _to_tensor([coefficients, [adapter.scaling for adapter in adapters]], down)
+    factors = (2 * _on_device(scale, c.device) * c * scaling.square()).to(dtype)[:, None, None]
+    with torch.autocast(down.device.type, enabled=False):
+        measured = down
+        if moments[0] is not None:
+            roots, rests = stack_moments(moments, down)
+            measured = torch.baddbmm(down * rests[:, None, None], down @ roots, roots.mT)
+        gram, outer = up.mT @ up, down @ measured.mT
+        squares = scaling.square() * (gram * outer).sum((1, 2))
+        changes = (gram @ measured).mul_(factors), (up @ outer).mul_(factors)
+    for own, change in zip(zip(*gradients, strict=True), changes, strict=True):
+        parts = change.view(len(own), *own[0].shape).to(own[0].dtype).unbind()
+        torch._foreach_add_(own, parts)
+    return torch.dot(c, squares.clamp_(min=0))
 
 
 @torch.no_grad()

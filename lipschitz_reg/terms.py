@@ -34,7 +34,7 @@ from .functional import (
     saturating_add_,
     squared_distances,
 )
-from .lora import LoraAdapter, add_lora_penalty_gradient_, squared_delta
+from .lora import LoraAdapter, add_lora_penalty_gradient_, add_lora_penalty_gradients_, squared_delta
 
 
 class Anchor:
@@ -129,6 +129,15 @@ class LoraTerm:
     def has_gradient(self) -> bool:
         return any(piece.gradient() is not None for piece in self.pieces)
 
+    def kind(self) -> tuple | None:
+        """What those have in common that are computed together; `None` for one that is computed alone."""
+        gradients = [piece.gradient() for piece in self.pieces]
+        alone = self.is_shared or self.offset is not None or self.moment is not None and not self.moment.root.numel()
+        if alone or any(gradient is None or gradient.dtype == torch.float16 for gradient in gradients):
+            return None
+        factors = [(f.shape, f.dtype, f.device, f.stride()) for f in (self.adapter.down, self.adapter.up)]
+        return *factors, None if self.moment is None else self.moment.root.shape
+
     def add_gradient(self, coefficient: Coefficient, adapter: LoraAdapter) -> Tensor:
         """`adapter` has the whole factors."""
         gradients = [piece.gradient() for piece in self.pieces]
@@ -172,11 +181,11 @@ Term = ParameterTerm | LoraTerm
 
 def add_gradients(terms: Sequence[Term], coefficients: Sequence[float], scale: Tensor | float) -> list[Tensor]:
     """The gradients are still multiplied by `scale`; what is returned is not."""
-    columns, values = defaultdict(list), []
+    columns, values, alike = defaultdict(list), [], defaultdict(list)
     adapters = _whole_adapters(terms)
     for term, c in zip(terms, coefficients, strict=True):
         if isinstance(term, LoraTerm):
-            values.append(term.add_gradient(c * scale, adapters[term]) / scale)
+            alike[term.kind() or term].append((term, c))
             continue
         gradient = term.piece.gradient()
         if gradient.layout != torch.strided:
@@ -186,6 +195,14 @@ def add_gradients(terms: Sequence[Term], coefficients: Sequence[float], scale: T
             )
         parameter, anchor, moment = term.place()
         columns[term.piece.group].append((gradient, parameter, anchor, c * term.factor, moment))
+    for rows in alike.values():
+        if len(rows) == 1:
+            values += [term.add_gradient(c * scale, adapters[term]) / scale for term, c in rows]
+            continue
+        gradients = [[piece.gradient() for piece in term.pieces] for term, _ in rows]
+        moments = [term._moment(term.adapter) for term, _ in rows]
+        products = [term.adapter for term, _ in rows]
+        values += add_lora_penalty_gradients_(gradients, products, [c for _, c in rows], moments, scale)
     for group, rows in columns.items():
         own = add_penalty_gradient_(*zip(*rows), scale)
         values += own if group is None else [all_reduce_(torch.stack(own).sum(), group)]

@@ -6,7 +6,7 @@ import torch
 import torch._inductor.config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lipschitz_reg import functional
+from lipschitz_reg import Moment, functional
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -270,24 +270,30 @@ def test_temporaries_are_no_larger_than_a_piece(dtype, anchor_dtype):
 
 
 class Operations(TorchDispatchMode):
-    """Counts what torch is asked for; on an accelerator each is a launch, or a few for a list of any length."""
+    """
+    Counts what torch is asked to compute; on an accelerator each is a launch, or a few for a list of any length. Views
+    are none.
+    """
 
     count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += 1
+        self.count += not operation.is_view
         return operation(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("step", ["gradient", "scaled gradient", "proximal", "projected"])
+@pytest.mark.parametrize("step", ["gradient", "scaled gradient", "layers", "proximal", "projected"])
 def test_operations_do_not_grow_with_the_number_of_small_tensors(step):
     counts = []
     for number in (20, 200):
-        parameters = [torch.ones(3 + index % 2) for index in range(number)]
+        parameters = [torch.ones(3 + index % 2, 5) for index in range(number)]
         anchors, gradients = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
         coefficients = [0.1 / p.numel() for p in parameters]
+        moments = [Moment(torch.ones(5, 2), torch.tensor(0.5)) for _ in parameters]
         with Operations() as operations:
-            if step == "gradient":
+            if step == "layers":
+                functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients, moments)
+            elif step == "gradient":
                 functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients)
             elif step == "scaled gradient":
                 scale = torch.tensor(4.0)
@@ -297,7 +303,31 @@ def test_operations_do_not_grow_with_the_number_of_small_tensors(step):
             else:
                 functional.pull_all_(parameters, anchors, [torch.tensor(0.5)] * number, measured=False)
         counts.append(operations.count)
-    assert counts[0] == counts[1] < 20
+    assert counts[0] == counts[1] < (60 if step == "layers" else 20)  # of each shape as many
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0, torch.tensor(8.0)], ids=["", "number", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_small_parameters_of_one_shape_that_have_moments_equal_autograd(dtype, scale):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    shapes = [(4, 3, 2, 2)] * 3 + [(5, 12)] * 2
+    parameters, anchors, gradients = ([randn(*shape).to(dtype) for shape in shapes] for _ in range(3))
+    parameters[1] = parameters[1].to(memory_format=torch.channels_last)
+    moments = [Moment(randn(12, 2), torch.tensor(0.1 * (1 + index))) for index in range(5)]
+    coefficients, before = [0.1, 0.2, 0.3, 0.4, 0.5], [gradient.double().clone() for gradient in gradients]
+    terms = functional.add_penalty_gradient_(gradients, parameters, anchors, coefficients, moments, scale)
+    assert len(terms) == 2  # together, by shape
+    points = double(parameters)
+    penalty = functional.penalty(points, double(anchors), coefficients, moments)
+    changes = torch.autograd.grad(penalty, points)
+    torch.testing.assert_close(torch.stack(terms).sum().double(), penalty.detach(), rtol=1e-4, atol=0)
+    eps = torch.finfo(dtype).eps if dtype == torch.bfloat16 else torch.finfo(torch.float32).eps
+    for gradient, start, change in zip(gradients, before, changes, strict=True):
+        torch.testing.assert_close(gradient.double(), start + float(scale) * change, rtol=8 * eps, atol=64 * eps)
 
 
 @pytest.mark.parametrize("kind", ["number", "tensor"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from test_functional import LargestTensor, assert_rounded, sum_error
+from test_functional import LargestTensor, Operations, assert_rounded, sum_error
 from test_regularizer import LR, MODES, OPTIMIZERS, assert_identical, assert_same_training, distance
 from torch import nn
 
@@ -143,6 +143,44 @@ def test_gradient_and_value_equal_autograd_on_the_formed_product(dtype, with_off
         assert_gradients_grew(gradients, before, adapter, c, offset, moment)
         assert_value(value, adapter, c, offset, moment)
         assert_value(lora.squared_delta(adapter, offset, moment), adapter, 1.0, offset, moment)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0, torch.tensor(8.0)], ids=["", "number", "tensor"])
+@pytest.mark.parametrize("with_moment", [False, True], ids=["", "moment"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_adapters_of_one_shape_equal_those_alone(dtype, with_moment, scale):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    adapters = [LoraAdapter(str(i), randn(2, 3, 2, 2), randn(5, 2, 1, 1), 0.5 + i) for i in range(3)]
+    moments = random_moments(adapters) if with_moment else [None] * 3
+    coefficients, gradients = [0.3, 2.0, 0.1], [(randn(2, 3, 2, 2), randn(5, 2, 1, 1)) for _ in adapters]
+    alone = copy.deepcopy(gradients)
+    values = lora.add_lora_penalty_gradients_(gradients, adapters, coefficients, moments, scale)
+    expected = [
+        lora.add_lora_penalty_gradient_(own, adapter, c * scale, None, moment) / scale
+        for own, adapter, c, moment in zip(alone, adapters, coefficients, moments, strict=True)
+    ]
+    torch.testing.assert_close(sum(values), sum(expected), rtol=1e-5, atol=0)
+    for own, other in zip(gradients, alone, strict=True):
+        for gradient, reference in zip(own, other, strict=True):
+            torch.testing.assert_close(gradient, reference, rtol=2 * torch.finfo(dtype).eps + 1e-6, atol=1e-3)
+
+
+def test_operations_do_not_grow_with_the_number_of_adapters():
+    counts = []
+    for number in (20, 200):
+        adapters = [LoraAdapter(str(i), torch.ones(2, 6), torch.ones(4, 2), 1.0) for i in range(number)]
+        for factor in (factor for adapter in adapters for factor in (adapter.down, adapter.up)):
+            factor.requires_grad_().grad = torch.zeros_like(factor)
+        optimizer = torch.optim.SGD([factor for adapter in adapters for factor in (adapter.down, adapter.up)], lr=0.1)
+        regularizer = LipschitzRegularizer(optimizer, weight=1.0, adapters=adapters)
+        with Operations() as operations:
+            regularizer.add_gradient()
+        counts.append(operations.count)
+    assert counts[0] == counts[1] < 40
 
 
 def test_reference_is_the_trace_with_the_moment():
