@@ -1162,6 +1162,33 @@ def check_settings(checkpoint: Path | None, settings: dict[str, Any]) -> None:
 
 
 # Copied from train_dreambooth_lipschitz.py
+def locate_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The folder to resume from. There may be none yet of which it could be the latest."""
+    if args.resume_from_checkpoint in (None, "latest"):
+        return next(reversed(list_checkpoints(args.output_dir)), None) if args.resume_from_checkpoint else None
+    places = [Path(args.output_dir, args.resume_from_checkpoint), Path(args.resume_from_checkpoint)]
+    checkpoint = next((place for place in places if place.is_dir()), None)
+    if checkpoint is None:
+        stop(f"--resume_from_checkpoint: there is no folder {' and no '.join(map(str, dict.fromkeys(places)))}")
+    if checkpoint not in list_checkpoints(checkpoint.parent):
+        stop(f"--resume_from_checkpoint: {checkpoint} is not named checkpoint-<step>")
+    return checkpoint
+
+
+# Copied from train_dreambooth_lipschitz.py
+def check_recording(flag: str, path: str | Path) -> None:
+    """Stops unless the file is a recording, by its header."""
+    try:
+        with safe_open(path, framework="np") as file:  # torch is imported later
+            known = "recording" in (file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        how = "" if flag == "--lipschitz_recording" else "; name it with --lipschitz_recording"
+        stop(f"{flag}: cannot read the recording {path}: {error}{how}")
+    if not known:
+        stop(f"{flag}: {path} is not a recording: make one with python -m lipschitz_reg.record")
+
+
+# Copied from train_dreambooth_lipschitz.py
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The folders `checkpoint-<step>` of all runs: those of a run that began later are later, then by step."""
     steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")}
@@ -1307,6 +1334,8 @@ def check_packages(args: argparse.Namespace) -> None:
     asked = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if asked and importlib.util.find_spec("deepspeed") is None:
         stop("accelerate's configuration asks for DeepSpeed: pip install 'deepspeed>=0.19.8'")
+    if args.report_to not in (*TRACKERS, "all", "none"):
+        stop(f"--report_to: {args.report_to!r} is none of {', '.join(TRACKERS)}, all, none")
     own = {f"report_to={args.report_to}": args.report_to} if args.report_to in TRACKERS else {}
     for flag, package in (PACKAGES | own).items():
         name, _, value = flag.partition("=")
@@ -1334,6 +1363,9 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     concepts = read_concepts(args)
     args.instance_prompt = "; ".join(concept.instance_prompt for concept in concepts)  # in logs and model card
     check_writable("--output_dir", args.output_dir)
+    locate_checkpoint(args)
+    if args.lipschitz_recording and needs_recording(args):
+        check_recording("--lipschitz_recording", args.lipschitz_recording)
     check_folders(args, concepts)
     check_scheduler(args, check_base(args))
     if args.lipschitz_anchor_model is not None:
@@ -1556,21 +1588,11 @@ def build_accelerator(args: argparse.Namespace) -> Accelerator:
 # Copied from train_dreambooth_lipschitz.py
 def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator, settings: dict[str, Any]) -> Path | None:
     """The complete checkpoint to resume from, of a run with these settings, or `None` to start afresh."""
-    if args.resume_from_checkpoint is None:
-        return None
-    if args.resume_from_checkpoint == "latest":
-        checkpoints = list_checkpoints(args.output_dir)
-        if not checkpoints:
+    checkpoint = locate_checkpoint(args)
+    if checkpoint is None:
+        if args.resume_from_checkpoint:
             accelerator.print(f"No checkpoint in {args.output_dir} to resume from: training starts afresh.")
-            return None
-        checkpoint = checkpoints[-1]
-    else:
-        places = [Path(args.output_dir, args.resume_from_checkpoint), Path(args.resume_from_checkpoint)]
-        checkpoint = next((place for place in places if place.is_dir()), None)
-        if checkpoint is None:
-            stop(f"--resume_from_checkpoint: there is no folder {' and no '.join(map(str, dict.fromkeys(places)))}")
-        if checkpoint not in list_checkpoints(checkpoint.parent):
-            stop(f"--resume_from_checkpoint: {checkpoint} is not named checkpoint-<step>")
+        return None
 
     check_settings(checkpoint, settings)
     needed = [SETTINGS_FILE, "optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
@@ -2238,14 +2260,7 @@ def find_recording(args: argparse.Namespace, checkpoint: Path | None) -> Path | 
         path, flag = Path(checkpoint.parent, recording_file(digest)), "--resume_from_checkpoint"
     if path is None or not needs_recording(args):
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            known = "recording" in (file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        how = "" if args.lipschitz_recording else "; name it with --lipschitz_recording"
-        stop(f"{flag}: cannot read the recording {path}: {error}{how}")
-    if not known:
-        stop(f"{flag}: {path} is not a recording: make one with python -m lipschitz_reg.record")
+    check_recording(flag, path)
     return Path(path)
 
 

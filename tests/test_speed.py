@@ -62,6 +62,10 @@ MISTAKES = {
         "--drift_every=1 --lipschitz_prompts_file=nowhere",
         "--lipschitz_prompts_file: cannot read nowhere",
     ),
+    "no checkpoint": ("--resume_from_checkpoint=nowhere", "--resume_from_checkpoint: there is no folder"),
+    "no recording": ("--lipschitz_recording=nowhere", "--lipschitz_recording: cannot read the recording nowhere"),
+    "a recording that is none": ("--lipschitz_recording={tmp}/base.safetensors", "--lipschitz_recording: cannot read"),
+    "unknown tracker": ("--report_to=tensorboar", "--report_to: 'tensorboar' is none of aim, "),
     "DeepSpeed": ("", "configuration asks for DeepSpeed: pip install 'deepspeed>=0.19.8'"),
 }
 
