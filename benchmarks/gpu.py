@@ -37,7 +37,7 @@ from full_size import (
     row,
 )
 
-from lipschitz_reg import functional
+from lipschitz_reg import LipschitzRegularizer, LoraAdapter, functional
 
 
 CHECKPOINTING, FP16 = "--gradient_checkpointing", "--mixed_precision=fp16"
@@ -70,7 +70,7 @@ NEEDS_GPU = {FP16, XFORMERS, COMPILED}
 def check_penalty(device: str) -> dict[str, float]:
     """The largest error of each operation in float32 on the device, relative to float64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(320, 4, 3, 3), (640,), (1280, 320), (5,), (1300, 1300), *[(320,)] * 40]
+    shapes = [(320, 4, 3, 3), (640,), (1280, 320), (5,), (1300, 1300), *[(320,)] * 40, *[(64, 320)] * 3]
     anchors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     parameters = [anchor + 0.1 * torch.randn(anchor.shape, generator=generator).double() for anchor in anchors]
     coefficients = [500 / anchor.numel() for anchor in anchors]
@@ -79,8 +79,19 @@ def check_penalty(device: str) -> dict[str, float]:
         n = anchor[0].numel()
         root = torch.randn(n, min(64, n), generator=generator) if anchor.dim() > 1 else torch.empty(1, 0)
         moments.append((root.double(), torch.ones((), dtype=torch.float64)))
+    factors = [torch.randn(shape, generator=generator).double() for shape in [(4, 320), (640, 4)] * 3]
+
+    def run_lora(place: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        own = [factor.to(place, dtype, copy=True).requires_grad_() for factor in factors]
+        adapters = [LoraAdapter("", down, up, 0.5) for down, up in zip(own[::2], own[1::2], strict=True)]
+        for factor in own:
+            factor.grad = torch.zeros_like(factor)
+        LipschitzRegularizer(torch.optim.SGD(own), weight=1.0, adapters=adapters).add_gradient()
+        return [factor.grad.cpu().double() for factor in own]
 
     def run(kind: str, place: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        if kind == "LoRA":
+            return run_lora(place, dtype)
         own, bases = ([tensor.to(place, dtype, copy=True) for tensor in ts] for ts in (parameters, anchors))
         gradients = [torch.zeros_like(parameter) for parameter in own]
         if kind == "coupled":
@@ -98,7 +109,7 @@ def check_penalty(device: str) -> dict[str, float]:
         pairs = zip(run(kind, device, torch.float32), run(kind, "cpu", torch.float64), strict=True)
         return max(float((got - right).norm() / right.norm()) for got, right in pairs)
 
-    return {kind: error(kind) for kind in ("coupled", "layers", "proximal", "projected")}
+    return {kind: error(kind) for kind in ("coupled", "layers", "proximal", "projected", "LoRA")}
 
 
 def table_of(model: str, device: str) -> dict[str, str]:

@@ -309,10 +309,20 @@ def test_the_benchmark_for_a_gpu_is_rehearsed(tmp_path):
     assert done.returncode == 0, done.stderr
     machine, checks, training, penalty = map(json.loads, output.read_text().splitlines())
     assert machine["head"] == "of the run before" and machine["head"] in done.stdout
-    assert set(checks["errors"]) == {"coupled", "layers", "proximal", "projected"}
+    assert set(checks["errors"]) == {"coupled", "layers", "proximal", "projected", "LoRA"}
     assert max(checks["errors"].values()) < 1e-5
     assert len(training["seconds"]) == 3 and min(training["seconds"]) > 0 and 0.1 < training["peak"] < 4
     assert "| coupled, layers |" in penalty["table"]
+
+
+def test_the_scripts_take_the_flags_of_every_case_for_a_gpu(script, sdxl_script, monkeypatch):
+    """Also of those that are not rehearsed: the first GPU that anyone has should not end in a mistyped flag."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from gpu import CASES, ON_GPU
+
+    needed = ["--pretrained_model_name_or_path=base", "--instance_data_dir=photos", "--instance_prompt=a photo of sks"]
+    for case in CASES + ON_GPU:
+        (sdxl_script if case.shapes == "sdxl" else script).parse_args([*needed, "--output_dir=new", *case.flags])
 
 
 def test_the_arithmetic_of_full_size_counts_what_is_trained():
