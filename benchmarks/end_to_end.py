@@ -5,7 +5,7 @@ python benchmarks/end_to_end.py --peer diffusers/examples/dreambooth/train_dream
 python benchmarks/end_to_end.py --peer diffusers/examples/dreambooth/train_dreambooth_lora.py --flags="--method=lora"
 python benchmarks/end_to_end.py --peer diffusers/examples/dreambooth/train_dreambooth.py --prior --rounds 1
 python benchmarks/end_to_end.py --peer diffusers/examples/dreambooth/train_dreambooth.py --full_size \\
-    --resolution 256 --steps 5 --both_flags="--gradient_checkpointing"                 # 24 GB of memory, 10 of disk
+    --resolution 256 --steps 4 --rounds 2 --both_flags="--gradient_checkpointing" --forms none paper  # 24 GB of memory
 
 Each script runs for 1 step and for `--steps`: the difference is what steps take. Seconds are those of the processor,
 which other programs change less; on a GPU the clock's. With `--prior` the peer draws 100 class images first, in its
@@ -31,6 +31,13 @@ ROOT = Path(__file__).resolve().parents[1]
 TINYWORLD = ROOT / "examples" / "tinyworld"
 
 
+FORMS = {
+    "none": "this, without a penalty",
+    "paper": "this, the paper's penalty",
+    "default": "this, layers and predictions",
+}
+
+
 class Run(NamedTuple):
     seconds: float
     megabytes: float
@@ -47,6 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=41)
     parser.add_argument("--rounds", type=int, default=3, help="All variants run in each; medians count.")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=[*FORMS], help="Of the penalty, to be measured.")
     parser.add_argument("--weight", default="500", help="Of the paper's penalty; for LoRA, 1 is its default.")
     parser.add_argument("--flags", default="", help="More flags of the script, such as --method=lora.")
     parser.add_argument("--peer_flags", default="", help="More flags of the peer.")
@@ -90,12 +98,9 @@ def main() -> None:
         common += [f"--output_dir={folder / 'model'}", *args.both_flags.split()]
         prior = ["--with_prior_preservation", "--class_prompt=a photo of a mug", "--num_class_images=100"]
         peer, own = copy_script(args.peer.absolute(), folder), args.flags.split()
-        variants = {
-            "diffusers": (peer, args.peer_flags.split()),
-            "this, without a penalty": (args.script, [*own, "--lipschitz_weight=0"]),
-            "this, the paper's penalty": (args.script, [*own, f"--lipschitz_weight={args.weight}"]),
-            "this, layers and predictions": (args.script, [*own, *few]),
-        }
+        form_flags = {"none": ["--lipschitz_weight=0"], "paper": [f"--lipschitz_weight={args.weight}"], "default": few}
+        variants = {"diffusers": (peer, args.peer_flags.split())}
+        variants |= {FORMS[form]: (args.script, [*own, *form_flags[form]]) for form in args.forms}
         if args.prior:
             variants["diffusers, prior preservation"] = (peer, [*args.peer_flags.split(), *prior])
         runs = {name: [] for name in variants}

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ VAE = {
 }
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+WAITED = "called a synchronizing CUDA operation"  # by torch.cuda.set_sync_debug_mode
 PLAIN, PAPER, HELD = ["--lipschitz_weight=0"], ["--lipschitz_weight"], []
 
 
@@ -177,20 +179,33 @@ def train(script: Path, flags: list[str], folder: Path) -> dict[str, Any]:
 
 
 def child(output: Path, script: str, flags: list[str]) -> None:
-    """Runs the script as it is, and writes down when each step of its optimizer ended."""
-    on_gpu, times = torch.cuda.is_available(), []
+    """Runs the script as it is; writes down when each step of its optimizer ended, and where a GPU was waited for."""
+    on_gpu, times, waits, show = torch.cuda.is_available(), [], [0], warnings.showwarning
 
     def stepped(*_) -> None:
         if on_gpu:
             torch.cuda.synchronize()
         times.append(time.perf_counter() if on_gpu else time.process_time())
+        waits.append(0)
+
+    def count(message: Warning | str, *rest: Any) -> None:
+        if WAITED in str(message):
+            waits[-1] += 1
+        else:
+            show(message, *rest)
 
     register_optimizer_step_post_hook(stepped)
+    if on_gpu:
+        warnings.showwarning = count
+        warnings.filterwarnings("always", f".*{WAITED}")
+        torch.cuda.set_sync_debug_mode("warn")
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
     peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = [after - before for before, after in zip(times, times[1:])]
-    output.write_text(json.dumps({"seconds": seconds, "peak": 1e-9 * peak}))
+    # The first step is logged at once and the last saves: what is between them is like any other step.
+    between = {"waits": waits[2]} if on_gpu and len(waits) > 3 else {}
+    output.write_text(json.dumps({"seconds": seconds, "peak": 1e-9 * peak, **between}))
 
 
 def measure(cases: list[Case], resolution: int, folder: Path, more: list[str]) -> list[dict[str, Any]]:
@@ -223,12 +238,13 @@ def row(line: dict[str, Any]) -> str:
     arithmetic = f"{line['arithmetic']:.1f}" if "arithmetic" in line else ""
     # A GradScaler may skip all of the first steps.
     seconds = f"{statistics.median(line['seconds']):.2f}" if line["seconds"] else "–"
-    return f"| {line['shapes']} | {line['name']} | {seconds} | {line['peak']:.1f} | {arithmetic} |"
+    cells = [line["shapes"], line["name"], seconds, f"{line['peak']:.1f}", arithmetic, str(line.get("waits", ""))]
+    return f"| {' | '.join(cells)} |"
 
 
 def head() -> str:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
-    columns = ["", "", "s a step", "GB at the peak", "by arithmetic"]
+    columns = ["", "", "s a step", "GB at the peak", "by arithmetic", "waits for the GPU in a step"]
     return f"torch {torch.__version__}, {where}\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
 
 

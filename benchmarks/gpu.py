@@ -1,8 +1,8 @@
-# All that a CPU cannot show of this project, in one command for the first GPU at hand; meant to take 20 minutes.
+# All that a CPU cannot show of this project, in one command for the first GPU at hand, in 20 minutes.
 # Checks results on the GPU, and measures seconds and memory of steps at the sizes of SD1.5 and SDXL, offline.
 """
 pip install '.[scripts,bitsandbytes,torchao,xformers]'
-python benchmarks/gpu.py --output gpu.json             # and --resume, if it was stopped
+python benchmarks/gpu.py --output gpu.json             # and --resume, if it was stopped or the time was up
 python benchmarks/gpu.py --table gpu.json              # the tables for docs/benchmarks.md
 python benchmarks/gpu.py --rehearse --output try.json  # the toy benchmark's bases in place of large ones, on a CPU too
 
@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="All that a CPU cannot show, in one command.")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"), help="A line of JSON for each result.")
     parser.add_argument("--resume", action="store_true", help="Go on with the file of a run that was stopped.")
+    parser.add_argument("--minutes", type=float, default=20, help="After these nothing new is begun.")
     parser.add_argument("--rehearse", action="store_true", help="Small models, and no GPU needed.")
     parser.add_argument("--cases", nargs="+", help="Only cases whose name contains one of these.")
     parser.add_argument("--table", type=Path, help="Print the tables of a file; nothing is measured.")
@@ -151,10 +153,14 @@ def main() -> None:
     if args.output.exists() and not args.resume:
         parser.error(f"{args.output} exists: --resume goes on with it, --output names another")
     lines = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    device = "cuda" if on_gpu else "cpu"
+    device, began, left = "cuda" if on_gpu else "cpu", time.monotonic(), []
 
     def add(what: str, result: Callable[[], dict[str, Any]]) -> None:
-        if what not in [line["what"] for line in lines]:
+        if what in [line["what"] for line in lines]:
+            return
+        if lines and time.monotonic() - began > 60 * args.minutes:
+            left.append(what)
+        else:
             lines.append({"what": what, **result()})
             whole = args.output.with_name(args.output.name + ".tmp")  # so that a stop leaves no half of a line
             whole.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -178,6 +184,8 @@ def main() -> None:
     for model in ["tinyworld"] if args.rehearse else ["sd15", "sdxl", "tinyworld"]:
         add(f"penalty at the shapes of {model}", lambda: table_of(model, device))  # noqa: B023
     show(lines)
+    if left:
+        print(f"\nThe time was up: --resume goes on with what is left, {'; '.join(left)}.")
 
 
 if __name__ == "__main__":
