@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from test_train_dreambooth_lipschitz import same_bits, scalars, weights
+from test_train_dreambooth_lipschitz import distance, same_bits, scalars, weights
 from torch.overrides import TorchFunctionMode
 
 from lipschitz_reg import LipschitzRegularizer
@@ -300,6 +300,37 @@ def test_nothing_is_read_from_the_device_between_logged_steps(name, train, scrip
     monkeypatch.setattr(script, "READ_EVERY", 1)
     train(kind, "at once", *flags)
     assert scalars(tmp_path / "at once")[0]["loss"] == logged["loss"]
+
+
+def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    """What torch.nn.functional.scaled_dot_product_attention computes, by its definition."""
+    assert not dropout_p
+    scores = query @ key.mT * (scale or query.shape[-1] ** -0.5)
+    if is_causal:
+        attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    return scores.softmax(-1) @ value
+
+
+def test_fused_steps_and_attention_change_no_result(train, tiny_sd, script, monkeypatch):
+    flags = ["--lipschitz_weight=50", "--max_grad_norm=0", "--adam_epsilon=1e-3"]  # 1e-8 would take rounding for more
+    fast = train("sd", "fast", *flags)
+    seen = []
+
+    def build_adamw(accelerator, groups, options):
+        seen.append("AdamW")
+        return torch.optim.AdamW(groups, **options, foreach=False, fused=False)
+
+    def spy(*args, **kwargs):
+        seen.append("attention")
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(script, "build_adamw", build_adamw)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    plain, base = train("sd", "plain", *flags), weights(tiny_sd)
+    assert {*seen} == {"AdamW", "attention"}
+    assert 0 < distance(fast, plain) < 1e-4 * distance(fast, base)
 
 
 def test_penalty_tensor_is_the_penalty(train):
