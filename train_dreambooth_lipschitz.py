@@ -2308,21 +2308,23 @@ def takes_part(accelerator: Accelerator) -> bool:
 
 
 @contextmanager
-def evaluating(pipeline: Pipeline) -> Iterator[None]:
+def evaluating(pipeline: Pipeline, draws: bool = True) -> Iterator[None]:
     """
-    No dropout, and no gradients, in the models of the pipeline that may be in training, and all on one device.
-    Compiled blocks run uncompiled: to compile them for a few pictures takes longer than to draw those.
+    No dropout, and no gradients, in the models of the pipeline that may be in training, and all on one device if it
+    draws. Compiled blocks run uncompiled: to compile them for a few pictures takes longer than to draw those.
     """
     models = [model for model in (pipeline.unet, *text_encoders_of(pipeline)) if model is not None]
     modes = [model.training for model in models]
     for model in models:
         model.eval()
     home = pipeline.vae.device
-    pipeline.vae.to(pipeline.unet.device)
+    if draws:
+        pipeline.vae.to(pipeline.unet.device)
     compiled = any(module._compiled_call_impl is not None for module in pipeline.unet.modules())
     with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         yield
-    pipeline.vae.to(home)
+    if draws:
+        pipeline.vae.to(home)
     for model, mode in zip(models, modes):
         model.train(mode)
 
@@ -2341,7 +2343,7 @@ def measure_drift(
 ) -> Drift:
     """How far predictions have moved from the base's, on the held-out prompts, with the present embeddings."""
     run = functools.partial(draw_held_out, pipeline, recording) if args.train_text_encoder else None
-    with drawing(accelerator, pipeline):
+    with drawing(accelerator, pipeline) if run else evaluating(pipeline, draws=False):
         drift = recording.drift(run=run)
     if sharding_engine(accelerator):  # all processes must act on exactly the same numbers
         (drift,) = broadcast_object_list([drift])

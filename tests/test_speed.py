@@ -199,8 +199,8 @@ def test_latents_are_drawn_from_the_distribution_of_each_image(script, tiny_sd):
     torch.testing.assert_close(drawn, expected.sample() * vae.config.scaling_factor)
 
 
-def test_autoencoder_is_away_in_training_and_back_for_drawing(train, script, monkeypatch):
-    """On a CPU there is one device only: what it is moved to is written down instead."""
+def test_autoencoder_is_away_in_training_and_back_for_drawing(train, script, tmp_path, monkeypatch):
+    """On a CPU there is one device only: what it is moved to is written down instead. Drift is measured without it."""
     moves, to = [], AutoencoderKL.to
 
     def spy(vae, *arguments, **options):
@@ -212,9 +212,12 @@ def test_autoencoder_is_away_in_training_and_back_for_drawing(train, script, mon
     monkeypatch.setattr(script, "encode_image", lambda *_: moves.append("encode") or torch.zeros(8, 8, 8))
     monkeypatch.setattr(script, "compute_loss", lambda *rest: moves.append("step") or losses(*rest))
     monkeypatch.setattr(script, "decode_latents", lambda *rest: moves.append("decode") or decode(*rest))
-    train("sd", "model", "--center_crop", "--max_train_steps=3", "--validation_prompt=a", "--num_validation_images=1")
-    encoding = ["cpu", *["encode"] * 5, "cpu"]
-    assert moves == [*encoding, *["step"] * 3, "cpu", "decode", "cpu"]
+    tmp_path.joinpath("prompts.txt").write_text("a red box\na green fish\n")
+    flags = [f"--lipschitz_prompts_file={tmp_path / 'prompts.txt'}", "--lipschitz_weight=50", "--drift_every=1"]
+    flags += ["--center_crop", "--max_train_steps=3", "--validation_prompt=a", "--num_validation_images=1"]
+    train("sd", "model", *flags)
+    recording, encoding, drawing = ["cpu"] * 2, [*["encode"] * 5, "cpu"], ["cpu", "decode", "cpu"]
+    assert moves == ["cpu", *recording, *encoding, *["step"] * 3, *drawing]
 
 
 # The penalty reads param groups when they change
