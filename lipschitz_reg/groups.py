@@ -198,6 +198,12 @@ class Terms:
                 "mode 'proximal' reads `lr` from the param group, but this optimizer chooses its own step size: use "
                 "mode 'coupled'."
             )
+        # Prodigy measures how far parameters have come; D-Adaptation adds up its steps, and would never see them undone.
+        if mode.at_once and any({"d", "k"} <= group.keys() and "d_max" not in group for group in groups):
+            raise ValueError(
+                "mode 'projected' takes back steps that D-Adaptation counts, so that its step size would grow without "
+                "bound: use mode 'coupled'."
+            )
         recorded = [space for space in self.spaces if space != "parameters"]
         if recorded and recording is None:
             raise ValueError(f"The space of {recorded[0]} needs a `recording` of the base, from `record`.")

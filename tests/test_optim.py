@@ -24,7 +24,7 @@ from lipschitz_reg.lora import find_adapters
 CLASSES = dict.fromkeys(optim._MODULES, "lr=1e-2") | {
     "SGD": "lr=1e-2 momentum=0.9",
     "SGD8bit": "lr=1e-2 momentum=0.9",
-    "Prodigy": "lr=1.0",
+    "Prodigy": "lr=1.0 d0=1e-2",
     "RAdamScheduleFree": "lr=1e-2 silent_sgd_phase=False",
     "Adafactor": "lr=1e-2 relative_step=False scale_parameter=False",
     **{name: "lr=1.0" for name in optim._MODULES if name.startswith("DAdapt")},
@@ -82,6 +82,26 @@ def test_it_is_the_optimizer_with_a_regularizer(name):
     assert optimizer.regularizer.metrics()["lipschitz/penalty"] > 0
 
 
+@pytest.mark.parametrize("mode", ["proximal", "projected"])
+@pytest.mark.parametrize("name", CLASSES)
+def test_it_is_held_after_its_steps_or_refused(name, mode):
+    model, other = make_denoiser(dtype=torch.float32), make_denoiser(dtype=torch.float32)
+    start = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    def distance(parameters):
+        return (torch.cat([parameter.flatten() for parameter in parameters]) - start).norm().item()
+
+    free = distance(train(other, plain(name, other.parameters(), "weight_decay=0.0")))
+    options = f"lipschitz_weight=10.0 lipschitz_reduction='sum' lipschitz_mode='{mode}'"
+    options += f" lipschitz_radius={free / 2}" if mode == "projected" else ""
+    if name.startswith("DAdapt") or name.endswith("ScheduleFree") or (name, mode) == ("Prodigy", "proximal"):
+        with pytest.raises(ValueError, match="mode 'coupled'"):
+            ours(name, model.parameters(), options)
+        return
+    held = distance(train(model, ours(name, model.parameters(), options)))
+    assert held == pytest.approx(free / 2, rel=1e-3) if mode == "projected" else 0.1 * free < held < 0.9 * free
+
+
 def test_weight_decay_is_what_was_given_and_otherwise_zero():
     parameters = [nn.Parameter(torch.ones(2))]
     for arguments, decay in (("lipschitz_weight=1", 0.0), ("lipschitz_weight=1 weight_decay=0.1", 0.1)):
@@ -118,12 +138,13 @@ def test_wrong_arguments_are_refused(options, message):
         optim.AdamW([nn.Parameter(torch.ones(1))], **options)
 
 
-def test_unknown_names_and_missing_packages_are_said():
+def test_unknown_names_and_missing_packages_are_said(monkeypatch):
     with pytest.raises(AttributeError, match="has no AdamX. It has: AdamW,"):
         optim.AdamX
-    if importlib.util.find_spec("dadaptation") is None:
-        with pytest.raises(ImportError, match="pip install dadaptation"):
-            optim.DAdaptAdam
+    monkeypatch.setitem(sys.modules, "dadaptation", None)
+    monkeypatch.delitem(vars(optim), "DAdaptAdam", raising=False)
+    with pytest.raises(ImportError, match="pip install dadaptation"):
+        optim.DAdaptAdam
     assert "Prodigy" in dir(optim)
 
 
