@@ -1175,7 +1175,7 @@ def check_packages(args: argparse.Namespace) -> None:
     if asked and importlib.util.find_spec("deepspeed") is None:
         stop("accelerate's configuration asks for DeepSpeed: pip install 'deepspeed>=0.19.8'")
     if args.report_to not in (*TRACKERS, "all", "none"):
-        stop(f"--report_to: {args.report_to!r} is none of {', '.join(TRACKERS)}, all, none")
+        stop(f"--report_to: must be {', '.join(TRACKERS)}, all or none, not {args.report_to!r}")
     own = {f"report_to={args.report_to}": args.report_to} if args.report_to in TRACKERS else {}
     for flag, package in (PACKAGES | own).items():
         name, _, value = flag.partition("=")

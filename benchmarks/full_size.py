@@ -251,6 +251,7 @@ def head() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Seconds and memory of both scripts at the sizes of SD1.5 and SDXL.")
     parser.add_argument("--shapes", nargs="+", choices=["sd15", "sdxl", "tiny"], default=["sd15", "sdxl"])
+    parser.add_argument("--cases", nargs="+", default=[""], help="Only cases whose name contains one of these.")
     parser.add_argument("--resolution", type=int, default=512, help="Of photos and pictures, in pixels.")
     parser.add_argument("--flags", default="--gradient_checkpointing", help="More flags of the scripts.")
     args = parser.parse_args()
@@ -258,6 +259,7 @@ def main() -> None:
     if "tiny" in args.shapes:
         tiny = {"sd15": "tiny-sd", "sdxl": "tiny-sdxl"}
         cases += [case._replace(shapes=tiny[case.shapes]) for case in CASES]
+    cases = [case for case in cases if any(part in case.name for part in args.cases)]
     print(head())
     with tempfile.TemporaryDirectory() as folder:
         measure(cases, args.resolution, Path(folder), args.flags.split())

@@ -288,13 +288,20 @@ def trained_by(optimizer: Any) -> list[Tensor]:
     return [parameter for _, parameters in engine_of(unwrapped(optimizer)).groups() for parameter in parameters]
 
 
-def ddp_groups(tensors: Sequence[Tensor]) -> list[Any]:
-    """The process groups in which DDP keeps some of the tensors. Its wrappers are searched for in this process."""
+def ddp_groups(tensors: Sequence[Tensor]) -> dict[Any, list[Tensor]]:
+    """
+    The process groups in which DDP keeps some of the tensors equal, with these tensors. Its wrappers are searched for
+    in this process.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return []
-    wanted = set(tensors)
+        return {}
     wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.parallel.DistributedDataParallel)]
-    return list(dict.fromkeys(w.process_group for w in wrappers if not wanted.isdisjoint(w.parameters())))
+    of = {parameter: wrapper.process_group for wrapper in wrappers for parameter in wrapper.parameters()}
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:  # in an order that is the same in all processes
+        if tensor in of:
+            groups.setdefault(of[tensor], []).append(tensor)
+    return groups
 
 
 def is_shared(tensor: Tensor) -> bool:

@@ -198,7 +198,7 @@ class Terms:
                 "mode 'proximal' reads `lr` from the param group, but this optimizer chooses its own step size: use "
                 "mode 'coupled'."
             )
-        # Prodigy measures how far parameters have come; D-Adaptation adds up its steps, and would never see them undone.
+        # Prodigy measures how far parameters have come. D-Adaptation adds up its steps, and never sees them undone.
         if mode.at_once and any({"d", "k"} <= group.keys() and "d_max" not in group for group in groups):
             raise ValueError(
                 "mode 'projected' takes back steps that D-Adaptation counts, so that its step size would grow without "

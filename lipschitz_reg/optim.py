@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .engines import is_shared
 from .lora import find_adapters, living_modules
-from .recording import Recording
+from .recording import Recording, sample
 from .regularizer import LipschitzRegularizer
 
 
@@ -143,18 +144,22 @@ class _Watch:
         self.handles = [optimizer.register_step_pre_hook(self._before_step), *handles]
 
     def _after_backward(self, parameter: Tensor) -> None:
-        if self.parameter is None:
+        if self.parameter is None and not is_shared(parameter):
             self.parameter = parameter
-        if self.parameter is not parameter:
-            return
-        if self.before is not None and not torch.equal(self.before, parameter):
-            self._stop()
-        self.before = parameter.detach().clone()
+        if self.parameter is parameter:
+            self._check_unmoved()
+            self.before = sample(parameter)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if self.before is not None and self.parameter.grad is None:
+        if self.parameter is not None and self.parameter.grad is None:  # dropped, or taken by a fused backward pass
+            self._check_unmoved()
+            self.parameter = self.before = None
+        else:
+            self.remove()
+
+    def _check_unmoved(self) -> None:
+        if self.before is not None and not torch.equal(self.before, sample(self.parameter)):
             self._stop()
-        self.remove()
 
     def remove(self) -> None:
         for handle in self.handles:

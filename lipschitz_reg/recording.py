@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .calls import Call, Store, answer_of, autocast_of, rows_agree
+from .calls import Call, Store, autocast_of, rows_agree
 from .drift import Drift, measure_drift
 from .engines import is_shared
 from .functional import Moment, squared_norm
@@ -438,7 +438,7 @@ class _Recorder:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if isinstance(output, tuple | dict) and len(output) == 1:
-            output = answer_of(output)
+            (output,) = output.values() if isinstance(output, dict) else output
         if not isinstance(output, Tensor) or self.recording.holding_out:
             return
         # Sums that began in inference mode could not go on outside it.

@@ -20,7 +20,7 @@ from .lora import LoraAdapter
 from .modes import MODES, Row
 from .recording import Recording
 from .replay import Replay
-from .terms import Anchor, LoraTerm, checked, pull, squares, to_floats
+from .terms import Anchor, LoraTerm, Term, checked, pull, squares, to_floats
 
 
 class _Defaults(dict):
@@ -320,14 +320,17 @@ class LipschitzRegularizer:
         it wraps them. The first step does this; all processes have to call it.
         """
         self._checked_processes = True
-        for group in ddp_groups([p for param_group in self.optimizer.param_groups for p in param_group["params"]]):
-            digests = [None] * torch.distributed.get_world_size(group)
-            torch.distributed.all_gather_object(digests, self._anchors_fingerprint(), group)
-            if len(set(digests)) > 1:
+        parameters = [p for param_group in self.optimizer.param_groups for p in param_group["params"]]
+        for group, own in ddp_groups(parameters).items():
+            terms = [term for term in self._all_terms() if not set(own).isdisjoint(term.tensors())]
+            number = int(fingerprint(anchor for term in terms for anchor in term.anchors())[:15], 16)
+            ends = torch.tensor([number, -number], device=own[0].device)
+            torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, group)
+            if ends[0] != -ends[1]:  # the largest and the smallest
                 raise ValueError(
-                    "The processes took different anchors: each had weights of its own before DDP gave all of them "
-                    "those of the first. Give all processes the same seed before the model is built, or take the "
-                    "anchors after DDP has wrapped it."
+                    "The processes have different anchors: each built the model with its own random weights, before "
+                    "DDP copied those of rank 0. Set the same seed in all processes before the model is built, or "
+                    "build the regularizer after DDP."
                 )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -400,10 +403,12 @@ class LipschitzRegularizer:
 
     def _anchors_fingerprint(self) -> str:
         if self._fingerprint is None:
-            # The second is what lora_form "factors" adds.
-            terms = dict.fromkeys([*self._terms.all, *self._terms.in_space.get("parameters", [])])
-            self._fingerprint = fingerprint(anchor for term in terms for anchor in term.anchors())
+            self._fingerprint = fingerprint(anchor for term in self._all_terms() for anchor in term.anchors())
         return self._fingerprint
+
+    def _all_terms(self) -> list[Term]:
+        # The second is what lora_form "factors" adds.
+        return list(dict.fromkeys([*self._terms.all, *self._terms.in_space.get("parameters", [])]))
 
     def _uses_gradients(self) -> bool:
         return self._mode.uses_gradients or self._replay is not None

@@ -81,6 +81,10 @@ class ParameterTerm:
         """``||anchor||^2``."""
         return _squared_norm(self.anchor.value, self.piece)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What an optimizer may have of it."""
+        return (self.parameter,)
+
     def anchors(self) -> list[tuple[Tensor, Piece]]:
         return [(self.anchor.value, self.piece)]
 
@@ -164,6 +168,9 @@ class LoraTerm:
         piece = self.weight_piece
         return None if piece is None else _squared_norm(piece.value(), piece)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.adapter.down, self.adapter.up
+
     def anchors(self) -> list[tuple[Tensor, Piece]]:
         own = [tensor for tensor in (self.adapter.codes(), self.offset) if tensor is not None]
         anchors = [(tensor, Piece(tensor)) for tensor in own]
@@ -181,11 +188,14 @@ Term = ParameterTerm | LoraTerm
 
 def add_gradients(terms: Sequence[Term], coefficients: Sequence[float], scale: Tensor | float) -> list[Tensor]:
     """The gradients are still multiplied by `scale`; what is returned is not."""
-    columns, values, alike = defaultdict(list), [], defaultdict(list)
+    columns, values, alike, batched = defaultdict(list), [], defaultdict(list), set()
     adapters = _whole_adapters(terms)
     for term, c in zip(terms, coefficients, strict=True):
         if isinstance(term, LoraTerm):
-            alike[term.kind() or term].append((term, c))
+            kind, own = term.kind(), {id(piece.gradient()) for piece in term.pieces}
+            # A factor that adapters share must not be in one operation twice.
+            alike[kind if kind and batched.isdisjoint(own) else term].append((term, c))
+            batched |= own
             continue
         gradient = term.piece.gradient()
         if gradient.layout != torch.strided:

@@ -343,6 +343,6 @@ def test_what_cannot_be_right_is_refused(results):
     assert "nothing" in said["copied"]
     assert "LoRA on sharded weights" in said["moved_under_lora"]
     assert "before FSDP2" in said["recorded_late"]
-    assert "The processes took different anchors" in said["other_weights"]
-    assert "The processes took different anchors" in said["other_weights_by_name"]
-    assert said["other_weights_in_a_script"].startswith("python -m lipschitz_reg.run: error: The processes took")
+    assert "The processes have different anchors" in said["other_weights"]
+    assert "The processes have different anchors" in said["other_weights_by_name"]
+    assert said["other_weights_in_a_script"].startswith("python -m lipschitz_reg.run: error: The processes have")

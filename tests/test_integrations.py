@@ -240,7 +240,7 @@ def test_two_processes_train_like_one(tmp_path):
             ended, error = torch.load(tmp_path / f"{rank}.pt")[name]
             for value, other in zip(ended, values(alone), strict=True):
                 torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
-            assert "The processes took different anchors" in error
+            assert "The processes have different anchors" in error
 
 
 def test_unknown_callbacks_are_said():

@@ -236,6 +236,17 @@ def test_a_parameter_without_a_gradient_does_not_hide_a_fused_backward_pass():
             used(torch.ones(1, 4)).sum().backward()
 
 
+def test_a_dropped_batch_is_no_fused_backward_pass():
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    optimizer = ours("SGD", [*first.parameters(), *second.parameters()])
+    first(torch.ones(1, 4)).sum().backward()
+    optimizer.zero_grad()
+    for _ in range(2):
+        second(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+    assert optimizer.regularizer.metrics()["lipschitz/distance"] > 0
+
+
 def test_accumulated_gradients_and_loaded_weights_are_no_fused_backward_pass():
     model = make_denoiser()
     optimizer = ours("SGD", model.parameters())

@@ -169,6 +169,31 @@ def test_what_the_inputs_do_not_have_is_nearly_free():
     assert 0 < costs[1] < 2 * LEAST * costs[0]
 
 
+@pytest.mark.parametrize("output", [(None,), ("x",), [None]], ids=repr)
+def test_a_block_that_gives_no_tensor_is_left_out(output):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            return output
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.layer = Block(), nn.Linear(2, 2)
+
+        def forward(self, x):
+            self.block(x)
+            return self.layer(x)
+
+    model = Model()
+    with record(model) as recording:
+        model(torch.ones(1, 2))
+    assert [*recording.layers] == ["layer.weight", "layer.bias"]
+
+
 def test_an_embedding_counts_by_the_size_of_its_rows():
     words = nn.Embedding(5, 8)
     with record(words) as recording:

@@ -585,7 +585,10 @@ def test_a_module_is_run_as_by_python_m(launch, tmp_path, monkeypatch):
     assert script.argv == [str(package / "__main__.py"), "--flag"] and script.__spec__.name == "trainer.__main__"
 
 
-def test_a_running_wandb_run_gets_the_metrics(launch, monkeypatch, tmp_path):
+def test_a_running_wandb_run_gets_the_metrics(launch, monkeypatch, request):
+    import wandb
+
+    request.addfinalizer(lambda: wandb.run and wandb.run.finish())  # or it would get those of other tests
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     head, tail = TRAIN.rsplit("    optimizer.step()\n", 1)
@@ -593,4 +596,3 @@ def test_a_running_wandb_run_gets_the_metrics(launch, monkeypatch, tmp_path):
     script, code, err = launch(f"import wandb\nrun = wandb.init()\n{steps}", WEIGHT, "--lipschitz_log_every=1")
     assert code == 0, err
     assert script.run.summary["lipschitz/distance"] > 0 and script.run.step == 3  # the script's own steps
-    script.run.finish()

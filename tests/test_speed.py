@@ -65,7 +65,7 @@ MISTAKES = {
     "no checkpoint": ("--resume_from_checkpoint=nowhere", "--resume_from_checkpoint: there is no folder"),
     "no recording": ("--lipschitz_recording=nowhere", "--lipschitz_recording: cannot read the recording nowhere"),
     "a recording that is none": ("--lipschitz_recording={tmp}/base.safetensors", "--lipschitz_recording: cannot read"),
-    "unknown tracker": ("--report_to=tensorboar", "--report_to: 'tensorboar' is none of aim, "),
+    "unknown tracker": ("--report_to=tensorboar", "--report_to: must be aim, "),
     "DeepSpeed": ("", "configuration asks for DeepSpeed: pip install 'deepspeed>=0.19.8'"),
 }
 
