@@ -92,6 +92,11 @@ def main() -> None:
             args.base = make_pipeline("sd15", args.resolution, folder / "base")
             folder.joinpath("prompts.txt").write_text("a red box\na green fish\n")  # all of them would take hours
             few = [f"--lipschitz_prompts_file={folder / 'prompts.txt'}"]
+            # One photo, so that it has been seen before in the few steps here, as in any but the first of a training.
+            photo = min(args.photos.glob("*.png"))
+            args.photos = folder / "photo"
+            args.photos.mkdir()
+            shutil.copy(photo, args.photos)
         common = [f"--pretrained_model_name_or_path={args.base}", f"--instance_data_dir={args.photos}"]
         common += ["--instance_prompt=a photo of a sks mug", f"--resolution={args.resolution}", "--seed=0"]
         common += [f"--train_batch_size={args.batch}", "--learning_rate=5e-6", "--lr_warmup_steps=0"]

@@ -72,6 +72,7 @@ CASES = [
     Case("full, 8-bit Adam, layers and predictions", "sd15", [*HELD, EIGHT_BIT]),
     Case("LoRA, plain", "sd15", [*PLAIN, LORA]),
     Case("LoRA, layers and predictions", "sd15", [*HELD, LORA]),
+    Case("Custom Diffusion, plain", "sd15", [*PLAIN, CUSTOM]),
     Case("Custom Diffusion, layers and predictions", "sd15", [*HELD, CUSTOM]),
     Case("LoRA, plain, bf16", "sdxl", [*PLAIN, LORA, BF16]),
     Case("LoRA, layers and predictions, bf16", "sdxl", [*HELD, LORA, BF16]),

@@ -453,6 +453,7 @@ def test_what_the_docs_say_of_the_trade_off_follows_from_the_committed_results(t
     docs = BENCHMARKS.parent / "docs"
     plot = [sys.executable, BENCHMARKS / "plot_tradeoff.py", f"--output_dir={tmp_path}"]
     commands = [[*plot, docs / "claims.jsonl"], [*plot, docs / "tradeoff.jsonl"]]
+    commands += [[*plot, docs / "claims.jsonl", "--fidelities", "0.44", "0.7"]]
     commands += [[sys.executable, BENCHMARKS / "paper_table.py", "--print", docs / "paper_table.jsonl"]]
     said = [subprocess.run(command, text=True, capture_output=True, check=True).stdout for command in commands]
     text, demo, _ = docs.joinpath("results.md").read_text().partition("\n## The demo\n")
