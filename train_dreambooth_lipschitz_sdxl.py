@@ -2146,7 +2146,7 @@ def build_optimizer(args: argparse.Namespace, accelerator: Accelerator, groups: 
 
 # Copied from train_dreambooth_lipschitz.py
 def build_adamw(accelerator: Accelerator, groups: list[dict], options: dict[str, Any]) -> torch.optim.AdamW:
-    # Fused, a step takes a fifth of the time on a CPU, and no temporary copies on a GPU. With a GradScaler, accelerate
+    # Fused, a step takes a third of the time on a CPU, and no temporary copies on a GPU. With a GradScaler, accelerate
     # would not see that a step was skipped.
     fused = accelerator.scaler is None and accelerator.device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, **options, fused=fused or None)
