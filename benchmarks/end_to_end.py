@@ -54,7 +54,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=41)
     parser.add_argument("--rounds", type=int, default=3, help="All variants run in each; medians count.")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=[*FORMS], help="Of the penalty, to be measured.")
+    parser.add_argument(
+        "--forms", nargs="+", choices=FORMS, default=[*FORMS], help="Which forms of the penalty to measure."
+    )
     parser.add_argument("--weight", default="500", help="Of the paper's penalty; for LoRA, 1 is its default.")
     parser.add_argument("--flags", default="", help="More flags of the script, such as --method=lora.")
     parser.add_argument("--peer_flags", default="", help="More flags of the peer.")
@@ -92,7 +94,7 @@ def main() -> None:
             args.base = make_pipeline("sd15", args.resolution, folder / "base")
             folder.joinpath("prompts.txt").write_text("a red box\na green fish\n")  # all of them would take hours
             few = [f"--lipschitz_prompts_file={folder / 'prompts.txt'}"]
-            # One photo, so that it has been seen before in the few steps here, as in any but the first of a training.
+            # One photo: in a longer training, too, nearly all steps use photos that were encoded before.
             photo = min(args.photos.glob("*.png"))
             args.photos = folder / "photo"
             args.photos.mkdir()

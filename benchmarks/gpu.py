@@ -1,4 +1,4 @@
-# All that a CPU cannot show of this project, in one command for the first GPU at hand, in 20 minutes.
+# All that a CPU cannot show of this project, in one command. After 20 minutes it starts nothing new.
 # Checks results on the GPU, and measures seconds and memory of steps at the sizes of SD1.5 and SDXL, offline.
 """
 pip install '.[scripts,bitsandbytes,torchao,xformers]'
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="All that a CPU cannot show, in one command.")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"), help="A line of JSON for each result.")
     parser.add_argument("--resume", action="store_true", help="Go on with the file of a run that was stopped.")
-    parser.add_argument("--minutes", type=float, default=20, help="After these nothing new is begun.")
+    parser.add_argument("--minutes", type=float, default=20, help="Start nothing new after this many minutes.")
     parser.add_argument("--rehearse", action="store_true", help="Small models, and no GPU needed.")
     parser.add_argument("--cases", nargs="+", default=[""], help="Only cases whose name contains one of these.")
     parser.add_argument("--table", type=Path, help="Print the tables of a file; nothing is measured.")

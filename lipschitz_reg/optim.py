@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .engines import is_shared
 from .lora import find_adapters, living_modules
-from .recording import Recording, sample
+from .recording import Recording
 from .regularizer import LipschitzRegularizer
 
 
@@ -135,11 +135,11 @@ def _any_above_zero(weight: Any) -> bool:
 class _Watch:
     """
     Ends a training that moves parameters in its backward pass, as fused backward passes do: no step would carry the
-    penalty. It looks at the first parameter that gets a gradient, until the first step that has this gradient.
+    penalty. It looks at the first parameter that gets a gradient, until the first step that has a gradient.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]):
-        self.parameter, self.before = None, None
+        self.parameters, self.parameter, self.before = parameters, None, None
         handles = [parameter.register_post_accumulate_grad_hook(self._after_backward) for parameter in parameters]
         self.handles = [optimizer.register_step_pre_hook(self._before_step), *handles]
 
@@ -148,23 +148,22 @@ class _Watch:
             self.parameter = parameter
         if self.parameter is parameter:
             self._check_unmoved()
-            self.before = sample(parameter)
+            self.before = parameter.detach().clone()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if self.parameter is not None and self.parameter.grad is None:  # dropped, or taken by a fused backward pass
             self._check_unmoved()
-            self.parameter = self.before = None
-        else:
+        if any(parameter.grad is not None for parameter in self.parameters):
             self.remove()
 
     def _check_unmoved(self) -> None:
-        if self.before is not None and not torch.equal(self.before, sample(self.parameter)):
+        if self.before is not None and not torch.equal(self.before, self.parameter):
             self._stop()
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles, self.before = [], None
+        self.handles, self.parameters, self.before = [], [], None
 
     def _stop(self) -> None:
         self.remove()

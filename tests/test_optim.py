@@ -204,10 +204,11 @@ def test_the_state_of_plain_training_loads():
     before.load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize("first", ["optimizer", "hooks"])
 @pytest.mark.parametrize("steps", [False, True], ids=["never steps", "steps without gradients"])
-def test_a_fused_backward_pass_is_refused(steps):
+def test_a_fused_backward_pass_is_refused(steps, first):
     model = make_denoiser()
-    optimizer = ours("SGD", model.parameters())
+    optimizer = ours("SGD", model.parameters()) if first == "optimizer" else None
 
     def step(parameter):
         parameter.data.sub_(0.1 * parameter.grad)
@@ -215,6 +216,7 @@ def test_a_fused_backward_pass_is_refused(steps):
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(step)
+    optimizer = optimizer or ours("SGD", model.parameters())
     with pytest.raises(ValueError, match="without step\\(\\) of the optimizer"):
         for seed in range(3):
             backward(model, seed)
