@@ -588,7 +588,8 @@ def test_a_module_is_run_as_by_python_m(launch, tmp_path, monkeypatch):
 def test_a_running_wandb_run_gets_the_metrics(launch, monkeypatch, request):
     import wandb
 
-    request.addfinalizer(lambda: wandb.run and wandb.run.finish())  # or it would get those of other tests
+    # Or it would get those of other tests; and wandb keeps the first folder of a process.
+    request.addfinalizer(lambda: (wandb.run and wandb.run.finish(), wandb.teardown()))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     head, tail = TRAIN.rsplit("    optimizer.step()\n", 1)

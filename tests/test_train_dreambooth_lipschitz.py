@@ -304,6 +304,9 @@ def test_other_files_among_the_photos_are_named_once(trained):
 
 
 def test_wandb_gets_validation_images_at_their_steps(train, tmp_path, monkeypatch, capfd):
+    import wandb
+
+    wandb.teardown()  # it keeps the first folder of a process
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     flags = ["--max_train_steps=3", f"--output_dir={tmp_path / 'model'}", "--report_to=wandb"]
