@@ -2121,7 +2121,8 @@ def encode_prompts(
     tokens = tokenizer(
         prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
     )
-    ids = tokens.input_ids.to(next(text_encoder.parameters()).device, non_blocking=True)
+    device = next(text_encoder.parameters()).device
+    ids = tokens.input_ids.to(device, non_blocking=device.type == "cuda")
     return {"prompt_embeds": text_encoder(ids, return_dict=False)[0]}
 
 
@@ -2168,7 +2169,8 @@ def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[torch.T
     mean, deviation = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
     if mean is None or deviation is None:
         return 0.0, 1.0
-    return tuple(torch.tensor(row).to(device, non_blocking=True).view(-1, 1, 1) for row in (mean, deviation))
+    rows = (torch.tensor(row).to(device, non_blocking=device.type == "cuda") for row in (mean, deviation))
+    return tuple(row.view(-1, 1, 1) for row in rows)
 
 
 @torch.no_grad()

@@ -2355,7 +2355,8 @@ def encode_prompts(
         tokens = tokenizer(
             prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
-        ids = tokens.input_ids.to(next(text_encoder.parameters()).device, non_blocking=True)
+        device = next(text_encoder.parameters()).device
+        ids = tokens.input_ids.to(device, non_blocking=device.type == "cuda")
         output = text_encoder(ids, output_hidden_states=True, return_dict=False)
         embeds.append(output[-1][-2])
     return {"prompt_embeds": torch.cat(embeds, dim=-1), "pooled_embeds": output[0]}
@@ -2417,7 +2418,8 @@ def latent_statistics(vae: AutoencoderKL, device: torch.device) -> tuple[torch.T
     mean, deviation = getattr(vae.config, "latents_mean", None), getattr(vae.config, "latents_std", None)
     if mean is None or deviation is None:
         return 0.0, 1.0
-    return tuple(torch.tensor(row).to(device, non_blocking=True).view(-1, 1, 1) for row in (mean, deviation))
+    rows = (torch.tensor(row).to(device, non_blocking=device.type == "cuda") for row in (mean, deviation))
+    return tuple(row.view(-1, 1, 1) for row in rows)
 
 
 # Copied from train_dreambooth_lipschitz.py
@@ -2567,8 +2569,9 @@ def edm_losses(
     makes it `diffusion_losses`; of a base of EDM it is not weighted, as in diffusers' script.
     """
     indices = torch.randint(noise_scheduler.config.num_train_timesteps, latents.shape[:1], device=latents.device)
-    timesteps = noise_scheduler.timesteps.to(latents, non_blocking=True)[indices]
-    sigmas = noise_scheduler.sigmas.to(latents, non_blocking=True)[indices].view(-1, 1, 1, 1)
+    levels = (noise_scheduler.timesteps, noise_scheduler.sigmas)
+    timesteps, sigmas = (level.to(latents, non_blocking=latents.is_cuda)[indices] for level in levels)
+    sigmas = sigmas.view(-1, 1, 1, 1)
     noisy_latents = latents + sigmas * torch.randn_like(latents)
     if isinstance(noise_scheduler, EDMEulerScheduler):
         prediction = denoise(noise_scheduler.precondition_inputs(noisy_latents, sigmas), timesteps)

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINYWORLD = ROOT / "examples" / "tinyworld"
 
 
+PHOTOS = {".png", ".jpg", ".jpeg", ".webp"}
 FORMS = {
     "none": "this, without a penalty",
     "paper": "this, the paper's penalty",
@@ -62,7 +63,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--peer_flags", default="", help="More flags of the peer.")
     parser.add_argument("--both_flags", default="", help="More flags of both, such as --gradient_checkpointing.")
     parser.add_argument("--prior", action="store_true", help="Prior preservation for the peer: 100 class images.")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.photos.is_dir() or not any(path.suffix.lower() in PHOTOS for path in args.photos.iterdir()):
+        parser.error(f"--photos: there are no {', '.join(sorted(PHOTOS))} in {args.photos}")
+    return args
 
 
 def launch(script: Path, flags: list[str], log: Path) -> Run:
@@ -95,7 +99,7 @@ def main() -> None:
             folder.joinpath("prompts.txt").write_text("a red box\na green fish\n")  # all of them would take hours
             few = [f"--lipschitz_prompts_file={folder / 'prompts.txt'}"]
             # One photo: in a longer training, too, nearly all steps use photos that were encoded before.
-            photo = min(args.photos.glob("*.png"))
+            photo = min(path for path in args.photos.iterdir() if path.suffix.lower() in PHOTOS)
             args.photos = folder / "photo"
             args.photos.mkdir()
             shutil.copy(photo, args.photos)

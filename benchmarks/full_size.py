@@ -265,6 +265,8 @@ def main() -> None:
         tiny = {"sd15": "tiny-sd", "sdxl": "tiny-sdxl"}
         cases += [case._replace(shapes=tiny[case.shapes]) for case in CASES]
     cases = [case for case in cases if any(part in case.name for part in args.cases)]
+    if not cases:
+        parser.error(f"--cases: no case of {' '.join(args.shapes)} has {' or '.join(args.cases)} in its name")
     print(head())
     with tempfile.TemporaryDirectory() as folder:
         measure(cases, args.resolution, Path(folder), args.flags.split())

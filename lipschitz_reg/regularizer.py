@@ -322,8 +322,10 @@ class LipschitzRegularizer:
         self._checked_processes = True
         parameters = [p for param_group in self.optimizer.param_groups for p in param_group["params"]]
         for group, own in ddp_groups(parameters).items():
-            terms = [term for term in self._all_terms() if not set(own).isdisjoint(term.tensors())]
-            number = int(fingerprint(anchor for term in terms for anchor in term.anchors())[:15], 16)
+            terms, wanted = self._all_terms(), set(own)
+            inside = [term for term in terms if not wanted.isdisjoint(term.tensors())]
+            digest = self._anchors_fingerprint() if inside == terms else _fingerprint_of(inside)
+            number = int(digest[:15], 16)
             ends = torch.tensor([number, -number], device=own[0].device)
             torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX, group)
             if ends[0] != -ends[1]:  # the largest and the smallest
@@ -403,7 +405,7 @@ class LipschitzRegularizer:
 
     def _anchors_fingerprint(self) -> str:
         if self._fingerprint is None:
-            self._fingerprint = fingerprint(anchor for term in self._all_terms() for anchor in term.anchors())
+            self._fingerprint = _fingerprint_of(self._all_terms())
         return self._fingerprint
 
     def _all_terms(self) -> list[Term]:
@@ -427,3 +429,7 @@ class LipschitzRegularizer:
 
     def _recorded(self) -> str | None:
         return self.recording.digest() if self.recording is not None and self.spaces else None
+
+
+def _fingerprint_of(terms: Sequence[Term]) -> str:
+    return fingerprint(anchor for term in terms for anchor in term.anchors())

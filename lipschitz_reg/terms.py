@@ -192,10 +192,10 @@ def add_gradients(terms: Sequence[Term], coefficients: Sequence[float], scale: T
     adapters = _whole_adapters(terms)
     for term, c in zip(terms, coefficients, strict=True):
         if isinstance(term, LoraTerm):
-            kind, own = term.kind(), {id(piece.gradient()) for piece in term.pieces}
+            kind, factors = term.kind(), term.tensors()
             # A factor that adapters share must not be in one operation twice.
-            alike[kind if kind and batched.isdisjoint(own) else term].append((term, c))
-            batched |= own
+            alike[kind if kind and batched.isdisjoint(factors) else term].append((term, c))
+            batched.update(factors)
             continue
         gradient = term.piece.gradient()
         if gradient.layout != torch.strided:
