@@ -1627,12 +1627,12 @@ def create_hub_repository(args: argparse.Namespace) -> str:
         stop(f"--push_to_hub: cannot create {name} on the Hub: {error}")
 
 
-def base_options(args: argparse.Namespace, flag: str, dtype: torch.dtype) -> dict[str, Any]:
+def base_options(args: argparse.Namespace, flag: str, dtypes: dict[str, torch.dtype]) -> dict[str, Any]:
     """What to load the base with: no watermark, which class images would teach; another autoencoder if asked for."""
     options, vae = {"add_watermarker": False}, args.pretrained_vae_model_name_or_path
     if vae is not None:
         try:
-            options["vae"] = AutoencoderKL.from_pretrained(vae, dtype=dtype)
+            options["vae"] = AutoencoderKL.from_pretrained(vae, dtype=dtype_of("vae", dtypes))
         except LOAD_ERRORS as error:
             stop(f"--pretrained_vae_model_name_or_path: cannot load {vae}: {error}")
     return options
@@ -1666,23 +1666,35 @@ def load_text_encoder(source: str, name: str, kind: list[str], **options) -> dic
 
 
 # Copied from train_dreambooth_lipschitz.py
-def load_pipeline(args: argparse.Namespace, flag: str = "--pretrained_model_name_or_path", **options) -> Pipeline:
-    """The base, in float32 whatever its files hold: small updates would be lost in weights of fewer bits."""
-    source, dtype, given = getattr(args, flag[2:]), options.get("dtype", torch.float32), options.keys()
-    options = {"dtype": dtype, **base_options(args, flag, dtype), **options}
+def dtype_of(part: str, dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    return dtypes.get(part, dtypes["default"])
+
+
+# Copied from train_dreambooth_lipschitz.py
+def load_pipeline(
+    args: argparse.Namespace,
+    flag: str = "--pretrained_model_name_or_path",
+    dtypes: dict[str, torch.dtype] | None = None,
+    **options,
+) -> Pipeline:
+    """The base, whatever its files hold, in the dtypes of its parts by name, of which "default" is for all others."""
+    source, given, dtypes = getattr(args, flag[2:]), options.keys(), dtypes or {"default": torch.float32}
+    options = {**base_options(args, flag, dtypes), **options}
     try:
         if os.path.isfile(source):
-            options.pop("dtype")  # it loads in float32 without, and warns with
-            pipeline = Pipeline.from_single_file(source, config=args.pretrained_config, **options)
-            pipeline = pipeline if dtype == torch.float32 else pipeline.to(dtype=dtype)
+            pipeline = Pipeline.from_single_file(source, config=args.pretrained_config, **options)  # in float32
+            for name, part in pipeline.components.items():
+                own = dtype_of(name, dtypes)
+                if isinstance(part, torch.nn.Module) and name not in given and own != torch.float32:
+                    part.to(own)
         else:
+            files = {}
             if source == args.pretrained_model_name_or_path:
-                options = {"revision": args.revision, "variant": args.variant, **options}
-            files = {key: options[key] for key in ("dtype", "revision", "variant") if key in options}
+                files = {"revision": args.revision, "variant": args.variant}
             parts = read_index(args, flag)
             for name in [name for name in TEXT_ENCODERS if name not in options]:
-                options |= load_text_encoder(source, name, parts[name], **files)
-            pipeline = Pipeline.from_pretrained(source, **options)
+                options |= load_text_encoder(source, name, parts[name], dtype=dtype_of(name, dtypes), **files)
+            pipeline = Pipeline.from_pretrained(source, dtype=dtypes, **files, **options)
     except LOAD_ERRORS as error:
         more = ""
         if os.path.isfile(source) and args.pretrained_config is None:
@@ -1721,7 +1733,7 @@ def sample_class_images(
     indices = list(itertools.islice((i for i in itertools.count() if str(i) not in taken), missing))
     default = "fp16" if accelerator.device.type == "cuda" else "fp32"
     dtype = getattr(torch, PRECISIONS[args.prior_generation_precision or default])
-    pipeline = load_pipeline(args, dtype=dtype)
+    pipeline = load_pipeline(args, dtypes={"default": dtype})
     pipeline.to(accelerator.device)
     folder.mkdir(parents=True, exist_ok=True)
     with accelerator.split_between_processes(indices) as own:
@@ -1905,6 +1917,18 @@ def probe_scheduler(pipeline: Pipeline) -> Any:
 
 
 # Copied from train_dreambooth_lipschitz.py
+def loaded_dtypes(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """
+    The dtypes to load the base in: what trains in float32, as small updates would be lost in fewer bits, and what does
+    not train in that of mixed precision, which it goes to anyway. Casts of the autoencoder are the script's.
+    """
+    full_bits = ["vae"] if args.method == "lora" else ["vae", "unet"]
+    if args.modifier_token or (args.train_text_encoder and args.method != "lora"):
+        full_bits += TEXT_ENCODERS
+    return {"default": dtype, **dict.fromkeys(full_bits, torch.float32)}
+
+
+# Copied from train_dreambooth_lipschitz.py
 def load_models(
     args: argparse.Namespace, dtype: torch.dtype
 ) -> tuple[Pipeline, NoiseScheduler, dict[str, torch.nn.Module], str]:
@@ -1912,7 +1936,7 @@ def load_models(
     The base, with the validation scheduler in place; the scheduler for training; the models to train, by name; and the
     fingerprint of the base.
     """
-    pipeline = load_pipeline(args)
+    pipeline = load_pipeline(args, dtypes=loaded_dtypes(args, dtype))
     models = [model for model in pipeline.components.values() if isinstance(model, torch.nn.Module)]
     # Of each tensor the beginning: bases differ everywhere, and a whole SDXL would take a while.
     base = fingerprint(weight.flatten()[:4096] for model in models for weight in model.parameters())

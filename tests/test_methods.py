@@ -263,6 +263,26 @@ def test_folder_is_named_as_by_the_script_of_diffusers_for_the_method(script):
     assert {method: script.parse_args([*needed, f"--method={method}"]).output_dir for method in names} == names
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_base_is_loaded_in_few_bits_where_it_does_not_train(script, method):
+    """A whole SDXL in float32 would not fit into the memory of a small machine; what trains keeps every bit."""
+    given = [f"--pretrained_model_name_or_path={BASE}", "--instance_data_dir=photos", "--instance_prompt=a mug"]
+    args = script.parse_args([*given, *METHODS[method]])
+    exact = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32, safety_checker=None)
+    loaded = script.load_pipeline(args, dtypes=script.loaded_dtypes(args, torch.bfloat16))
+    dtypes = {name: getattr(loaded, name).dtype for name in ("unet", "text_encoder", "vae")}
+    few = {"unet": "lora" in method or method == "dora", "text_encoder": method != "custom_diffusion", "vae": False}
+    assert dtypes == {name: torch.bfloat16 if is_few else torch.float32 for name, is_few in few.items()}
+    pipeline, _, models, _ = script.load_models(args, torch.bfloat16)
+    for name in ("unet", "text_encoder"):
+        # LoRA renames the layers that it wraps; added weights have no counterpart.
+        own = {key.replace(".base_layer", ""): p for key, p in getattr(pipeline, name).named_parameters()}
+        for key, before in getattr(exact, name).named_parameters():
+            after = own[key if key in own else key.replace("token_embedding", "token_embedding.embedding")]
+            assert after.requires_grad == (after.dtype == torch.float32) or name not in models
+            assert torch.equal(after, before.to(after.dtype))
+
+
 def test_result_is_small_and_safetensors_only(trained):
     files = {"custom_diffusion": {"custom_diffusion.safetensors", "learned_embeds.safetensors"}}
     files["keys and values alone"] = {"custom_diffusion.safetensors"}
