@@ -230,7 +230,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=user_path,
         required=True,
         help="Personalized model: folder or Hub name of an SD or SDXL pipeline, or of what goes onto the base: a LoRA"
-        f" ({LORA_FILE}) or a Custom Diffusion ({KEYS_VALUES_FILE}, {TOKENS_FILE}).",
+        f" ({LORA_FILE}, or a file of another name) or a Custom Diffusion ({KEYS_VALUES_FILE}, {TOKENS_FILE}).",
     )
     add(
         "--base_model_name_or_path",
@@ -604,12 +604,28 @@ def source_of(args: argparse.Namespace, model: str) -> tuple[str, str | None]:
     return args.pretrained_model_name_or_path, None
 
 
+def is_lora(path: str) -> bool:
+    """Whether a file has weights of LoRA, by the names that any trainer gives them."""
+    if Path(path).suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, framework="np") as file:
+            return any("lora" in name.lower() for name in file.keys())
+    except LOAD_ERRORS as error:
+        stop(f"{FLAGS['personalized']}: {path} is broken: {error}")
+
+
 def find_file(args: argparse.Namespace, model: str, name: str) -> Path | None:
-    """A file of a model in a folder or on the Hub; `None` if the model, or offline its cache, has no such file."""
+    """
+    A file of a model in a folder or on the Hub, or the model itself where that is a LoRA's file; `None` if the model, or
+    offline its cache, has no such file.
+    """
     source, revision = source_of(args, model)
     if os.path.isdir(source):
         return Path(source, name) if Path(source, name).is_file() else None
     if os.path.isfile(source):
+        if model == "personalized" and is_lora(source):
+            return Path(source) if name == LORA_FILE else None
         what = "save it as a folder, by diffusers' from_single_file and save_pretrained"
         stop(f"{FLAGS[model]}: {source} is a file: name the folder that it is in, or, if it is a whole model, {what}")
     try:
@@ -645,7 +661,8 @@ def check_models(args: argparse.Namespace) -> None:
         if classes[model] is None:
             files = KINDS if model == "personalized" else ["model_index.json"]
             if os.path.isdir(source):
-                stop(f"{FLAGS[model]}: {source} is no pipeline: it has no {' and no '.join(files)}")
+                more = " (the name of a LoRA's file may stand in place of its folder's)" * (model == "personalized")
+                stop(f"{FLAGS[model]}: {source} is no pipeline: it has no {' and no '.join(files)}{more}")
             there = f"nor a model of that name with {' or '.join(files)} on the Hub (offline: in its cache)"
             stop(f"{FLAGS[model]}: there is no folder {source}, {there}")
         if classes[model] not in PIPELINES:
@@ -863,7 +880,7 @@ def digest_weights(args: argparse.Namespace, model: str) -> str:
     source, _ = source_of(args, model)
     kind = args.kind if model == "personalized" else "pipeline"
     entry = find_file(args, model, next(file for file in KINDS if KINDS[file] == kind))
-    if not os.path.isdir(source):
+    if not os.path.exists(source):  # on the Hub
         return entry.parent.name
     files = [entry, *Path(source).glob(TOKENS_FILE)] if kind == "custom_diffusion" else [entry]
     if kind == "pipeline":

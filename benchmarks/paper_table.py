@@ -135,7 +135,7 @@ def print_results(lines: list[dict]) -> None:
             cells = []
             for value in values:
                 gain = value - values[CHOSEN.index(rival)]
-                limits = interval(bootstrap(len(subjects), lambda chosen: gain[chosen].mean(-1)))
+                limits = interval(bootstrap(len(subjects), lambda chosen: gain[chosen].mean(-1)), len(subjects))
                 cells.append(show(gain.mean(), limits, digits=digits))
             rows.append([title, *cells])
     print_table("Means", ["", "base", *methods], means)

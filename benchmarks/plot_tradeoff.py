@@ -5,13 +5,15 @@ python benchmarks/plot_tradeoff.py tradeoff/*.jsonl --output_dir figures > claim
 
 Every method at its best: what a fidelity costs is the least of its settings and, where they differ in one thing alone
 (rate, weight, stop or share), of the lines between neighbours. More settings can only help a method; a bad one does it
-no harm. In brackets: 95% confidence intervals, by bootstrap over subjects. A dash: the method does not get there.
+no harm. In brackets: 95% confidence intervals, by bootstrap over subjects. A dash: no setting of the method that was
+measured gets there.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -27,6 +29,7 @@ OBEYED = ("subject scene", "other scene", "other class", "other colour", "other 
 COSTS = {
     "drift": "drift of pictures (RMS, grey levels)",
     "prediction drift": "drift of predictions",
+    "guided drift": "drift of guided predictions",
     "parameter drift": "drift of parameters (L2)",
     "class drift": "drift of pictures of the class itself",
     "worst drift": "drift of the picture that moved most",
@@ -39,11 +42,13 @@ FIDELITIES = (0.5, 0.55, 0.75, 0.8)
 HEADS = {
     "drift": "pictures",
     "prediction drift": "predictions",
+    "guided drift": "guided predictions",
     "class drift": "pictures of the class",
     "worst drift": "the worst picture",
     "KL bound": "KL bound, nats",
 }  # no seconds: results may come from several machines
-SHARES, DIGITS = ("drift", "prediction drift"), {"prediction drift": 3, "KL bound": 0}
+SHARES = ("drift", "prediction drift", "guided drift")
+DIGITS = {"prediction drift": 3, "guided drift": 3, "KL bound": 0}
 MEASURES = ("fidelity", "alignment", *OBEYED, "seconds", "class seconds", *COSTS)
 
 
@@ -70,7 +75,7 @@ def cost_at(fidelities: np.ndarray, segments: np.ndarray) -> np.ndarray:
     return np.where(f1 >= fidelities, np.minimum(entered, c1), np.inf).min(axis=0)
 
 
-def bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray], resamples: int = 1000) -> np.ndarray:
+def bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray], resamples: int = 4000) -> np.ndarray:
     """
     The statistic, a function of indices (..., count), of `count` indices drawn with replacement: (resamples, ...). The
     same ones are drawn at every call.
@@ -78,11 +83,26 @@ def bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray], resampl
     return statistic(np.random.default_rng(0).integers(count, size=(resamples, count)))
 
 
-def interval(samples: np.ndarray) -> np.ndarray:
-    """The 2.5th and 97.5th percentile along the first axis, (2, ...); NaN is left out, infinity counts."""
-    ordered = np.sort(samples, axis=0)  # NaN last
-    count = np.isfinite(samples).sum(0) + np.isinf(samples).sum(0)
-    ranks = [np.clip(np.ceil(q * count).astype(int) - 1, 0, None) for q in (0.025, 0.975)]
+def tail(count: int) -> float:
+    """
+    The share of resamples to leave out at each end of a 95% interval, given the number of what is resampled. Few of
+    them vary less than they should: 2.5% at each end would be an interval of 88% for eight (Hesterberg 2015, "What
+    teachers should know about the bootstrap", the expanded percentile interval).
+    """
+    if count < 2:
+        return 0.0
+    z, v = NormalDist().inv_cdf(0.975), count - 1
+    # Of Student's t: Abramowitz and Stegun, 26.7.5.
+    quantile = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+    quantile += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    return NormalDist().cdf(-quantile * (count / v) ** 0.5)
+
+
+def interval(samples: np.ndarray, count: int) -> np.ndarray:
+    """The 95% interval by resamples of `count` subjects along the first axis, (2, ...). No NaN; infinity counts."""
+    ordered, left_out = np.sort(samples, axis=0), tail(count)  # NaN last
+    known = np.isfinite(samples).sum(0) + np.isinf(samples).sum(0)
+    ranks = [np.clip(np.ceil(q * known).astype(int) - 1, 0, None) for q in (left_out, 1 - left_out)]
     return np.stack([np.take_along_axis(ordered, rank[None], axis=0)[0] for rank in ranks])
 
 
@@ -143,6 +163,12 @@ class Results(NamedTuple):
             kind = ["full", *(flag.partition("=")[2] for flag in flags if flag.startswith("--method="))][-1]
             families.setdefault(kind, ([], []))["--lipschitz_weight=0" in flags].append(method)
         return families
+
+    def compared(self, family: str) -> tuple[list[str], list[str]]:
+        """Ours and the others: with layers or predictions held, or, if there are none, with any penalty."""
+        ours, rivals = self.families()[family]
+        held = [m for m in ours if any("_recording=" in flag for flag in self.curves[m].settings[0]["flags"])]
+        return (held, [m for m in ours if m not in held] + rivals) if held else (ours, rivals)
 
     def penalized(self) -> list[str]:
         return [method for ours, _ in self.families().values() for method in ours]
@@ -243,21 +269,26 @@ def print_settings(results: Results) -> None:
 
 def print_equal_fidelities(results: Results, family: str, fidelities: Sequence[float]) -> None:
     """
-    For each fidelity, what each method costs there, and what the first penalized one costs as a share of each rival,
-    and of the best of all. If a method has no result at so low a fidelity, its cost is an upper bound (≤). A share is
-    then a lower bound (≥) if that is the rival, an upper bound (≤) if it is ours, and neither (~) if both.
+    For each fidelity, what each method costs there, and what the first of ours costs as a share of each rival, and of
+    the best of all. If a method has no result at so low a fidelity, or in too many resamples none, its cost is an
+    upper bound (≤). A share is then a lower bound (≥) if that is the rival, an upper bound (≤) if it is ours, and
+    neither (~) if both.
     """
-    ours, rivals = results.families()[family]
+    ours, rivals = results.compared(family)
     methods, ease = ours + rivals, results.ease(family)
     # Earlier results lack some.
     costs = [cost for cost in HEADS if not any(np.isnan(results.curves[m].of(cost)).any() for m in methods)]
 
     def measure(subjects):
-        """(..., fidelities, methods and the best rival, costs)"""
+        """(..., fidelities, methods and the best rival, costs and whether no setting has so low a fidelity)"""
         asked = np.array(fidelities) + ease[subjects].mean(-1)[..., None]
         found = np.array([[cost_at(asked, results.segments(m, c, subjects)) for c in costs] for m in methods])
-        best = found[len(ours) :].min(axis=0, initial=np.inf)
-        return np.moveaxis(np.concatenate([found, best[None]]), (0, 1), (-2, -1))
+        lowest = [results.segments(m, costs[0], subjects)[..., 0].min((0, 1)) for m in methods]
+        below = asked < np.array(lowest)[..., None]
+        found = np.concatenate([found, np.where(np.isinf(found[:, :1]), False, below[:, None])], axis=1)
+        rivals_found = found[len(ours) :]
+        best = [rivals_found[:, :-1].min(axis=0, initial=np.inf), rivals_found[:, -1:].max(axis=0, initial=0)]
+        return np.moveaxis(np.concatenate([found, np.concatenate(best)[None]]), (0, 1), (-2, -1))
 
     samples = bootstrap(len(results.subjects), measure)
     for n, (fidelity, values) in enumerate(zip(fidelities, measure(slice(None)))):
@@ -267,30 +298,29 @@ def print_equal_fidelities(results: Results, family: str, fidelities: Sequence[f
 def print_equal_fidelity(
     results: Results, family: str, fidelity: float, costs: list[str], values: np.ndarray, samples: np.ndarray
 ) -> None:
-    """The table of one fidelity: `values`, (methods and the best rival, costs), and those of each resample."""
-    ours, rivals = results.families()[family]
-    methods = ours + rivals
+    """The table of one fidelity, by what `print_equal_fidelities` measures: `values`, and those of each resample."""
+    ours, rivals = results.compared(family)
+    methods, count = ours + rivals, len(results.subjects)
     reached = np.isfinite(values).all(1)
     if not reached[: len(ours)].any() and not reached[-1]:
         return
-    lowest = np.array([results.segments(method, costs[0])[:, :, 0].min() for method in methods])
-    below = fidelity < np.append(lowest, lowest[len(ours) :][reached[len(ours) : -1]].max(initial=-np.inf))
+    below = (values[:, -1] > 0) | (samples[..., -1].mean(0) > tail(count))
     with np.errstate(invalid="ignore", divide="ignore"):  # neither reaches this fidelity
         shares, resampled = 100 * values[0] / values, 100 * samples[:, :1] / samples
     shares[~reached] = np.nan
-    shown = [costs.index(name) for name in SHARES]
+    shown = [costs.index(name) for name in SHARES if name in costs]
     rows = []
     for k, method in enumerate([*methods, "the best rival"] if rivals else methods):
         cells = [
             "≤ " * bool(below[k] and reached[k]) + show(values[k, c], limits, digits=DIGITS.get(cost, 1))
-            for c, (cost, limits) in enumerate(zip(costs, interval(samples[:, k]).T))
+            for c, (cost, limits) in enumerate(zip(costs, interval(samples[:, k], count).T))
         ]
         for c in shown if k >= len(ours) else ():
             mark = ("", "≤ ", "≥ ", "~ ")[below[0] + 2 * below[k]]
-            cell = show(shares[k, c], interval(resampled[:, k, c]), digits=0)
+            cell = show(shares[k, c], interval(resampled[:, k, c], count), digits=0)
             cells.append(cell if cell == "–" else mark + cell)
         rows.append([method, *cells, *[""] * (len(costs) + len(shown) - len(cells))])
-    names = [f"{ours[0]}: % of its {HEADS[name]}" for name in SHARES] if rivals else []
+    names = [f"{ours[0]}: % of its {HEADS[costs[c]]}" for c in shown] if rivals else []
     print_table(f"{family}: costs at a fidelity of {fidelity:.0%}", ["", *(HEADS[c] for c in costs), *names], rows)
 
 
@@ -313,7 +343,7 @@ def print_same_settings(results: Results) -> None:
             if key(setting) not in plain:
                 continue
             gains = values - plain[key(setting)]
-            limits = interval(bootstrap(len(gains), lambda subjects: gains[subjects].mean(-2)))
+            limits = interval(bootstrap(len(gains), lambda subjects: gains[subjects].mean(-2)), len(gains))
             what = f"{method}, {setting['schedule']} rate {setting['rate']:g}, {setting['stop']} steps"
             cells = [show(gains[:, k].mean(), limits[:, k], 100) for k in map(MEASURES.index, columns)]
             rows.append([what, f"{setting['weight']:g}", *cells])
@@ -358,7 +388,7 @@ def print_monotone(results: Results) -> None:
             return proportional_fit(*(drift[subjects].reshape(*subjects.shape[:-1], -1) for drift in drifts))
 
         if len(curve.settings) > 1:
-            limits = interval(bootstrap(len(results.subjects), fit)).T
+            limits = interval(bootstrap(len(results.subjects), fit), len(results.subjects)).T
             cells = map(show, fit(np.arange(len(results.subjects))), limits, (100, 100, 1), (2, 1, 2))
             rows.append([method, str(len(curve.settings)), *cells])
     head = ["", "settings", "prediction drift, %, per unit of parameter drift", "RMS error, % of the RMS"]
@@ -382,7 +412,7 @@ def print_times(results: Results, family: str) -> None:
                 def ratio(subjects):
                     return times[best][subjects].mean(-1) / seconds[subjects].mean(-1)
 
-                limits = interval(bootstrap(len(results.subjects), ratio))
+                limits = interval(bootstrap(len(results.subjects), ratio), len(results.subjects))
                 setup = [method, f"{setting['rate']:g}", f"{setting['weight']:g}", str(setting["stop"])]
                 cells = [f"{100 * fidelity.mean():.1f}", f"{seconds.mean():.0f}", show(ratio(slice(None)), limits)]
                 rows.append([*setup, *cells])
@@ -392,8 +422,8 @@ def print_times(results: Results, family: str) -> None:
 
 
 def print_subjects(results: Results, family: str) -> None:
-    """Claim 6: each subject alone, at nine tenths of what its best rival reaches: where does the penalty hurt?"""
-    ours, rivals = results.families()[family]
+    """Claim 6: each subject alone, at nine tenths of what its best rival reaches: where does it hurt?"""
+    ours, rivals = results.compared(family)
     rows = []
     for i, subject in enumerate(results.subjects if rivals else []):
         fidelity = 0.9 * max(results.curves[method].of("fidelity")[:, i].max() for method in rivals)
@@ -440,11 +470,11 @@ def draw_tradeoff(results: Results, costs: tuple[str, ...], path: Path) -> None:
                     least = cost_at(asked, results.segments(method, cost, subjects))
                     return np.where(np.isinf(least), np.nan, least)
 
-                samples = bootstrap(len(results.subjects), curve, 200)
+                samples = bootstrap(len(results.subjects), curve, 1000)
                 # What prompts ask for and is missing, drawn as what is not missing.
                 least, limits, dots = (
                     1 - values if cost == "disobeyed" else values
-                    for values in (curve(slice(None)), interval(samples), points[..., 1])
+                    for values in (curve(slice(None)), interval(samples, len(ease)), points[..., 1])
                 )
                 line = {"color": colours[name], "linestyle": "-", "linewidth": 3}
                 line |= {} if method in ours else {"linestyle": "--", "linewidth": 1.5}
@@ -468,7 +498,7 @@ def draw_drift(results: Results, path: Path) -> None:
     for index, (name, (weights, values)) in enumerate(weight_series(results).items()):
         for axis, measure in zip(axes, ("parameter drift", "prediction drift")):
             drift = values[:, :, MEASURES.index(measure)]
-            limits = interval(bootstrap(len(results.subjects), lambda subjects: drift.T[subjects].mean(-2)))
+            limits = interval(bootstrap(len(drift.T), lambda subjects: drift.T[subjects].mean(-2)), len(drift.T))
             axis.fill_between(weights, *limits, color=f"C{index}", alpha=0.15, linewidth=0)
             axis.semilogx(weights, drift.mean(1), "o-", color=f"C{index}", label=name)
             axis.set_xlabel("weight of the penalty")

@@ -942,6 +942,9 @@ def test_parameters_of_a_lora_are_measured_on_top_of_the_base(architecture, para
     expected = lora_of(DiffusionPipeline.from_pretrained(base), tmp_path / "lora", 0.05)
     parameters = parameter_drift(base, tmp_path / "lora")
     assert parameters["unet"]["distance"] == pytest.approx(expected, rel=1e-3) and expected > 0
+    # Other trainers name the file as they like.
+    file = tmp_path.joinpath("lora", "pytorch_lora_weights.safetensors").rename(tmp_path / "sks.safetensors")
+    assert parameter_drift(base, file) == parameters
 
 
 def test_refuses_a_lora_of_which_a_part_has_no_place(refused, tmp_path):
@@ -952,7 +955,12 @@ def test_refuses_a_lora_of_which_a_part_has_no_place(refused, tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     line = refused(f"--pretrained_model_name_or_path={file.parent}", f"--output_dir={tmp_path / 'out'}")
     assert "another base" in line and "--base_model_name_or_path" in line
-    assert "name the folder" in refused(f"--pretrained_model_name_or_path={file}")
+    named = file.rename(tmp_path / "lora" / "sks.safetensors")
+    assert "of a LoRA's file" in refused(f"--pretrained_model_name_or_path={named.parent}")
+    assert "another base" in refused(f"--pretrained_model_name_or_path={named}", f"--output_dir={tmp_path / 'out'}")
+    assert "name the folder" in refused(f"--pretrained_model_name_or_path={BASE / UNET}")
+    named.write_bytes(b"broken")
+    assert "is broken" in refused(f"--pretrained_model_name_or_path={named}")
 
 
 def custom_diffusion_of(base, folder, words=()):
