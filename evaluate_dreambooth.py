@@ -617,7 +617,7 @@ def is_lora(path: str) -> bool:
 
 def find_file(args: argparse.Namespace, model: str, name: str) -> Path | None:
     """
-    A file of a model in a folder or on the Hub, or the model itself where that is a LoRA's file; `None` if the model, or
+    A file of a model in a folder or on the Hub, or the model itself if it is a LoRA's file; `None` if the model, or
     offline its cache, has no such file.
     """
     source, revision = source_of(args, model)

@@ -64,6 +64,10 @@ class Call(NamedTuple):
 
     def timestep(self, model: nn.Module) -> float | None:
         """The noise level of the first row of its batch, if the model has an argument for it."""
+        value = self._timestep(model)
+        return float(value.flatten()[0]) if isinstance(value, Tensor) else value
+
+    def _timestep(self, model: nn.Module) -> Any:
         try:
             given = (
                 inspect.signature(getattr(model, "module", model).forward)
@@ -72,8 +76,7 @@ class Call(NamedTuple):
             )
         except TypeError:
             given = self.kwargs
-        value = next((given[name] for name in _TIMESTEPS if name in given), None)
-        return float(value.flatten()[0]) if isinstance(value, Tensor) else value
+        return next((given[name] for name in _TIMESTEPS if name in given), None)
 
     def row(self, index: int) -> "Call":
         """One row of a batch. Tensors that do not have the batch's size are for all rows."""
@@ -91,12 +94,13 @@ class Call(NamedTuple):
         parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
         device = self.answer.device if parameter is None else parameter.device
         wanted = None if enabled or parameter is None else parameter.dtype
+        timestep = self._timestep(model)
 
         def fit(tensor: Tensor) -> Tensor:
+            # In bfloat16 a timestep of 901 would be 900: what is one number for each row keeps its bits.
+            cast = tensor.is_floating_point() and tensor.dim() > 1 and tensor is not timestep
             # From host memory that nobody changes: a GPU need not be waited for.
-            return tensor.to(
-                device, wanted if tensor.is_floating_point() else None, non_blocking=device.type == "cuda"
-            )
+            return tensor.to(device, wanted if cast else None, non_blocking=device.type == "cuda")
 
         kwargs = _taken(model, self.kwargs)
         enabled = enabled and kind == device.type
@@ -137,7 +141,8 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {key: map_tensors(function, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)([map_tensors(function, item) for item in value])
+        items = [map_tensors(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 

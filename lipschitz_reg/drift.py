@@ -170,7 +170,7 @@ def _answers(recording: "Recording", model: nn.Module, run: Callable[[], Any] | 
         else:
             given = zip(calls, _forced(model, calls, run), strict=True)
         return [
-            _Answer(call, call.timestep(model), answer.double().cpu(), call.answer.double().cpu())
+            _Answer(call, call.timestep(model), answer.cpu().double(), call.answer.cpu().double())
             for call, answer in given
         ]
 

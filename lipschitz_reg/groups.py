@@ -58,8 +58,14 @@ class Terms:
 
         factors = {factor for adapter in adapters for factor in (adapter.down, adapter.up)}
         trained = [
-            p for (_, own), weights in zip(groups, of_groups) if any(weights.values()) for p in self._penalized(own)
+            parameter
+            for (_, own), weights in zip(groups, of_groups)
+            if any(weights.values())
+            for parameter in self._penalized(own)
+            if parameter.requires_grad
         ]
+        if trained and anchors and not {*trained, *(adapter.weight for adapter in adapters)} & anchors.keys():
+            raise ValueError("None of `anchors` is for a parameter of this optimizer: its keys are the parameters.")
         for parameter in trained:
             check_whole(parameter)  # the factors of adapters too, which have no anchor
         pieces = {p: engine.piece(p) for p in trained}
@@ -97,12 +103,12 @@ class Terms:
         weights = {}
         for index, (group, own) in enumerate(self.engine.groups()):
             weights |= dict.fromkeys(self._penalized(own), self._group_weights(index, group)[space])
-        if any(weight > 0 and parameter not in self._anchored for parameter, weight in weights.items()):
+        if any(weight > 0 and p.requires_grad and p not in self._anchored for p, weight in weights.items()):
             raise ValueError(
                 "A param group with a weight above 0 has a parameter without an anchor: it came into the optimizer, "
-                "or its group got the weight, after LipschitzRegularizer was built, or after remove(), or FSDP2 or "
-                "DeepSpeed replaced it. Build it when the param groups are complete and have their weights, and after "
-                "`accelerator.prepare`, `fully_shard` or `deepspeed.initialize`."
+                "was unfrozen, or its group got the weight, after LipschitzRegularizer was built, or after remove(), "
+                "or FSDP2 or DeepSpeed replaced it. Build it when the param groups are complete and have their "
+                "weights, and after `accelerator.prepare`, `fully_shard` or `deepspeed.initialize`."
             )
         if any(weights.values()) and space not in self.spaces:
             raise ValueError(

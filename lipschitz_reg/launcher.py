@@ -71,6 +71,9 @@ class _Tracked:
         self.attached = 0  # groups
         self.regularizer: weakref.ref | None = None  # it holds the optimizer, which must be free to go
         self.recording: Recording | None = None  # loaded before sharding
+        # Until the first step: of the parameters of all models, the model and the name in it; and LoRA adapters.
+        self.known: dict[Tensor, tuple[nn.Module, str]] = {}
+        self.adapters: dict[Tensor, LoraAdapter] = {}
 
 
 class _Watch:
@@ -175,10 +178,10 @@ class Launcher:
         tracked.groups.append(group)
         if "accelerate" in sys.modules:
             self.wrap(sys.modules["accelerate"].Accelerator, "prepare", self.follow_into)
-        models = None
-        if any(p not in self.names or p in self.factors for p in group["params"]):
-            models = find_models()
-        known = names_in(models or [])
+        if any(p not in tracked.known for p in group["params"]):  # each walk takes as long as a garbage collection
+            tracked.known = names_in(find_models())
+            tracked.adapters = {f: a for a in find_adapters(tracked.known) for f in (a.down, a.up)}
+        known = tracked.known
         for index, parameter in enumerate(group["params"]):
             if parameter not in self.names:
                 model, name = known.get(parameter, (None, f"{len(tracked.groups) - 1}.{index}"))
@@ -187,7 +190,8 @@ class Launcher:
         tracked.frozen += [p for p in penalized if not p.requires_grad]
         penalized = [p for p in penalized if p.requires_grad]
         tracked.penalized += penalized
-        adapters = self.find_adapters(penalized)
+        adapters = {p: tracked.adapters[p] for p in penalized if p in tracked.adapters}
+        self.note_factors(adapters)
         self.take_anchors([p for p in penalized if p not in adapters and p not in self.anchors], known)
         if not penalized:
             tracked.fingerprints.append(None)
@@ -310,16 +314,12 @@ class Launcher:
         self.matched.update(matching)
         return bool(matching)
 
-    def find_adapters(self, penalized: Sequence[Tensor]) -> dict[Tensor, LoraAdapter]:
-        """The adapters that these parameters are factors of; notes those that do not begin with a product of 0."""
-        adapters = find_adapters(penalized)
-        products = to_floats([squared_delta(adapter) for adapter in adapters])
-        factors = {}
-        for adapter, product in zip(adapters, products, strict=True):
+    def note_factors(self, adapters: dict[Tensor, LoraAdapter]) -> None:
+        """Remember factors of adapters, and which products are not 0 to begin with."""
+        new = list(dict.fromkeys(adapter for factor, adapter in adapters.items() if factor not in self.factors))
+        for adapter, product in zip(new, to_floats([squared_delta(adapter) for adapter in new]), strict=True):
             for factor in (adapter.down, adapter.up):
-                factors[factor] = adapter
                 self.factors.setdefault(factor, adapter.name if product else None)
-        return factors
 
     def take_anchors(self, parameters: list[Tensor], known: dict[Tensor, tuple[nn.Module, str]]) -> None:
         values = self.read_base(parameters, known) if self.base else {}
@@ -473,6 +473,7 @@ class Launcher:
             old.remove()
             self.kept = [regularizer for regularizer in self.kept if regularizer is not old]
         self.check_alone()
+        tracked.known, tracked.adapters = {}, {}  # nothing here may keep models in memory
         models = self.models_of(tracked)
         known = names_in(models)
         adapters = find_adapters(tracked.penalized)
@@ -499,6 +500,13 @@ class Launcher:
         regularizer.check_processes()
         if old is not None:
             regularizer._steps = old.steps
+        elif self.base is None and not loaded and not any(other.steps for other in self.kept):
+            # Rounding in another dtype moves weights by less.
+            if regularizer.metrics()["lipschitz/relative_distance"] > 0.01:
+                raise Stop(
+                    f"The parameters of {tracked.name} changed between its construction and its first step. If the "
+                    "base was loaded in between, name its weights with --lipschitz_anchor."
+                )
         if recording is not None:
             self.recordings[regularizer] = recording
         tracked.regularizer = weakref.ref(regularizer)

@@ -30,7 +30,7 @@ class LoraAdapter:
         name (`str`): What `LipschitzRegularizer.metrics` calls it.
         down (`torch.Tensor`): A, of shape (rank, in) or (rank, in, *kernel).
         up (`torch.Tensor`): B, of shape (out, rank) or (out, rank, 1, ...), on the device of A.
-        scaling (`float`): s; alpha / rank, or alpha / sqrt(rank) in rank-stabilized LoRA.
+        scaling (`float`): s; alpha / rank, or alpha / sqrt(rank) in rank-stabilized LoRA. It stays as it is here.
         weight (`torch.Tensor`, *optional*):
             W, to which the product is added. It is read for the relative drift and for the fingerprint of the base.
         quantized (`torch.Tensor`, *optional*): W as it is stored, where its numbers are codes: for the fingerprint.
@@ -86,6 +86,8 @@ def lora_adapters(module: nn.Module, name: str) -> list[LoraAdapter]:
         active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
         names = [name if len(active) == 1 else f"{name}.{adapter}" for adapter in active]
         parts = [(module.lora_A[adapter], module.lora_B[adapter], module.scaling[adapter]) for adapter in active]
+        if getattr(module, "num_experts", 1) > 1 or not all(hasattr(a, "weight") for a, _, _ in parts):
+            return []  # one product for each expert, or of three factors (AdaLoRA)
     elif all(hasattr(module, attribute) for attribute in ("lora_down", "lora_up", "alpha", "scale")):
         if getattr(module, "lora_mid", None) is not None or isinstance(getattr(module, "scalar", None), nn.Parameter):
             return []  # not a product of two factors: each of its parameters has an anchor
@@ -138,13 +140,13 @@ def find_adapters(parameters: Iterable[Tensor]) -> list[LoraAdapter]:
         if root not in children:
             for name, module in root.named_modules():
                 names.setdefault(module, getattr(module, "lora_name", name))
-    found = {}
+    found = []
     for module, name in names.items():
         for adapter in lora_adapters(module, name):
             places = [order[factor] for factor in (adapter.down, adapter.up) if factor in order]
             if places:
-                found[min(places)] = adapter
-    return [found[place] for place in sorted(found)]
+                found.append((min(places), adapter))
+    return [adapter for _, adapter in sorted(found, key=lambda pair: pair[0])]
 
 
 def living_modules() -> list[nn.Module]:

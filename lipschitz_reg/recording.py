@@ -448,7 +448,7 @@ class _Recorder:
             self.squared_output = self.squared_output + squared_norm(output)
             if self.matrix is None:
                 return
-            for rows in _rows(module, self.text.without_padding(args[0] if args else kwargs["input"])):
+            for rows in _rows(module, self.text.without_padding(args[0] if args else next(iter(kwargs.values())))):
                 rows = rows.float()
                 projected = self._project(rows)
                 if self.sketch is None:

@@ -151,8 +151,9 @@ class LipschitzRegularizer:
         # With anchors of their own, or adapters that were loaded, the parameters may be away before the first step.
         self._distance_at_start = self._terms.distance() if anchors or adapters else 0.0
         self._handles = []
-        if self._terms.is_shared or any(adapter.quantized is not None for adapter in adapters or ()):
-            # While all processes are here, and before bitsandbytes packs codes in another way (on CPUs, in eval mode).
+        if self._terms.is_shared or adapters:
+            # While all processes are here, and before adapters are merged for a while, which rounds the weights, or
+            # bitsandbytes packs codes in another way (on CPUs, in eval mode).
             self._anchors_fingerprint()
         if self.spaces:
             self._attach()

@@ -3,6 +3,7 @@ The space of predictions: ``weight * mean (f_theta - f_base)^2`` on recorded cal
 each step repeats. Holds no recording (recording.py) and no optimizer (regularizer.py).
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -117,7 +118,7 @@ class Replay:
         parts = [part for part in self.recording.model.modules() if not isinstance(part, containers)]
         parts = [part for part in parts if any(True for _ in part.parameters())]  # whose device says which autocast
         parts = parts[1:_WATCHED] or parts
-        self.handles = [part.register_forward_hook(self._remember) for part in parts]
+        self.handles = [part.register_forward_hook(_Remember(self)) for part in parts]
 
     def _remember(self, module: nn.Module, args: tuple, output: Any) -> None:
         if not self._replaying and torch.is_grad_enabled():
@@ -146,6 +147,21 @@ class Replay:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+class _Remember:
+    """A hook that calls `Replay._remember`. Copies of the model, which may be saved, have one that does nothing."""
+
+    def __init__(self, replay: Replay | None = None):
+        self.replay = replay and weakref.ref(replay)
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        replay = self.replay and self.replay()
+        if replay is not None:
+            replay._remember(module, args, output)
+
+    def __reduce__(self) -> tuple:
+        return _Remember, ()
 
 
 class _Alone:

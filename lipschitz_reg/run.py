@@ -109,6 +109,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--lipschitz_recording: there is no {args.lipschitz_recording}.")
     if args.lipschitz_log is not None:
         check_file("--lipschitz_log", args.lipschitz_log)
+    for name in ("lipschitz_anchor", "lipschitz_recording", "lipschitz_log"):
+        if getattr(args, name) is not None:  # scripts may change the folder
+            setattr(args, name, getattr(args, name).absolute())
 
 
 def make_launcher(args: argparse.Namespace) -> Launcher | None:

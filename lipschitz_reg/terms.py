@@ -160,8 +160,9 @@ class LoraTerm:
 
     def pull(self, fraction: Coefficient) -> None:
         """The nearest product in a ball around 0 is the product made smaller, and scaling one factor does that."""
-        up = self.pieces[1].value()
-        pull_(up, zeros_like(up), fraction)
+        down, up = self.pieces
+        factor = (up if up.tensor.requires_grad else down).value()
+        pull_(factor, zeros_like(factor), fraction)
 
     def squared_anchor(self) -> Tensor | None:
         """``||W||^2``; `None` where W is not known."""
