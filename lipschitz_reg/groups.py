@@ -57,13 +57,10 @@ class Terms:
         self._check(mode, anchors, adapters, lora_form, recording)
 
         factors = {factor for adapter in adapters for factor in (adapter.down, adapter.up)}
-        trained = [
-            parameter
-            for (_, own), weights in zip(groups, of_groups)
-            if any(weights.values())
-            for parameter in self._penalized(own)
-            if parameter.requires_grad
+        entered = [
+            p for (_, own), weights in zip(groups, of_groups) if any(weights.values()) for p in self._penalized(own)
         ]
+        trained = [parameter for parameter in entered if parameter.requires_grad]
         if trained and anchors and not {*trained, *(adapter.weight for adapter in adapters)} & anchors.keys():
             raise ValueError("None of `anchors` is for a parameter of this optimizer: its keys are the parameters.")
         for parameter in trained:
@@ -92,7 +89,7 @@ class Terms:
         self.is_shared = any(piece.group is not None for piece in pieces.values())
         self._anchored = {*own, *factors}
         self._squared_anchors: dict[Term, float] = {}
-        self._factors = list(factors)
+        self._may_freeze = [*factors, *(parameter for parameter in entered if not parameter.requires_grad)]
         self._known: tuple[list, dict] = [], {}  # for `_cached`
 
     def weights(self, space: str) -> dict[Tensor, float]:
@@ -166,7 +163,7 @@ class Terms:
         """What `read` gave before, unless something has changed since that it depends on: it takes long every step."""
         groups = self.engine.groups()
         state = [[id(group), self._group_weights(i, group), *map(id, own)] for i, (group, own) in enumerate(groups)]
-        state.append([factor.requires_grad for factor in self._factors])
+        state.append([parameter.requires_grad for parameter in self._may_freeze])
         if state != self._known[0]:
             self._known = state, {}
         if key not in self._known[1]:

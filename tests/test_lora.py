@@ -675,3 +675,40 @@ def test_penalty_brings_weights_that_had_moved_back_to_their_anchor():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     assert regularizer.metrics()["lipschitz/distance"] < 0.02 * before
+
+
+def test_a_checkpoint_goes_on_after_the_adapters_were_merged_for_a_while():
+    """Merging and unmerging rounds the weights, by which the base is known."""
+    net, again = make_net(), make_net()
+    regularizer, other = (
+        LipschitzRegularizer(make_optimizer(n), weight=WEIGHT, adapters=find_lora_adapters(n)) for n in (net, again)
+    )
+    before = net.wide.base_layer.weight.clone()
+    for merge in ("merge", "unmerge"):
+        for layer in net.modules():
+            if isinstance(layer, LoraLayer):
+                getattr(layer, merge)()
+    assert not torch.equal(net.wide.base_layer.weight, before)
+    other.load_state_dict(regularizer.state_dict())
+
+
+def test_adapters_that_share_a_factor_are_all_found():
+    pair = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 7)])
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "1"]), pair)
+    pair[1].lora_A.default.weight = pair[0].lora_A.default.weight
+    assert len(lora.find_adapters([p for p in pair.parameters() if p.requires_grad])) == 2
+
+
+def test_a_frozen_up_factor_is_not_moved_by_the_projection():
+    net = make_net()
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("lora_A" in name)
+    adapters = find_lora_adapters(net)
+    before = [(adapter.down.clone(), adapter.up.clone()) for adapter in adapters]
+    regularizer = LipschitzRegularizer(
+        make_optimizer(net, "SGD"), weight=1.0, mode="projected", radius=0.01, adapters=adapters
+    )
+    regularizer.optimizer.step()
+    assert regularizer.metrics()["lipschitz/distance"] == pytest.approx(0.01, rel=1e-4)
+    for adapter, (down, up) in zip(adapters, before, strict=True):
+        assert torch.equal(adapter.up, up) and not torch.equal(adapter.down, down)

@@ -1,6 +1,7 @@
 # What `record` keeps of layers and calls, the space of layers against layers in float64 and autograd, and the file.
 # Calls are replayed in test_replay.py and measured in test_drift.py.
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -933,3 +934,31 @@ def test_file_that_is_no_recording_is_refused(saved, content):
 def test_file_that_is_not_there_is_an_os_error(tmp_path):
     with pytest.raises(OSError):
         Recording.load(tmp_path / "none.safetensors", make_denoiser())
+
+
+class ByName(nn.Linear):
+    def forward(self, features):
+        return super().forward(features)
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = ByName(4, 4)
+
+    def forward(self, pair):
+        return self.layer(features=pair.first + pair.second)
+
+
+def test_layers_called_by_other_names_and_named_tuples_are_recorded():
+    model = Named()
+    with record(model) as recording, torch.no_grad():
+        model(Pair(torch.ones(2, 4), torch.randn(2, 4)))
+    assert "layer.weight" in recording.layers
+    (call,) = recording.calls
+    assert torch.equal(call.again(model), call.answer)

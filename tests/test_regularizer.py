@@ -97,7 +97,7 @@ class Reference:
 
     def rows(self, moved_only):
         groups = [g for g in self.optimizer.param_groups if g.get("lipschitz_weight", self.weight) > 0]
-        parameters = [(p, g) for g in groups for p in g["params"]]
+        parameters = [(p, g) for g in groups for p in g["params"] if p.requires_grad]
         factors = functional.reductions([p.numel() for p, _ in parameters], self.reduction)
         rows = [(p, g.get("lipschitz_weight", self.weight) * f, g["lr"]) for (p, g), f in zip(parameters, factors)]
         return [row for row in rows if not moved_only or row[0].grad is not None]
@@ -959,3 +959,22 @@ def test_lbfgs_finds_the_minimum_of_loss_and_penalty(mode, found):
     loss = optimizer.step(closure)
     torch.testing.assert_close(parameter.detach(), torch.full((4,), found))
     assert loss.item() == 4 * 4  # at the start, where the penalty is 0
+
+
+def test_what_is_frozen_has_no_anchor_and_may_not_begin_to_train():
+    net = make_net()
+    optimizer = OPTIMIZERS["AdamW foreach"](net.parameters())
+    regularizer = LipschitzRegularizer(optimizer, weight=WEIGHT)
+    assert net.frozen not in {tensor for term in regularizer._terms.all for tensor in term.tensors()}
+    train(net, optimizer, steps=1)
+    net.frozen.requires_grad_()
+    with pytest.raises(ValueError, match="was unfrozen"):
+        train(net, optimizer, steps=1)
+
+
+def test_anchors_of_another_copy_of_the_model_are_refused():
+    net, other = make_net(), make_net()
+    with pytest.raises(ValueError, match="None of `anchors` is for a parameter"):
+        LipschitzRegularizer(
+            OPTIMIZERS["AdamW foreach"](net.parameters()), weight=WEIGHT, anchors={p: p for p in other.parameters()}
+        )

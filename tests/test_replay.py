@@ -1,5 +1,6 @@
 # The space of predictions, alone and with the others, against autograd on the written formula; and all that a replay
 # must leave as it was. What is recorded is in test_recording.py.
+import contextlib
 import copy
 import functools
 import os
@@ -734,3 +735,43 @@ def test_a_step_with_a_closure_gives_the_same_bits(mode):
         return [parameter.detach() for parameter in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(train(True), train(False), strict=True))
+
+
+class TimeInFloat32(nn.Module):
+    """Embeds its timestep before anything else, as diffusers' models do, and hands it on in the sample's dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, sample, timestep):
+        time = (timestep.flatten()[:, None] * torch.arange(1, 5) / 10).sin()
+        return self.linear(sample + time.to(sample.dtype))
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_timesteps_keep_their_bits_in_a_model_of_few(shape):
+    """In bfloat16 a timestep of 901 would be 900, and a model that has not moved would seem to have drifted."""
+    torch.manual_seed(0)
+    model = TimeInFloat32().to(torch.bfloat16)
+    with record(model, guidance_scale=None) as recording, torch.no_grad():
+        for held_out in (False, True):
+            with recording.held_out() if held_out else contextlib.nullcontext():
+                model(torch.randn(2, 4, dtype=torch.bfloat16), torch.full(shape, 901.0))
+    regularizer = LipschitzRegularizer(
+        torch.optim.SGD(model.parameters(), lr=LR), weight={"predictions": 1.0}, recording=recording
+    )
+    model(torch.ones(2, 4, dtype=torch.bfloat16), torch.full(shape, 1.0)).sum().backward()
+    regularizer.optimizer.step()
+    assert regularizer.penalty() == 0
+    assert recording.splits
+
+
+def test_a_copy_of_the_model_does_not_carry_the_recording():
+    model = make_denoiser()
+    attach(model, make_optimizer(model))
+    carried = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for other in carried:
+        hooks = [hook for module in other.modules() for hook in module._forward_hooks.values()]
+        assert hooks and all(hook.replay is None for hook in hooks)
+        draw(other)  # they do nothing

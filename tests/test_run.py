@@ -1,6 +1,7 @@
 # What `python -m lipschitz_reg.run` promises: any training script, unedited. Its main paths as users run them, the
 # others by its `main` in this process. Holds no test of the penalty's arithmetic.
 import functools
+import gc
 import json
 import os
 import signal
@@ -597,3 +598,43 @@ def test_a_running_wandb_run_gets_the_metrics(launch, monkeypatch, request):
     script, code, err = launch(f"import wandb\nrun = wandb.init()\n{steps}", WEIGHT, "--lipschitz_log_every=1")
     assert code == 0, err
     assert script.run.summary["lipschitz/distance"] > 0 and script.run.step == 3  # the script's own steps
+
+
+def test_a_base_that_is_loaded_after_the_optimizer_was_built_stops_with_one_line(launch, tmp_path):
+    late = (
+        MODEL + OPTIMIZER + "state = {k: v + 1 for k, v in model.state_dict().items()}\nmodel.load_state_dict(state)\n"
+    )
+    assert "changed between its construction and its first step" in refused(launch(late + STEPS, WEIGHT))
+    script, code, err = launch(late + "torch.save(state, 'base.pt')", "--lipschitz_weight=0")
+    save_file(script.state, tmp_path / "base.safetensors")
+    assert launch(late + STEPS, WEIGHT, "--lipschitz_anchor=base.safetensors")[1] == 0
+    cast = "model.to(torch.bfloat16)\n" + STEPS.replace("(2, 4)", "(2, 4, dtype=torch.bfloat16)")
+    assert launch(MODEL + OPTIMIZER + cast, WEIGHT)[1] == 0  # which only rounds
+
+
+def test_models_are_looked_for_once_for_an_optimizer_however_many_groups_it_has(launch, monkeypatch):
+    walks, get_objects = [], gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: walks.append(1) or get_objects())
+    counts = []
+    for groups in (2, 4):
+        walks.clear()
+        size = f"[{{'params': ps[i::{groups}]}} for i in range({groups})]"
+        optimizer = (
+            f"ps = list(model.parameters())\noptimizer = torch.optim.AdamW({size}, lr=1e-2, weight_decay=0.0)\n"
+        )
+        assert launch(MODEL + optimizer + STEPS, WEIGHT)[1] == 0
+        counts.append(len(walks))
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_script_that_changes_the_folder_finds_its_files(launch, tmp_path):
+    change = "import os\nos.mkdir('away')\nos.chdir('away')\n"
+    assert launch(change + TRAIN, WEIGHT, "--lipschitz_log=log.jsonl")[1] == 0
+    assert (tmp_path / "log.jsonl").is_file() and not list((tmp_path / "away").iterdir())
+
+
+def test_adapters_of_three_factors_are_held_to_their_initial_values(launch):
+    ada = LORA.replace("LoraConfig(r=2,", "AdaLoraConfig(total_step=9, init_r=2, target_r=1,")
+    optimizer = OPTIMIZER.replace("model.parameters()", "[p for p in model.parameters() if p.requires_grad]")
+    _, code, err = launch(ada + optimizer + STEPS, WEIGHT)
+    assert code == 0 and "penalizes 6 tensors" in err, err
