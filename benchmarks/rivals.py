@@ -115,9 +115,9 @@ def null_space(script: ModuleType, energy: float, recording: Callable[[], Path],
 
 def output_preservation(script: ModuleType, multiplier: float, prompt: str) -> None:
     """
-    Differential output preservation, as trainers have it for LoRA (`diff_output_preservation` of ai-toolkit, kohya's
-    and others): on the noisy latents of the step, with another prompt, the prediction of the base is the target of a
-    second pass, and its mean squared error is added to the loss.
+    Differential output preservation, as ai-toolkit has it for LoRA (`diff_output_preservation`): on the noisy latents
+    of the step, with another prompt, the prediction of the base is the target of a second pass, and its mean squared
+    error is added to the loss.
     """
     attach_lipschitz, compute_loss, predict = script.attach_lipschitz, script.compute_loss, script.predict
     known, calls = {}, []
