@@ -730,9 +730,18 @@ def read_concepts(args: argparse.Namespace) -> list[Concept]:
             if missing:
                 stop(f"--concepts_list: concept {index} of {args.concepts_list} lacks {', '.join(missing)}")
             for name in ("instance_data_dir", "class_data_dir"):
-                if name in row:
+                if isinstance(row.get(name), str):
                     row[name] = user_path(row[name])
-    return [Concept(*(row.get(name) for name in Concept._fields)) for row in rows]
+    concepts = [Concept(*(row.get(name) for name in Concept._fields)) for row in rows]
+    prompts = {}  # by folder
+    for concept in concepts if args.with_prior_preservation else []:
+        first = prompts.setdefault(os.path.realpath(concept.class_data_dir), concept.class_prompt)
+        if first != concept.class_prompt:
+            stop(
+                f"--concepts_list: class images of {first!r} and of {concept.class_prompt!r} would both be in"
+                f" {concept.class_data_dir}: give each class_prompt a class_data_dir of its own"
+            )
+    return concepts
 
 
 class Example(NamedTuple):
@@ -1143,7 +1152,7 @@ def check_folders(args: argparse.Namespace, concepts: list[Concept]) -> None:
         if args.with_prior_preservation:
             written.append((classes, concept.class_data_dir))
             read.append((classes, concept.class_data_dir, []))
-    check_apart(written, read, [*PARTS, Path(args.logging_dir).parts[0], "checkpoint-", "tmp-"])
+    check_apart(written, read, [*PARTS, *Path(args.logging_dir).parts[:1], "checkpoint-", "tmp-"])
     check_result(Path(args.output_dir))
 
 
@@ -1569,7 +1578,8 @@ def sample_class_images(
                 image.save(folder / f".{name}", comment=f"{CLASS_COMMENT}{concept.class_prompt}".encode())
                 os.replace(folder / f".{name}", folder / name)
     accelerator.wait_for_everyone()
-    return images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")]
+    # As a resumed run will find them.
+    return sorted(images + [path for index in indices for path in folder.glob(f"{index}-*.jpg")])
 
 
 class NewTokenEmbedding(torch.nn.Module):
@@ -2037,15 +2047,27 @@ def record_base(
             stop(f"--lipschitz_recording: {path} holds no calls that are held out, by which drift is measured")
         if others and not recording.drawn:
             stop(f"--lipschitz_recording: {path} does not know its prompts, which a text encoder that trains needs")
-    if args.drift_budget is not None and (drift := recording.drift().dial) >= args.drift_budget:
-        stop(f"--drift_budget: {args.drift_budget:g} is below what rounding gives, {drift:.2g}: choose a larger one")
+    if args.drift_budget is not None and (least := 2 * recording.rounding_drift().dial) > args.drift_budget:
+        how = " or train in float32" if accelerator.mixed_precision != "no" else ""
+        stop(
+            f"--drift_budget: rounding alone changes predictions by {least / 2:.2g}, which nothing takes back: choose"
+            f" at least {least:.2g}{how}"
+        )
     own = Path(args.output_dir, path.name)
     if accelerator.is_main_process and args.lipschitz_recording is None and not own.exists():
         recording.save(own)  # that of a checkpoint elsewhere, for the checkpoints of this run
     calls = len(recording.calls) - held_out
     what = f"the outputs of {len(recording.layers)} layers, {calls} predictions, and {held_out} to measure drift by"
     logger.info(f"Recorded from the base: {what}.")
-    return recording.attach(pipeline.unet, **{name: trained[name] for name in others})
+    recording = recording.attach(pipeline.unet, **{name: trained[name] for name in others})
+    # Only full fine-tuning can get back from the base to another anchor model.
+    if args.drift_budget is not None and anchor_model is not pipeline and args.method != "full":
+        if (drift := recording.drift().dial) >= args.drift_budget:
+            stop(
+                f"--drift_budget: the base itself is {drift:.2g} from --lipschitz_anchor_model, which"
+                f" --method={args.method} cannot take back: choose a larger budget, or train from the anchor model"
+            )
+    return recording
 
 
 def find_recording(args: argparse.Namespace, checkpoint: Path | None) -> Path | None:
@@ -2396,26 +2418,28 @@ def log_drift(
 
 def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschitz: LipschitzRegularizer) -> str:
     """Takes back what the training has changed beyond `drift_budget`. Returns what there is to say of it."""
-    stays, changes = 1.0, []
+    # Each share is taken of what was trained, as rounding would add up. Of sharded weights these are the own ones.
+    moved = [p.detach() for group in lipschitz.optimizer.param_groups for p in group["params"] if p.requires_grad]
+    moved = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in moved]
+    learned, changes = [weight.to("cpu", copy=True) for weight in moved], []
+
+    def move_to(share: float) -> None:
+        for weight, value in zip(moved, learned):
+            weight.copy_(value)
+        if share < 1:
+            lipschitz.pull(1 - share)
 
     def change_at(share: float) -> float:
-        nonlocal stays
-        if share == 0:  # there would be no way back
-            return 0.0
-        if share != stays:
-            lipschitz.pull(1 - share / stays)
-        stays = share
+        move_to(share)
         changes.append(measure().dial)
         return changes[-1]
 
     try:
         share, change = fit_share(change_at, args.drift_budget)
-    except ValueError as error:  # the training is not lost because of it
-        logger.warning(f"--drift_budget: {error}")
-        return f"The drift budget was not kept: {error}."
-    if share != stays:  # with an anchor model that is not the base, even the base may be too far
-        said = f"predictions are changed by {changes[-1]:.2%}, and that cannot be taken back"
-        logger.warning(f"--drift_budget: {said}")
+    except ValueError as error:
+        move_to(1)
+        said = f"{error} Nothing was taken back"
+        logger.warning(f"--drift_budget: {said}.")
         return f"The drift budget was not kept: {said}."
     said = f"training changed predictions by {changes[0]:.2%}"
     if share == 1:

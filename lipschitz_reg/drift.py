@@ -82,6 +82,32 @@ def measure_drift(
     return drift._replace(kl_bound=_bound(answers, recording.guidance_scale, scheduler))
 
 
+def rounding_drift(recording: "Recording", model: nn.Module) -> Drift:
+    """What `Recording.rounding_drift` returns."""
+    generator = torch.Generator().manual_seed(0)
+    held_out = next((call for call in recording.calls if call.held_out), None)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if held_out is not None and held_out.autocast[1]:
+        dtype = held_out.autocast[2]
+    size = torch.finfo(dtype).eps / 8  # some of the numbers are rounded the other way then
+
+    def nudged(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.dim() < 2:
+            return tensor
+        # The same for the rows with a prompt and those without, or guidance would multiply it.
+        noise = torch.randn(tensor.shape[1:], generator=generator)
+        return tensor * (1 + size * noise).to(tensor.device)
+
+    def nudge(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return map_tensors(nudged, args), map_tensors(nudged, kwargs)
+
+    handle = model.register_forward_pre_hook(nudge, with_kwargs=True)
+    try:
+        return measure_drift(recording, model)
+    finally:
+        handle.remove()
+
+
 def average(answers: Sequence[_Answer], guidance_scale: float) -> Drift:
     plain = [(a.timestep, *rows) for a in answers for rows in zip(a.now, a.base, strict=True)]
     guided = [(a.timestep, *pair) for a in answers for pair in _guided(a, guidance_scale)]

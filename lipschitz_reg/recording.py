@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .calls import Call, Store, autocast_of, rows_agree
-from .drift import Drift, measure_drift
+from .drift import Drift, measure_drift, rounding_drift
 from .engines import is_shared
 from .functional import Moment, squared_norm
 from .lora import adapted_weight, lora_factors
@@ -122,6 +122,14 @@ class Recording:
             `ValueError`: If no call was held out, or `run` makes other calls or gives them other inputs.
         """
         return measure_drift(self, self.model if model is None else model, run, scheduler)
+
+    def rounding_drift(self) -> Drift:
+        """
+        The drift that rounding alone gives a model that has hardly moved: that of the base with its inputs changed by
+        part of a rounding error. In bfloat16 it is some percent. (The base itself rounds as it did, and has none.) A
+        smaller drift than this cannot be measured.
+        """
+        return rounding_drift(self, self.model)
 
     def digest(self) -> str:
         """A hash of everything that is recorded."""

@@ -383,3 +383,21 @@ def test_kl_bound_of_what_has_none_is_refused(prediction_type, timesteps, messag
     with pytest.raises(ValueError, match=message) as error:
         kl_bound(recording, stand_in)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounding_drift_is_that_of_a_model_that_has_hardly_moved(dtype):
+    model = make_denoiser(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        recording = record_denoiser(model)
+    assert recording.drift().dial == 0
+    rounding = recording.rounding_drift().dial
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    moved = recording.drift().dial
+    assert recording.drift().dial == moved  # nothing is left behind
+    if dtype == torch.bfloat16:
+        assert 0.3 * moved < rounding < 3 * moved
+    else:
+        assert rounding < 1e-5 < moved

@@ -220,6 +220,25 @@ def test_concepts_must_not_draw_class_images_among_photos(run_script, world, tin
     refused(message, run_script, *flags, f"--concepts_list={world / 'concepts.json'}")
 
 
+def test_class_images_of_two_prompts_do_not_share_a_folder(script, tmp_path, refused):
+    row = {"instance_data_dir": "photos", "instance_prompt": "a sks dog", "class_data_dir": "classes"}
+    rows = [{**row, "class_prompt": "a dog"}, {**row, "class_prompt": "a cat"}]
+    (tmp_path / "concepts.json").write_text(json.dumps(rows))
+    flags = ["--pretrained_model_name_or_path=x", f"--concepts_list={tmp_path / 'concepts.json'}"]
+
+    def read(*flags):
+        return script.read_concepts(script.parse_args([*flags]))
+
+    refused("class images of 'a dog' and of 'a cat' would both be in", read, *flags, "--with_prior_preservation")
+    (tmp_path / "concepts.json").write_text(json.dumps([{**row, "class_data_dir": None}]))
+    assert read(*flags)[0].class_data_dir is None
+
+
+def test_logs_may_lie_beside_the_result(train, tmp_path):
+    train("--method=lora", "--logging_dir=.", f"--output_dir={tmp_path}")
+    assert (tmp_path / LORA_FILE).is_file()
+
+
 def test_what_a_killed_run_left_gets_into_no_result(train, tmp_path):
     """Its half of a pipeline, whatever is trained next."""
     (tmp_path / "tmp-pipeline" / "vae").mkdir(parents=True)

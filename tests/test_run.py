@@ -544,7 +544,7 @@ optimizers.append(torch.optim.SGD(model[1].parameters(), lr=1e-2))
         (TWO + "train(0)\ntrain(1)", ["--lipschitz_mode=projected", "--lipschitz_radius=1"], "several optimizers"),
         (TWO + "train(1)\ntrain(0)", ["--lipschitz_reduction=mean"], "several optimizers"),
         (TRAIN.replace("OPT", ""), ["--lipschitz_anchor=nowhere"], "there is no nowhere"),
-        (TRAIN, ["--lipschitz_anchor=."], "there is no .safetensors file in ."),
+        (TRAIN, ["--lipschitz_anchor=."], "there is no .safetensors file in"),
         (TRAIN, ["--lipschitz_anchor_device=disk"], "--lipschitz_anchor_device disk needs --lipschitz_anchor"),
         (TRAIN, ["--lipschitz_layers=1"], "--lipschitz_layers needs --lipschitz_recording"),
         (TRAIN, ["--lipschitz_recording=none"], "there is no none"),

@@ -607,12 +607,16 @@ def test_only_missing_class_images_are_drawn(train, photos, tmp_path):
     folder.mkdir()
     shutil.copy(photos / "1.png", folder / "1-mine.png")
     before = (folder / "1-mine.png").read_bytes()
-    train(*PRIOR, f"--class_data_dir={folder}", "--max_train_steps=1", f"--output_dir={tmp_path / 'a'}")
-    names = sorted(path.name.split("-")[0] for path in folder.iterdir())
-    assert names == ["0", "1", "2"] and (folder / "1-mine.png").read_bytes() == before
+    prior = [*PRIOR, "--num_class_images=12", "--seed=0"]
+    train(*prior, f"--class_data_dir={folder}", "--max_train_steps=2", f"--output_dir={tmp_path / 'a'}")
+    names = {path.name.split("-")[0] for path in folder.iterdir()}
+    assert names == {*map(str, range(12))} and (folder / "1-mine.png").read_bytes() == before
     drawn = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    train(*PRIOR, f"--class_data_dir={folder}", "--max_train_steps=1", f"--output_dir={tmp_path / 'b'}")
+    train(*prior, f"--class_data_dir={folder}", "--max_train_steps=2", f"--output_dir={tmp_path / 'b'}")
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == drawn
+    # In the order in which they were paired with photos then.
+    first, second = (weights(tmp_path / name) for name in "ab")
+    assert same_bits(first, second)
     assert set(scalars(tmp_path / "b")[0]) >= {"loss", "denoising_loss", "prior_loss"}
 
 
@@ -899,11 +903,54 @@ def trained_in(folder):
     return {f"{path.relative_to(folder)} {key}": value for path in files for key, value in load_file(path).items()}
 
 
-def test_a_budget_that_takes_nothing_back_says_that_more_of_it_is_of_no_use(script):
-    drift = Drift(0.01, 0.02, {}, {}, 0.001, 1.0)
-    args = script.argparse.Namespace(drift_budget=0.5)
-    said = script.keep_budget(args, lambda: drift, lipschitz=None)  # nothing is pulled
+@pytest.fixture
+def keep_budget(script):
+    """Takes back what a parameter that was trained to 2 from 1 may not keep; gives what was said, and its values."""
+
+    def call(budget, drift_of, dtype=torch.float32):
+        parameter = torch.nn.Parameter(torch.ones(1000, dtype=dtype))
+        lipschitz = script.LipschitzRegularizer(torch.optim.SGD([parameter]), weight=1.0)
+        parameter.data.fill_(2)
+        args = script.argparse.Namespace(drift_budget=budget)
+        said = script.keep_budget(
+            args, lambda: Drift(0.01, drift_of(float(parameter.detach().mean())), {}, {}, 0.0, 1.0), lipschitz
+        )
+        return said, parameter.detach()
+
+    return call
+
+
+def test_a_budget_that_takes_nothing_back_says_that_more_of_it_is_of_no_use(keep_budget):
+    said, value = keep_budget(0.5, lambda value: 0.021)
     assert "changed predictions by 2.10%, within the budget of 0.5: nothing was taken back" in said
+    assert value.eq(2).all()
+
+
+def test_a_budget_that_cannot_be_kept_leaves_the_training_as_it_is(keep_budget):
+    said, value = keep_budget(0.01, lambda value: 0.02)
+    assert "was not kept: A budget of 0.01 is below" in said and "Nothing was taken back" in said
+    assert value.eq(2).all()
+
+
+def test_rounding_does_not_add_up_over_the_shares_that_are_tried(keep_budget):
+    said, value = keep_budget(0.3, lambda value: (value - 1) ** 3, torch.bfloat16)
+    share = float(re.search(r"; ([\d.]+)% of the change", said).group(1)) / 100
+    assert share == pytest.approx(0.3 ** (1 / 3), abs=0.01)
+    assert (value.float() - 1 - share).abs().max() <= 2**-8 + 5e-4  # half a step of bfloat16, and of what was said
+
+
+def test_budgets_that_cannot_be_kept_are_refused_before_training(train, prompts_flag, tiny_sd, tmp_path, capsys):
+    other = other_base(tiny_sd, tmp_path / "other")
+    flags = ["--max_train_steps=1", prompts_flag, f"--output_dir={tmp_path / 'new'}"]
+    for more, message in {
+        ("--mixed_precision=bf16", "--drift_budget=0.001"): "rounding alone changes predictions by",
+        ("--method=lora", f"--lipschitz_anchor_model={other}", "--drift_budget=0.01"): "which --method=lora cannot",
+    }.items():
+        with pytest.raises(SystemExit) as end:
+            train(*flags, *more)
+        assert end.value.code == 2
+        assert_one_clear_line(capsys.readouterr().err.splitlines(keepends=True)[-1], message)
+    assert not (tmp_path / "new" / "README.md").exists()
 
 
 @pytest.mark.parametrize("method", BUDGETED)
