@@ -310,7 +310,7 @@ def record(
     biases, embeddings, the weights of norms and the own parameters of a module with others inside, whose elements all
     count alike, by the size of the module's output. Everything else is left out, such as quantized weights, the
     magnitudes of DoRA, and layers that do not run or whose output is all zeros. If several layers share a weight, the
-    last one counts. Padding of text is left out where the model is given a mask of it (Sana, Qwen-Image; SD3 and Flux
+    first one counts. Padding of text is left out where the model is given a mask of it (Sana, Qwen-Image; SD3 and Flux
     have none, and look at padding). `Recording.share` says how much was recorded. A compiled model runs as it would
     without `torch.compile`. Frozen weights that adapters other than peft's add to need `requires_grad` inside the
     block.
