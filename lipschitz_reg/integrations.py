@@ -79,9 +79,11 @@ def _transformers_callback() -> type:
         def on_init_end(self, args, state, control, model=None, **kwargs):
             self._take_anchors(model)
 
-        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
             if any(r.optimizer is unwrapped(optimizer) for r in self.regularizers):
                 return  # a second call of train()
+            if self.regularizers:  # with another optimizer, but from the same base
+                self._take_anchors(model)
             self.regularizers = []
             saved = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else None
             self._attach([optimizer], saved if saved is None else saved.get("attributes", {}).get("states", []))

@@ -196,6 +196,19 @@ def test_a_second_training_keeps_the_base(run, make, tmp_path):
     assert callback.regularizers[-1].metrics()["lipschitz/distance"] == pytest.approx(distance, rel=1e-5)
 
 
+def test_another_optimizer_of_the_same_trainer_keeps_the_base(tmp_path):
+    callback, net, start = integrations.TransformersCallback(WEIGHT), make_net(), values(make_net())
+    args = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=STEPS, seed=0, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    trainer = transformers.Trainer(net, args, train_dataset=Points(), callbacks=[callback])
+    for _ in range(2):
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.train()
+    distance = sum((p - q).square().sum().item() for p, q in zip(values(net), start, strict=True)) ** 0.5
+    assert callback.regularizers[-1].metrics()["lipschitz/distance"] == pytest.approx(distance, rel=1e-5)
+
+
 def test_options_are_those_of_the_regularizer(run, make, tmp_path):
     callback, start = make(1.0, mode="projected", radius=0.05), values(make_net())
     net = run(make_net(), tmp_path, callback)
