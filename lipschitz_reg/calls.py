@@ -69,11 +69,8 @@ class Call(NamedTuple):
 
     def _timestep(self, model: nn.Module) -> Any:
         try:
-            given = (
-                inspect.signature(getattr(model, "module", model).forward)
-                .bind_partial(*self.args, **self.kwargs)
-                .arguments
-            )
+            signature = inspect.signature(unwrapped_model(model).forward)
+            given = signature.bind_partial(*self.args, **self.kwargs).arguments
         except TypeError:
             given = self.kwargs
         return next((given[name] for name in _TIMESTEPS if name in given), None)
@@ -94,19 +91,25 @@ class Call(NamedTuple):
         parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
         device = self.answer.device if parameter is None else parameter.device
         wanted = None if enabled or parameter is None else parameter.dtype
-        timestep = self._timestep(model)
-
-        def fit(tensor: Tensor) -> Tensor:
-            # In bfloat16 a timestep of 901 would be 900: what is one number for each row keeps its bits.
-            cast = tensor.is_floating_point() and tensor.dim() > 1 and tensor is not timestep
-            # From host memory that nobody changes: a GPU need not be waited for.
-            return tensor.to(device, wanted if cast else None, non_blocking=device.type == "cuda")
-
-        kwargs = _taken(model, self.kwargs)
+        timestep, kwargs = self._timestep(model), _taken(model, self.kwargs)
         enabled = enabled and kind == device.type
-        # A cache would keep a copy of all weights, although each is used once.
-        with torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
-            return answer_of(model(*map_tensors(fit, self.args), **map_tensors(fit, kwargs)))
+
+        def call(kept: Any) -> Tensor:
+            def fit(tensor: Tensor) -> Tensor:
+                cast = tensor.is_floating_point() and tensor is not kept
+                # From host memory that nobody changes: a GPU need not be waited for.
+                return tensor.to(device, wanted if cast else None, non_blocking=device.type == "cuda")
+
+            # A cache would keep a copy of all weights, although each is used once.
+            with torch.autocast(device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
+                return answer_of(model(*map_tensors(fit, self.args), **map_tensors(fit, kwargs)))
+
+        try:
+            return call(timestep)  # which keeps its bits: in bfloat16, 901 would be 900
+        except RuntimeError as error:
+            if wanted is None or not isinstance(timestep, Tensor) or "dtype" not in str(error):
+                raise
+            return call(None)  # a model that does not cast it
 
     def to_json(self, store: Store) -> dict[str, Any]:
         answer, given = store.add(self.answer), [_to_json(part, store) for part in (self.args, self.kwargs)]
@@ -119,6 +122,15 @@ class Call(NamedTuple):
         kind, enabled, dtype = row["autocast"]
         given = [_from_json(part, store) for part in row["given"]]
         return cls(*given, store.tensors[row["answer"]], row["held_out"], (kind, enabled, getattr(torch, dtype)))
+
+
+def unwrapped_model(model: nn.Module) -> nn.Module:
+    """The model in wrappers of DDP, torch.compile and peft."""
+    parts = vars(model)["_modules"]
+    if parts.keys() in ({"module"}, {"_orig_mod"}):
+        return unwrapped_model(next(iter(parts.values())))
+    inner = getattr(parts.get("base_model"), "model", None)  # peft's
+    return unwrapped_model(inner) if isinstance(inner, nn.Module) and parts.keys() == {"base_model"} else model
 
 
 def _taken(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +221,7 @@ def _to_json(value: Any, store: Store) -> Any:
         return {"tensor": store.add(value)}
     if isinstance(value, dict):
         return {"dict": {key: _to_json(item, store) for key, item in value.items()}}
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return {type(value).__name__: [_to_json(item, store) for item in value]}
     if value is None or isinstance(value, bool | int | float | str):
         return value

@@ -92,11 +92,13 @@ def rounding_drift(recording: "Recording", model: nn.Module) -> Drift:
     size = torch.finfo(dtype).eps / 8  # some of the numbers are rounded the other way then
 
     def nudged(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.dim() < 2:
+        # Sizes of pictures and timesteps are not rounded; what is in few bits already is moved by one of them.
+        if not tensor.is_floating_point() or tensor.dim() < 2 or bool((tensor == tensor.round()).all()):
             return tensor
+        own = torch.finfo(tensor.dtype).eps
         # The same for the rows with a prompt and those without, or guidance would multiply it.
-        noise = torch.randn(tensor.shape[1:], generator=generator)
-        return tensor * (1 + size * noise).to(tensor.device)
+        noise = torch.randn(tensor.shape[1:], generator=generator) * (own / 2 if own > size else size)
+        return tensor * (1 + noise).to(tensor)
 
     def nudge(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return map_tensors(nudged, args), map_tensors(nudged, kwargs)

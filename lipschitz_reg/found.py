@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .calls import unwrapped_model
 from .commands import one_line
 from .lora import living_modules
 from .recording import canonical
@@ -18,16 +19,8 @@ def find_models() -> list[nn.Module]:
     """All modules that are not part of another, largest first, out of their wrappers (DDP, torch.compile, peft)."""
     modules = living_modules()
     parts = {id(part) for module in modules for part in vars(module)["_modules"].values()}
-    outer = {id(model): model for model in map(_unwrapped, (m for m in modules if id(m) not in parts))}
+    outer = {id(model): model for model in map(unwrapped_model, (m for m in modules if id(m) not in parts))}
     return sorted(outer.values(), key=lambda model: -sum(parameter.numel() for parameter in model.parameters()))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    parts = vars(model)["_modules"]
-    if parts.keys() in ({"module"}, {"_orig_mod"}):
-        return _unwrapped(next(iter(parts.values())))
-    inner = getattr(parts.get("base_model"), "model", None)  # peft's
-    return _unwrapped(inner) if isinstance(inner, nn.Module) and parts.keys() == {"base_model"} else model
 
 
 def names_in(models: Iterable[nn.Module]) -> dict[Tensor, tuple[nn.Module, str]]:

@@ -105,7 +105,7 @@ class Terms:
                 "A param group with a weight above 0 has a parameter without an anchor: it came into the optimizer, "
                 "was unfrozen, or its group got the weight, after LipschitzRegularizer was built, or after remove(), "
                 "or FSDP2 or DeepSpeed replaced it. Build it when the param groups are complete and have their "
-                "weights, and after `accelerator.prepare`, `fully_shard` or `deepspeed.initialize`."
+                "weights, and after `accelerator.prepare`, `fully_shard` or `deepspeed.initialize`; freeze after it."
             )
         if any(weights.values()) and space not in self.spaces:
             raise ValueError(

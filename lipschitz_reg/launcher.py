@@ -71,9 +71,8 @@ class _Tracked:
         self.attached = 0  # groups
         self.regularizer: weakref.ref | None = None  # it holds the optimizer, which must be free to go
         self.recording: Recording | None = None  # loaded before sharding
-        # Until the first step: of the parameters of all models, the model and the name in it; and LoRA adapters.
-        self.known: dict[Tensor, tuple[nn.Module, str]] = {}
-        self.adapters: dict[Tensor, LoraAdapter] = {}
+        # Whether it is not known yet if what came in was the base, or if a base was loaded before the first step.
+        self.may_be_early = True
 
 
 class _Watch:
@@ -134,6 +133,9 @@ class Launcher:
         self.matched: set[str] = set()  # patterns
         self.kept: list[LipschitzRegularizer] = []  # of the optimizers that are in use, for metrics
         self.recordings: weakref.WeakKeyDictionary[LipschitzRegularizer, Recording] = weakref.WeakKeyDictionary()
+        # While an optimizer is being built: for the parameters of all models, the model and the name in it; and for
+        # the factors of adapters, the adapter.
+        self.walk: tuple[dict[Tensor, tuple[nn.Module, str]], dict[Tensor, LoraAdapter]] | None = None
         self.has_penalized = False
         self.has_finished = False
         self.wrapped: dict[str, tuple[Any, Any]] = {}  # by name: the owner of a function, and the function itself
@@ -146,7 +148,18 @@ class Launcher:
             original(optimizer, param_group)
             launcher.enter_group(optimizer, optimizer.param_groups[-1])
 
+        build = Optimizer.__init__
+
+        @functools.wraps(build)
+        def __init__(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            outer, launcher.walk = launcher.walk, ({}, {})
+            try:
+                build(optimizer, *args, **kwargs)
+            finally:
+                launcher.walk = outer  # nothing here may keep models in memory
+
         Optimizer.add_param_group, self.original = add_param_group, original
+        Optimizer.__init__, self.build = __init__, build
         self.handles = [
             register_optimizer_step_pre_hook(self.before_step),
             register_optimizer_step_post_hook(self.after_step),
@@ -154,7 +167,7 @@ class Launcher:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        Optimizer.add_param_group = self.original
+        Optimizer.add_param_group, Optimizer.__init__ = self.original, self.build
         for name, (owner, function) in self.wrapped.items():
             setattr(owner, name, function)
         for handle in self.handles:
@@ -178,10 +191,12 @@ class Launcher:
         tracked.groups.append(group)
         if "accelerate" in sys.modules:
             self.wrap(sys.modules["accelerate"].Accelerator, "prepare", self.follow_into)
-        if any(p not in tracked.known for p in group["params"]):  # each walk takes as long as a garbage collection
-            tracked.known = names_in(find_models())
-            tracked.adapters = {f: a for a in find_adapters(tracked.known) for f in (a.down, a.up)}
-        known = tracked.known
+        known, adapters_of = self.walk or ({}, {})
+        if any(p not in known for p in group["params"]):  # each walk takes as long as a garbage collection
+            known = names_in(find_models())
+            adapters_of = {factor: a for a in find_adapters(known) for factor in (a.down, a.up)}
+            if self.walk is not None:
+                self.walk = known, adapters_of
         for index, parameter in enumerate(group["params"]):
             if parameter not in self.names:
                 model, name = known.get(parameter, (None, f"{len(tracked.groups) - 1}.{index}"))
@@ -190,7 +205,9 @@ class Launcher:
         tracked.frozen += [p for p in penalized if not p.requires_grad]
         penalized = [p for p in penalized if p.requires_grad]
         tracked.penalized += penalized
-        adapters = {p: tracked.adapters[p] for p in penalized if p in tracked.adapters}
+        if any(p in self.anchors or p in self.factors for p in penalized):
+            tracked.may_be_early = False  # those of another optimizer, which may have trained them
+        adapters = {p: adapters_of[p] for p in penalized if p in adapters_of}
         self.note_factors(adapters)
         self.take_anchors([p for p in penalized if p not in adapters and p not in self.anchors], known)
         if not penalized:
@@ -266,6 +283,7 @@ class Launcher:
                 self.anchors[new] = Anchor.copy(value.to(piece.value().device), self.anchor_device)
             self.unwatch(old)
         tracked.groups = list(optimizer.param_groups)
+        tracked.may_be_early &= not now  # to look for gradients, processes would have to agree
         tracked.penalized = [now.get(parameter, parameter) for parameter in tracked.penalized]
         tracked.frozen = [now.get(parameter, parameter) for parameter in tracked.frozen]
         if now:
@@ -424,6 +442,16 @@ class Launcher:
         if loaded and regularizer is not None:
             # It selects the recorded call. Loading may itself step the optimizer, as with FSDP2.
             regularizer._steps = steps_in(groups)
+        tracked.may_be_early &= not loaded and self.base is None
+        # Engines take a step without gradients to make room for a state that they load next.
+        if tracked.may_be_early and any(p.grad is not None and bool(p.grad.any()) for p in tracked.penalized):
+            tracked.may_be_early = False
+            # Rounding in another dtype moves weights by less.
+            if regularizer is not None and regularizer.metrics()["lipschitz/relative_distance"] > 0.01:
+                raise Stop(
+                    f"The parameters of {tracked.name} changed between its construction and its first step. If the "
+                    "base was loaded in between, name its weights with --lipschitz_anchor."
+                )
         if regularizer is not None and regularizer not in self.kept:  # it goes on beside one that came later
             self.check_alone()
             self.kept.append(regularizer)
@@ -473,7 +501,6 @@ class Launcher:
             old.remove()
             self.kept = [regularizer for regularizer in self.kept if regularizer is not old]
         self.check_alone()
-        tracked.known, tracked.adapters = {}, {}  # nothing here may keep models in memory
         models = self.models_of(tracked)
         known = names_in(models)
         adapters = find_adapters(tracked.penalized)
@@ -500,13 +527,6 @@ class Launcher:
         regularizer.check_processes()
         if old is not None:
             regularizer._steps = old.steps
-        elif self.base is None and not loaded and not any(other.steps for other in self.kept):
-            # Rounding in another dtype moves weights by less.
-            if regularizer.metrics()["lipschitz/relative_distance"] > 0.01:
-                raise Stop(
-                    f"The parameters of {tracked.name} changed between its construction and its first step. If the "
-                    "base was loaded in between, name its weights with --lipschitz_anchor."
-                )
         if recording is not None:
             self.recordings[regularizer] = recording
         tracked.regularizer = weakref.ref(regularizer)

@@ -397,6 +397,7 @@ def test_rounding_drift_is_that_of_a_model_that_has_hardly_moved(dtype):
             parameter.mul_(1 + 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     moved = recording.drift().dial
     assert recording.drift().dial == moved  # nothing is left behind
+    assert recording.rounding_drift() == recording.rounding_drift()
     if dtype == torch.bfloat16:
         assert 0.3 * moved < rounding < 3 * moved
     else:

@@ -955,10 +955,12 @@ class Named(nn.Module):
         return self.layer(features=pair.first + pair.second)
 
 
-def test_layers_called_by_other_names_and_named_tuples_are_recorded():
+def test_layers_called_by_other_names_and_named_tuples_are_recorded(tmp_path):
     model = Named()
     with record(model) as recording, torch.no_grad():
         model(Pair(torch.ones(2, 4), torch.randn(2, 4)))
     assert "layer.weight" in recording.layers
     (call,) = recording.calls
     assert torch.equal(call.again(model), call.answer)
+    with pytest.raises(ValueError, match="argument of type Pair cannot be saved"):
+        recording.save(tmp_path / "named.safetensors")

@@ -749,6 +749,19 @@ class TimeInFloat32(nn.Module):
         return self.linear(sample + time.to(sample.dtype))
 
 
+class TimeInItsOwnDtype(TimeInFloat32):
+    def forward(self, sample, timestep):
+        return self.linear(sample + self.linear(timestep.flatten()[:, None].expand(-1, 4)))
+
+
+def test_a_model_that_does_not_cast_its_timestep_is_replayed_in_another_dtype():
+    model = TimeInItsOwnDtype()
+    with record(model, guidance_scale=None) as recording, torch.no_grad():
+        model(torch.randn(2, 4), torch.full((2,), 0.3))
+    (call,) = recording.calls
+    assert call.again(model.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("shape", [(2,), (2, 1)])
 def test_timesteps_keep_their_bits_in_a_model_of_few(shape):
     """In bfloat16 a timestep of 901 would be 900, and a model that has not moved would seem to have drifted."""
@@ -758,6 +771,9 @@ def test_timesteps_keep_their_bits_in_a_model_of_few(shape):
         for held_out in (False, True):
             with recording.held_out() if held_out else contextlib.nullcontext():
                 model(torch.randn(2, 4, dtype=torch.bfloat16), torch.full(shape, 901.0))
+    wrapped = torch.nn.parallel.DataParallel(model)  # whose forward does not name the timestep
+    assert recording.drift(wrapped).dial == 0
+    assert recording.rounding_drift().dial > 0
     regularizer = LipschitzRegularizer(
         torch.optim.SGD(model.parameters(), lr=LR), weight={"predictions": 1.0}, recording=recording
     )

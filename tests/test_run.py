@@ -612,6 +612,32 @@ def test_a_base_that_is_loaded_after_the_optimizer_was_built_stops_with_one_line
     assert launch(MODEL + OPTIMIZER + cast, WEIGHT)[1] == 0  # which only rounds
 
 
+def test_weights_that_training_moved_are_not_taken_for_a_base_that_came_late(launch):
+    far = STEPS.replace("range(3)", "range(30)")
+    assert launch(MODEL + OPTIMIZER + far + OPTIMIZER + far, "--lipschitz_weight=0.1")[1] == 0  # a second phase
+    save = "torch.save([model.state_dict(), optimizer.state_dict()], 'checkpoint.pt')\n"
+    assert launch(MODEL + OPTIMIZER + far + save, "--lipschitz_weight=0.1")[1] == 0
+    # As torch.distributed.checkpoint resumes: the optimizer takes a step of nothing before its state is loaded.
+    resume = """
+weights, state = torch.load('checkpoint.pt')
+model.load_state_dict(weights)
+for p in model.parameters():
+    p.grad = torch.zeros_like(p)
+optimizer.param_groups[0]['lr'] = 0.0
+optimizer.step()
+optimizer.load_state_dict(state)
+"""
+    _, code, err = launch(MODEL + OPTIMIZER + resume + STEPS, "--lipschitz_weight=0.1")
+    assert code == 0, err
+
+
+def test_a_model_that_does_not_train_is_free_to_go_before_the_first_step(launch):
+    gone = "import gc, weakref\nencoder = torch.nn.Linear(4, 4)\n" + OPTIMIZER
+    gone += "kept = weakref.ref(encoder)\ndel encoder\ngc.collect()\nkept = kept() is not None\n"
+    script, code, err = launch(MODEL + gone + STEPS, WEIGHT)
+    assert code == 0 and not script.kept, err
+
+
 def test_models_are_looked_for_once_for_an_optimizer_however_many_groups_it_has(launch, monkeypatch):
     walks, get_objects = [], gc.get_objects
     monkeypatch.setattr(gc, "get_objects", lambda: walks.append(1) or get_objects())
