@@ -145,7 +145,7 @@ GRIDS = {
         Row("Custom Diffusion", (4e-3,), flags=CUSTOM + PENALTY, shares=(0.5, 0.75)),
         Row("Custom Diffusion, penalty", (4e-3,), (3,), CUSTOM + PENALTY, shares=(0.75,)),
         Row("Custom Diffusion, stopped early", (4e-3,), (0,), CUSTOM + PENALTY, "constant", (120,), (30, 60)),
-        Row("Custom Diffusion, prior preservation", (4e-3,), flags=CUSTOM + PRIOR, steps=(60, 250)),
+        Row("Custom Diffusion, prior preservation", (4e-3,), flags=CUSTOM + PRIOR, steps=(60,)),
         Row("Custom Diffusion, class preservation", (4e-3,), (3,), CUSTOM + NONE, shares=(0.5, 0.75)),
         Row("Custom Diffusion, null space", (4e-3,), (0.9,), CUSTOM + NONE, shares=(0.5, 0.75)),
     ],
