@@ -230,7 +230,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         type=user_path,
         required=True,
         help="Personalized model: folder or Hub name of an SD or SDXL pipeline, or of what goes onto the base: a LoRA"
-        f" ({LORA_FILE}, or a file of another name) or a Custom Diffusion ({KEYS_VALUES_FILE}, {TOKENS_FILE}).",
+        f" ({LORA_FILE}, or the path of its file) or a Custom Diffusion ({KEYS_VALUES_FILE}, {TOKENS_FILE}).",
     )
     add(
         "--base_model_name_or_path",
@@ -661,7 +661,7 @@ def check_models(args: argparse.Namespace) -> None:
         if classes[model] is None:
             files = KINDS if model == "personalized" else ["model_index.json"]
             if os.path.isdir(source):
-                more = " (the name of a LoRA's file may stand in place of its folder's)" * (model == "personalized")
+                more = " (for a LoRA, you can also give the file itself)" * (model == "personalized")
                 stop(f"{FLAGS[model]}: {source} is no pipeline: it has no {' and no '.join(files)}{more}")
             there = f"nor a model of that name with {' or '.join(files)} on the Hub (offline: in its cache)"
             stop(f"{FLAGS[model]}: there is no folder {source}, {there}")

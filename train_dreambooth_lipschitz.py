@@ -1507,7 +1507,7 @@ def load_pipeline(
     dtypes: dict[str, torch.dtype] | None = None,
     **options,
 ) -> Pipeline:
-    """The base, whatever its files hold, in the dtypes of its parts by name, of which "default" is for all others."""
+    """The base in the dtypes given for its parts by name ("default": all other parts), whatever its files hold."""
     source, given, dtypes = getattr(args, flag[2:]), options.keys(), dtypes or {"default": torch.float32}
     options = {**base_options(args, flag, dtypes), **options}
     try:
@@ -1736,8 +1736,8 @@ def probe_scheduler(pipeline: Pipeline) -> Any:
 
 def loaded_dtypes(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """
-    The dtypes to load the base in: what trains in float32, as small updates would be lost in fewer bits, and what does
-    not train in that of mixed precision, which it goes to anyway. Casts of the autoencoder are the script's.
+    The dtypes to load the base in: float32 for what trains, as fewer bits would lose small updates, and that of mixed
+    precision for the rest, which it is cast to anyway. The script itself casts the autoencoder.
     """
     full_bits = ["vae"] if args.method == "lora" else ["vae", "unet"]
     if args.modifier_token or (args.train_text_encoder and args.method != "lora"):
@@ -2050,7 +2050,7 @@ def record_base(
     if args.drift_budget is not None and (least := 2 * recording.rounding_drift().dial) > args.drift_budget:
         how = " or train in float32" if accelerator.mixed_precision != "no" else ""
         stop(
-            f"--drift_budget: rounding alone changes predictions by {least / 2:.2g}, which nothing takes back: choose"
+            f"--drift_budget: rounding alone changes predictions by {least / 2:.2g}, which cannot be undone: choose"
             f" at least {least:.2g}{how}"
         )
     own = Path(args.output_dir, path.name)
@@ -2065,7 +2065,7 @@ def record_base(
         if (drift := recording.drift().dial) >= args.drift_budget:
             stop(
                 f"--drift_budget: the base itself is {drift:.2g} from --lipschitz_anchor_model, which"
-                f" --method={args.method} cannot take back: choose a larger budget, or train from the anchor model"
+                f" --method={args.method} cannot undo: choose a larger budget, or train from the anchor model"
             )
     return recording
 
@@ -2418,7 +2418,7 @@ def log_drift(
 
 def keep_budget(args: argparse.Namespace, measure: Callable[[], Drift], lipschitz: LipschitzRegularizer) -> str:
     """Takes back what the training has changed beyond `drift_budget`. Returns what there is to say of it."""
-    # Each share is taken of what was trained, as rounding would add up. Of sharded weights these are the own ones.
+    # Each share starts again from the trained weights, or rounding would add up. If sharded: this process's part.
     moved = [p.detach() for group in lipschitz.optimizer.param_groups for p in group["params"] if p.requires_grad]
     moved = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in moved]
     learned, changes = [weight.to("cpu", copy=True) for weight in moved], []

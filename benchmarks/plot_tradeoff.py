@@ -85,9 +85,9 @@ def bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray], resampl
 
 def tail(count: int) -> float:
     """
-    The share of resamples to leave out at each end of a 95% interval, given the number of what is resampled. Few of
-    them vary less than they should: 2.5% at each end would be an interval of 88% for eight (Hesterberg 2015, "What
-    teachers should know about the bootstrap", the expanded percentile interval).
+    The share of resamples to leave out at each end of a 95% interval, given how many subjects are resampled.
+    Resamples of a few vary too little: with eight, 2.5% at each end would give only 88% confidence (Hesterberg 2015,
+    "What teachers should know about the bootstrap", the expanded percentile interval).
     """
     if count < 2:
         return 0.0

@@ -62,7 +62,7 @@ class Terms:
         ]
         trained = [parameter for parameter in entered if parameter.requires_grad]
         if trained and anchors and not {*trained, *(adapter.weight for adapter in adapters)} & anchors.keys():
-            raise ValueError("None of `anchors` is for a parameter of this optimizer: its keys are the parameters.")
+            raise ValueError("None of `anchors` is for a parameter of this optimizer: use the parameters as keys.")
         for parameter in trained:
             check_whole(parameter)  # the factors of adapters too, which have no anchor
         pieces = {p: engine.piece(p) for p in trained}
@@ -105,7 +105,7 @@ class Terms:
                 "A param group with a weight above 0 has a parameter without an anchor: it came into the optimizer, "
                 "was unfrozen, or its group got the weight, after LipschitzRegularizer was built, or after remove(), "
                 "or FSDP2 or DeepSpeed replaced it. Build it when the param groups are complete and have their "
-                "weights, and after `accelerator.prepare`, `fully_shard` or `deepspeed.initialize`; freeze after it."
+                "weights, and after `accelerator.prepare`, `fully_shard` or `deepspeed.initialize`; freeze only then."
             )
         if any(weights.values()) and space not in self.spaces:
             raise ValueError(

@@ -71,7 +71,7 @@ class _Tracked:
         self.attached = 0  # groups
         self.regularizer: weakref.ref | None = None  # it holds the optimizer, which must be free to go
         self.recording: Recording | None = None  # loaded before sharding
-        # Whether it is not known yet if what came in was the base, or if a base was loaded before the first step.
+        # Whether its anchors may be too early: taken before the script loaded the base. Settled at the first step.
         self.may_be_early = True
 
 

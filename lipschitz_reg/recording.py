@@ -126,8 +126,8 @@ class Recording:
     def rounding_drift(self) -> Drift:
         """
         The drift that rounding alone gives a model that has hardly moved: that of the base with its inputs changed by
-        part of a rounding error. In bfloat16 it is some percent. (The base itself rounds as it did, and has none.) A
-        smaller drift than this cannot be measured.
+        part of a rounding error. In bfloat16 it is a few percent. (The unchanged base rounds as before, and has none.)
+        A smaller drift than this cannot be measured.
         """
         return rounding_drift(self, self.model)
 

@@ -956,7 +956,7 @@ def test_refuses_a_lora_of_which_a_part_has_no_place(refused, tmp_path):
     line = refused(f"--pretrained_model_name_or_path={file.parent}", f"--output_dir={tmp_path / 'out'}")
     assert "another base" in line and "--base_model_name_or_path" in line
     named = file.rename(tmp_path / "lora" / "sks.safetensors")
-    assert "of a LoRA's file" in refused(f"--pretrained_model_name_or_path={named.parent}")
+    assert "can also give the file itself" in refused(f"--pretrained_model_name_or_path={named.parent}")
     assert "another base" in refused(f"--pretrained_model_name_or_path={named}", f"--output_dir={tmp_path / 'out'}")
     assert "name the folder" in refused(f"--pretrained_model_name_or_path={BASE / UNET}")
     named.write_bytes(b"broken")

@@ -797,7 +797,7 @@ MISTAKES = {
     "bfloat16 weights of LoRA": ("--full_bf16", "--full_bf16 is for --method full, not for --method lora"),
     "bfloat16 weights in float16": (f"{FULL} --full_bf16 --mixed_precision=fp16", "leave out --mixed_precision fp16"),
     "two 8-bit optimizers": (f"{FULL} --full_bf16 --use_8bit_adam", "leave out --use_8bit_adam"),
-    "share that bfloat16 loses": (f"{FULL} --full_bf16 --drift_budget=0.1", "would round away most of a part"),
+    "share that bfloat16 loses": (f"{FULL} --full_bf16 --drift_budget=0.1", "is too coarse to keep only a part"),
     "pull that bfloat16 loses": (f"{FULL} --full_bf16 --lipschitz_mode=proximal", "lose the small pulls"),
     "prodigy in 8 bits": ("--optimizer=prodigy --use_8bit_adam", "--optimizer prodigy has no --use_8bit_adam"),
     "prodigy in bfloat16": (f"{FULL} --optimizer=prodigy --full_bf16", "--optimizer prodigy has no --full_bf16"),
