@@ -74,6 +74,10 @@ class _Tracked:
         # Whether its anchors may be too early: taken before the script loaded the base. Settled at the first step.
         self.may_be_early = True
 
+    def has_gradients(self) -> bool:
+        gradients = (p.grad for p in self.penalized if p.grad is not None)
+        return any(gradient.layout != torch.strided or bool(gradient.any()) for gradient in gradients)
+
 
 class _Watch:
     """Of a parameter: its hook, which others are watched with it, and a sample of it when it last got a gradient."""
@@ -444,7 +448,7 @@ class Launcher:
             regularizer._steps = steps_in(groups)
         tracked.may_be_early &= not loaded and self.base is None
         # Engines take a step without gradients to make room for a state that they load next.
-        if tracked.may_be_early and any(p.grad is not None and bool(p.grad.any()) for p in tracked.penalized):
+        if tracked.may_be_early and tracked.has_gradients():
             tracked.may_be_early = False
             # Rounding in another dtype moves weights by less.
             if regularizer is not None and regularizer.metrics()["lipschitz/relative_distance"] > 0.01:
@@ -595,6 +599,8 @@ class Launcher:
         regularizer = tracked.regularizer() if tracked and tracked.regularizer else None
         for group in optimizer.param_groups if regularizer else ():
             group[_STEPS] = regularizer.steps
+        if tracked and tracked.may_be_early and tracked.has_gradients():  # which a closure computed
+            tracked.may_be_early = False
         if self.kept and regularizer is self.kept[0]:
             self.report.after_step(self.kept)
 

@@ -77,16 +77,27 @@ def test_bootstrap_of_a_mean_has_its_standard_error():
     assert means.mean() == pytest.approx(values.mean(), rel=0.01)
 
 
-def test_interval_is_that_of_the_middle_95_percent():
+def test_interval_is_wider_than_the_middle_95_percent_for_few_subjects():
+    # Student's t: P(|t| < 2.3646) = 95% with seven degrees of freedom, and P(z < -2.3646 sqrt(8 / 7)) = 0.574%.
+    assert plot_tradeoff.tail(8) == pytest.approx(0.00574, rel=0.01)
+    assert plot_tradeoff.tail(10**6) == pytest.approx(0.025, rel=1e-4)
     shuffled = np.random.default_rng(0).permutation(np.arange(1, 1001.0))
-    assert plot_tradeoff.interval(shuffled).tolist() == [25, 975]
+    assert plot_tradeoff.interval(shuffled, 8).tolist() == [6, 995]
+    # Of means of eight normal numbers, 95% of the intervals hold the true mean.
+    values = np.random.default_rng(1).normal(size=(1000, 8))
+    held = [
+        low <= 0 <= high
+        for row in values
+        for low, high in [plot_tradeoff.interval(plot_tradeoff.bootstrap(8, lambda drawn: row[drawn].mean(-1)), 8)]
+    ]
+    assert 0.93 < np.mean(held) < 0.97
 
 
 def test_interval_leaves_out_what_says_nothing_and_counts_what_is_infinite():
-    column = np.concatenate([np.arange(1, 981.0), np.full(20, np.inf), np.full(500, np.nan)])
-    assert plot_tradeoff.interval(column).tolist() == [25, 975]
-    column[:980] = np.where(column[:980] > 970, np.inf, column[:980])
-    assert plot_tradeoff.interval(column).tolist() == [25, np.inf]
+    column = np.concatenate([np.arange(1, 997.0), np.full(4, np.inf), np.full(500, np.nan)])
+    assert plot_tradeoff.interval(column, 8).tolist() == [6, 995]
+    column[:996] = np.where(column[:996] > 990, np.inf, column[:996])
+    assert plot_tradeoff.interval(column, 8).tolist() == [6, np.inf]
 
 
 def test_fit_in_proportion_is_least_squares_through_the_origin():
