@@ -99,7 +99,7 @@ def tail(count: int) -> float:
 
 
 def interval(samples: np.ndarray, count: int) -> np.ndarray:
-    """The 95% interval by resamples of `count` subjects along the first axis, (2, ...). No NaN; infinity counts."""
+    """The 95% interval by resamples of `count` subjects, along the first axis: (2, ...). Infinity counts, NaN not."""
     ordered, left_out = np.sort(samples, axis=0), tail(count)  # NaN last
     known = np.isfinite(samples).sum(0) + np.isinf(samples).sum(0)
     ranks = [np.clip(np.ceil(q * known).astype(int) - 1, 0, None) for q in (left_out, 1 - left_out)]

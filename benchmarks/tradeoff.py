@@ -115,7 +115,8 @@ GRIDS = {
         Row("layers and predictions", (1e-3,), (4,), BOTH, steps=(120,)),
         Row("layers and predictions, weight 3", (1e-3,), (4,), LAYERS + " --lipschitz_predictions=3", steps=(120,)),
     ],
-    # docs/results.md: for each method the settings that did best on the first eight subjects, for the other eight.
+    # docs/results.md: for each method the settings that did best on the first eight subjects, for the other eight; and
+    # of rivals some that came later, so that each reaches the fidelities that are compared.
     "claims": [
         Row("layers and predictions", (1e-3,), (1, 4), BOTH, steps=(120,), shares=(0.75,)),
         Row("penalty", (1e-3,), (300,), steps=(120,)),

@@ -128,6 +128,9 @@ class Recording:
         The drift that rounding alone gives a model that has hardly moved: that of the base with its inputs changed by
         part of a rounding error. In bfloat16 it is a few percent. (The unchanged base rounds as before, and has none.)
         A smaller drift than this cannot be measured.
+
+        Raises:
+            `ValueError`: If no call was held out.
         """
         return rounding_drift(self, self.model)
 
