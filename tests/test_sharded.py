@@ -41,7 +41,7 @@ def sharded(version, **options):
 """
 # One engine after the other on the same processes: to import all again for each takes longer than to train.
 DRIVER = """
-import functools, importlib, sys
+import functools, importlib, os, sys
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -56,7 +56,12 @@ for engine in engines:
     script.Accelerator = functools.partial(sharded, version) if version != "0" else Accelerator
     options = [f"--output_dir={output}/{engine}", f"--mixed_precision={precision or 'no'}"]
     script.main(script.parse_args([*flags, *options]))
+torch.distributed.barrier()
 end()
+# Gloo's threads drop their last tensors after the collective is over. Where Python is being torn down by then, they
+# abort the process ("terminate called without an active exception"): leave without that.
+sys.stderr.flush()
+os._exit(0)
 """
 DDP, FSDP2, BF16 = "0", "2", "2 bf16"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -323,6 +328,7 @@ for step in range(begin, 4):
 weights = accelerator.get_state_dict(model)
 if accelerator.is_main_process:
     save_file({name: value.contiguous() for name, value in weights.items()}, f"{engine}-{resume}.safetensors")
+accelerator.wait_for_everyone()  # a process that leaves right after its last collective may abort in Gloo's threads
 accelerator.end_training()  # ends the group of processes
 """
 
