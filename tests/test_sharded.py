@@ -58,8 +58,8 @@ for engine in engines:
     script.main(script.parse_args([*flags, *options]))
 torch.distributed.barrier()
 end()
-# Gloo's threads drop their last tensors after the collective is over. Where Python is being torn down by then, they
-# abort the process ("terminate called without an active exception"): leave without that.
+# A process that had ended was once aborted while Python was being torn down ("terminate called without an active
+# exception"), probably because Gloo's threads still held tensors: leave without tearing it down.
 sys.stderr.flush()
 os._exit(0)
 """
